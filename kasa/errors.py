@@ -1,0 +1,28 @@
+"""The exception tree: everything a user can put right is a `KasaError` with a message saying what, where and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KasaError(Exception):
+    """A mistake the user can correct; the command line prints its message alone and exits with code 2."""
+
+
+class TargetError(KasaError):
+    """A target module pattern matches nothing, or a target cannot carry an adapter of the wanted rank."""
+
+
+class SpectrumError(KasaError):
+    """A weight has no usable singular spectrum (NaN, Inf), or a spectrum belongs to another weight."""
+
+
+class AdapterFileError(KasaError):
+    """An adapter folder is incomplete, damaged, or made for another base."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A hint naming the candidates closest to `name`, for the end of an error message; empty where none is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,29 @@
+"""The pipeline's branch of the exception tree rooted in `kasa.errors.KasaError`."""
+
+from __future__ import annotations
+
+from kasa.errors import KasaError
+
+
+class RecipeError(KasaError):
+    """The recipe, an override or a command line argument is wrong."""
+
+
+class DataError(KasaError):
+    """Training or held-out data cannot be read or used."""
+
+
+class BaseModelError(KasaError):
+    """The base model cannot be found, fetched or read."""
+
+
+class WorkspaceError(KasaError):
+    """The workspace cannot be written, is full, or holds something damaged."""
+
+
+class ClusterError(KasaError):
+    """The Ray cluster lacks what the recipe asks for."""
+
+
+class ModelError(KasaError):
+    """A model named on the command line (registry URI or adapter folder) cannot be loaded."""

@@ -1,0 +1,64 @@
+"""An append-only JSON-lines file: how a worker tells the driver what it has done, and how a restart knows it too.
+
+One process writes, any process reads, on shared storage if need be. A torn last line (the writer was killed) is ignored
+by readers and cut off before the next append.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def read_journal(path: Path) -> list[Record]:
+    """All complete records, oldest first; empty where the file does not exist."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def rewrite_journal(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
+    """Keep the records for which `keep` holds, in one atomic step; returns them."""
+    records = [record for record in read_journal(path) if keep(record)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".new")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(temporary, path)
+    return records
+
+
+def append_journal(path: Path, records: list[Record]) -> None:
+    """Append records; durable against the death of this process once the call returns."""
+    with path.open("ab") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+class JournalTail:
+    """Reads what is new since the last call, also after the file was rewritten (then everything, from its start)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode = -1
+        self._offset = 0
+
+    def new_records(self) -> list[Record]:
+        """Complete records not returned before."""
+        try:
+            with self.path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._offset = inode, 0
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [json.loads(line) for line in complete.splitlines()]

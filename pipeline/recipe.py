@@ -1,0 +1,311 @@
+"""Recipes: the one place where a run is described.
+
+A recipe is a YAML file checked against the models below. Every field's `description` is its documentation:
+`docs/recipe.md` is generated from it (`make docs`). Nothing unknown is accepted; the error names the file, the dotted
+key, the value and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kasa.errors import nearest
+from pipeline.errors import RecipeError
+
+TokenizedForm = Literal["auto", "prompt-completion", "alpaca", "chat", "completion"]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StrList = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    """A block of the recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class BaseSettings(Section):
+    """Which pretrained model is adapted."""
+
+    model: str = Field(
+        "embedded:smollm2-135m-instruct",
+        description="A local Hugging Face folder with safetensors weights, a hub id, or `embedded:NAME`.",
+    )
+    revision: str | None = Field(None, description="Hub revision; leave out for local folders.")
+
+
+class DataSettings(Section):
+    """Where the text comes from and how it becomes tokens."""
+
+    train: StrList = Field(
+        description="Files, globs, folders, `hub:NAME[:SPLIT]` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
+    )
+    heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
+    form: TokenizedForm = Field("auto", description="How rows are read; `auto` decides by the columns of the first row.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Renames: the form's field -> the data's column, e.g. `{prompt: question, completion: answer}`.",
+    )
+    separator: str | None = Field(
+        None, description="Text files only: splits each line into prompt and completion at its first occurrence."
+    )
+    prompt_template: str = Field("{prompt}", description="Wraps each prompt; `{prompt}` marks its place.")
+    chat_template: bool | None = Field(
+        None, description="Use the tokenizer's chat template; default: where the tokenizer has one."
+    )
+    system_prompt: str | None = Field(None, description="A system message put before every prompt (chat template only).")
+    max_tokens: int = Field(512, ge=8, description="Longest sample in tokens, prompt and completion; longer rows are rejected.")
+    max_rejected_share: float = Field(
+        0.01, ge=0, le=1, description="Share of rows that may be unusable before the run stops."
+    )
+    heldout_share: float = Field(0.1, gt=0, lt=1, description="Share of the distinct prompts held out, if no source is named.")
+    train_rows: int | None = Field(None, ge=1, description="Use at most this many training samples (after the split).")
+    heldout_rows: int | None = Field(None, ge=1, description="Use at most this many held-out samples.")
+    split_seed: int = Field(0, description="Decides which prompts are held out, and which rows a limit keeps.")
+
+    @model_validator(mode="after")
+    def _template_has_its_place(self) -> DataSettings:
+        if self.prompt_template.count("{prompt}") != 1:
+            raise ValueError("prompt_template must contain {prompt} exactly once")
+        return self
+
+
+class AdapterSettings(Section):
+    """The KaSA adapter (arXiv 2412.06071)."""
+
+    rank: int = Field(8, ge=1, description="Adapter rank r.")
+    alpha: float = Field(16, gt=0, description="Scale numerator; the update is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="`all-linear`, module names such as `[q_proj, v_proj]`, or a regular expression `re:...` on full names.",
+    )
+    truncation: Literal["weight", "none"] = Field(
+        "weight",
+        description="`weight`: drop the smallest singular triplets of each weight (the paper's rule); `none`: drop nothing.",
+    )
+    truncation_rank: int | None = Field(None, ge=1, description="How many triplets are dropped; default: `rank`.")
+    regulariser: Literal["paper", "authors"] = Field(
+        "authors",
+        description="`paper`: r x r Gram matrices, summed over layers. `authors`: in x in and out x out, averaged over "
+        "layers, as in the code that the published weights belong to.",
+    )
+    singular_value_weight: float = Field(1e-4, ge=0, description="beta, the weight of the L2 term on d.")
+    orthogonality_weight: float = Field(1e-3, ge=0, description="gamma, the weight of the orthogonality term L3.")
+
+
+class SpectraSettings(Section):
+    """The singular triplets computed from the base weights."""
+
+    rank: int | None = Field(
+        None, ge=1, description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops."
+    )
+
+
+class TrainSettings(Section):
+    """The training stage: DeepSpeed ZeRO under Ray Train."""
+
+    workers: int = Field(1, ge=1, description="Training processes (one GPU each when `gpu` is true).")
+    gpu: bool = Field(False, description="Give every training and evaluation worker a GPU.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved for each training worker.")
+    deepspeed: str = Field("cpu_zero2", description="A name in `deepspeed_configs/` or the path of a DeepSpeed JSON file.")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Storage and compute type of the base and adapter.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training split; `max_steps` cuts it short.")
+    max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
+    batch_size: int = Field(16, ge=1, description="Samples per optimizer step over all workers.")
+    micro_batch_size: int = Field(8, ge=1, description="Samples per forward pass of one worker.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
+    warmup_share: float = Field(0.06, ge=0, lt=1, description="Share of the steps spent warming up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
+    checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
+    checkpoints_kept: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
+    max_failures: int = Field(3, ge=0, description="Worker crashes survived before the stage fails.")
+    collective_timeout_s: float = Field(600, gt=0, description="Seconds a worker may wait for another before it gives up.")
+
+
+class EvaluateSettings(Section):
+    """The held-out comparison of base, adapter and champion."""
+
+    kind: Literal["answer", "text"] = Field(
+        "text", description="`answer`: short answers scored right or wrong; `text`: prose scored by ROUGE-L and chrF."
+    )
+    choices: list[str] = Field(
+        default_factory=list,
+        description="For answers from a fixed set: the model chooses the likeliest of these, by summed log-likelihood.",
+    )
+    metric: Literal["loss", "accuracy", "exact_match", "rouge_l", "chrf"] | None = Field(
+        None, description="What promotion is decided on. Default: accuracy, exact_match or rouge_l, as the kind has it."
+    )
+    workers: int = Field(1, ge=1, description="Evaluation processes; the samples are shared out among them.")
+    batch_size: int = Field(16, ge=1, description="Samples per forward pass or generated batch.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest generated answer in tokens.")
+    samples_shown: int = Field(8, ge=0, description="Generations shown side by side in the report.")
+
+    @property
+    def gate_metric(self) -> str:
+        """The metric that decides promotion."""
+        if self.metric:
+            return self.metric
+        if self.kind == "text":
+            return "rouge_l"
+        return "accuracy" if self.choices else "exact_match"
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> EvaluateSettings:
+        measured = {"loss"}
+        measured |= {"rouge_l", "chrf"} if self.kind == "text" else {"accuracy" if self.choices else "exact_match"}
+        if self.gate_metric not in measured:
+            raise ValueError(f"metric {self.gate_metric} is not measured here; choose one of {', '.join(sorted(measured))}")
+        if self.choices and self.kind == "text":
+            raise ValueError("choices belong to kind: answer")
+        if len(self.choices) == 1 or len(set(self.choices)) != len(self.choices):
+            raise ValueError("choices need at least two different answers")
+        return self
+
+
+class RegisterSettings(Section):
+    """The MLflow model registry."""
+
+    model: str | None = Field(None, description="Registered model name; default: the recipe's name.")
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    name: str = Field(description="Names the MLflow experiment and the registered model.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    workspace: Path = Field(
+        Path("workspace"), description="Folder for artifacts, MLflow's database and reports; shared storage on a cluster."
+    )
+    base: BaseSettings = Field(default_factory=BaseSettings)
+    data: DataSettings
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    spectra: SpectraSettings = Field(default_factory=SpectraSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    register_: RegisterSettings = Field(default_factory=RegisterSettings, alias="register")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @property
+    def registered_name(self) -> str:
+        """The name under which versions are registered."""
+        return self.register_.model or self.name
+
+    @property
+    def dropped_rank(self) -> int:
+        """How many singular triplets each adapted weight loses (0 with `truncation: none`)."""
+        if self.adapter.truncation == "none":
+            return 0
+        return self.adapter.truncation_rank or self.adapter.rank
+
+    @property
+    def spectra_rank(self) -> int:
+        """How many singular triplets are computed per weight (at least one, so that the report can show them)."""
+        return self.spectra.rank or max(self.dropped_rank, 1)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        per_pass = self.train.workers * self.train.micro_batch_size
+        if self.train.batch_size % per_pass:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is not a multiple of workers x micro_batch_size = "
+                f"{self.train.workers} x {self.train.micro_batch_size}"
+            )
+        if self.spectra_rank < self.dropped_rank:
+            raise ValueError(f"spectra.rank {self.spectra_rank} is smaller than the {self.dropped_rank} triplets the adapter drops")
+        return self
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, apply `section.key=value` overrides, and validate.
+
+    Paths in `base.model`, `data.train`, `data.heldout` and `workspace` are relative to the working directory.
+
+    Raises:
+        RecipeError: the file is missing or no YAML mapping, an override is malformed, or a value is invalid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe given as a mapping; `where` names its origin in errors.
+
+    Raises:
+        RecipeError: the first problems found, one line each, with the dotted key, the value and the nearest valid key.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, where) for problem in error.errors()[:5]]
+        raise RecipeError("\n".join(lines)) from None
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain YAML-ready values, the form stored with every run."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, separator, raw = override.partition("=")
+    if not separator or not dotted:
+        raise RecipeError(f"override {override!r} must have the form section.key=value")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: {raw!r} is not a valid YAML value") from None
+    *sections, key = dotted.split(".")
+    block = values
+    for section in sections:
+        block = block.setdefault(section, {})
+        if not isinstance(block, dict):
+            raise RecipeError(f"override {override!r}: {section} is a value, not a section")
+    block[key] = value
+
+
+def _explain(problem: Any, where: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location) or "recipe"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key {dotted} (value {problem['input']!r}){nearest(location[-1], _keys_of(location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: {dotted} is missing: {message.lower()}"
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return f"{where}: {dotted}: {message}"
+    return f"{where}: {dotted}: {message} (value {problem['input']!r})"
+
+
+def _keys_of(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
