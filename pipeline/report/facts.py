@@ -1,0 +1,79 @@
+"""What a report shows: plain facts, gathered by the flow, so that rendering needs no tracking server and no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage of the run. `status` is `computed` or `reused`."""
+
+    name: str
+    status: str
+    seconds: float
+    key: str
+    mlflow_run_id: str
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What one adapted weight learned, beside what it lost.
+
+    `learned` are the singular values of the update s * B diag(d) A, `dropped` those cut from the base weight, both in
+    the weight's own units and descending; `largest` is the base weight's largest singular value.
+    """
+
+    name: str
+    learned: list[float]
+    dropped: list[float]
+    largest: float
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """One held-out prompt with each candidate's answer (`base`, `adapted`, maybe `champion`)."""
+
+    prompt: str
+    reference: str
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired difference adapted - base of one metric with its 95% bootstrap interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ReportFacts:
+    """Everything on the page.
+
+    `metrics` maps candidate -> metric -> value. `training` holds one record per optimizer step with the keys `step`,
+    `loss`, `task_loss`, `singular_value_penalty`, `orthogonality_penalty`, `learning_rate`, `gradient_norm`,
+    `tokens_per_second`. `commands` maps a caption to a shell command (use the model, open the MLflow UI).
+    """
+
+    title: str
+    finished: str
+    verdict: str
+    promoted: bool
+    model_uri: str
+    gate_metric: str
+    metrics: dict[str, dict[str, float]]
+    differences: dict[str, Difference]
+    heldout_rows: int
+    training: list[dict[str, float]]
+    layers: list[LayerFacts]
+    samples: list[SampleFacts]
+    stages: list[StageFacts]
+    dataset: dict[str, Any]
+    rejected_rows: list[str]
+    recipe_yaml: str
+    versions: dict[str, str]
+    machine: dict[str, str]
+    commands: dict[str, str] = field(default_factory=dict)
