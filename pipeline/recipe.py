@@ -49,7 +49,9 @@ class DataSettings(Section):
         description="Files, globs, folders, `hub:NAME[:SPLIT]` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
     )
     heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
-    form: TokenizedForm = Field("auto", description="How rows are read; `auto` decides by the columns of the first row.")
+    form: TokenizedForm = Field(
+        "auto", description="How rows are read; `auto` decides by the columns of the first row."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Renames: the form's field -> the data's column, e.g. `{prompt: question, completion: answer}`.",
@@ -61,12 +63,18 @@ class DataSettings(Section):
     chat_template: bool | None = Field(
         None, description="Use the tokenizer's chat template; default: where the tokenizer has one."
     )
-    system_prompt: str | None = Field(None, description="A system message put before every prompt (chat template only).")
-    max_tokens: int = Field(512, ge=8, description="Longest sample in tokens, prompt and completion; longer rows are rejected.")
+    system_prompt: str | None = Field(
+        None, description="A system message put before every prompt (chat template only)."
+    )
+    max_tokens: int = Field(
+        512, ge=8, description="Longest sample in tokens, prompt and completion; longer rows are rejected."
+    )
     max_rejected_share: float = Field(
         0.01, ge=0, le=1, description="Share of rows that may be unusable before the run stops."
     )
-    heldout_share: float = Field(0.1, gt=0, lt=1, description="Share of the distinct prompts held out, if no source is named.")
+    heldout_share: float = Field(
+        0.1, gt=0, lt=1, description="Share of the distinct prompts held out, if no source is named."
+    )
     train_rows: int | None = Field(None, ge=1, description="Use at most this many training samples (after the split).")
     heldout_rows: int | None = Field(None, ge=1, description="Use at most this many held-out samples.")
     split_seed: int = Field(0, description="Decides which prompts are held out, and which rows a limit keeps.")
@@ -106,7 +114,9 @@ class SpectraSettings(Section):
     """The singular triplets computed from the base weights."""
 
     rank: int | None = Field(
-        None, ge=1, description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops."
+        None,
+        ge=1,
+        description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops.",
     )
 
 
@@ -116,7 +126,9 @@ class TrainSettings(Section):
     workers: int = Field(1, ge=1, description="Training processes (one GPU each when `gpu` is true).")
     gpu: bool = Field(False, description="Give every training and evaluation worker a GPU.")
     cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved for each training worker.")
-    deepspeed: str = Field("cpu_zero2", description="A name in `deepspeed_configs/` or the path of a DeepSpeed JSON file.")
+    deepspeed: str = Field(
+        "cpu_zero2", description="A name in `deepspeed_configs/` or the path of a DeepSpeed JSON file."
+    )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="Storage and compute type of the base and adapter.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training split; `max_steps` cuts it short.")
     max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
@@ -127,12 +139,16 @@ class TrainSettings(Section):
     warmup_share: float = Field(0.06, ge=0, lt=1, description="Share of the steps spent warming up.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
     seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
     checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     checkpoints_kept: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
     max_failures: int = Field(3, ge=0, description="Worker crashes survived before the stage fails.")
-    collective_timeout_s: float = Field(600, gt=0, description="Seconds a worker may wait for another before it gives up.")
+    collective_timeout_s: float = Field(
+        600, gt=0, description="Seconds a worker may wait for another before it gives up."
+    )
 
 
 class EvaluateSettings(Section):
@@ -167,7 +183,9 @@ class EvaluateSettings(Section):
         measured = {"loss"}
         measured |= {"rouge_l", "chrf"} if self.kind == "text" else {"accuracy" if self.choices else "exact_match"}
         if self.gate_metric not in measured:
-            raise ValueError(f"metric {self.gate_metric} is not measured here; choose one of {', '.join(sorted(measured))}")
+            raise ValueError(
+                f"metric {self.gate_metric} is not measured here; choose one of {', '.join(sorted(measured))}"
+            )
         if self.choices and self.kind == "text":
             raise ValueError("choices belong to kind: answer")
         if len(self.choices) == 1 or len(set(self.choices)) != len(self.choices):
@@ -184,9 +202,12 @@ class RegisterSettings(Section):
 class Recipe(Section):
     """Everything a run depends on."""
 
-    name: str = Field(description="Names the MLflow experiment and the registered model.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(
+        description="Names the MLflow experiment and the registered model.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+    )
     workspace: Path = Field(
-        Path("workspace"), description="Folder for artifacts, MLflow's database and reports; shared storage on a cluster."
+        Path("workspace"),
+        description="Folder for artifacts, MLflow's database and reports; shared storage on a cluster.",
     )
     base: BaseSettings = Field(default_factory=BaseSettings)
     data: DataSettings
@@ -224,7 +245,9 @@ class Recipe(Section):
                 f"{self.train.workers} x {self.train.micro_batch_size}"
             )
         if self.spectra_rank < self.dropped_rank:
-            raise ValueError(f"spectra.rank {self.spectra_rank} is smaller than the {self.dropped_rank} triplets the adapter drops")
+            raise ValueError(
+                f"spectra.rank {self.spectra_rank} is smaller than the {self.dropped_rank} triplets the adapter drops"
+            )
         return self
 
 

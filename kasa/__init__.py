@@ -1,0 +1,59 @@
+"""KaSA: Knowledge-aware Singular-value Adaptation (arXiv 2412.06071), without harm to the base model.
+
+targets = find_targets(model, "all-linear")
+spectra = {t.name: bottom_triplets(model.get_submodule(t.name).weight, rank=8) for t in targets}
+layers = attach(model, targets, KasaConfig(rank=8), spectra)
+loss = task_loss + penalty(layers.values(), "authors").weighted(config)
+"""
+
+from kasa.adapter import (
+    adapted_layers,
+    attach,
+    detach,
+    disabled,
+    frozen_factors,
+    load_tensors,
+    trainable_parameters,
+)
+from kasa.adapter_file import SavedAdapter, attach_saved, check_base, read_adapter, save_adapter
+from kasa.checkpoint import CheckpointWeights, weight_digest
+from kasa.config import KasaConfig
+from kasa.errors import AdapterFileError, KasaError, SpectrumError, TargetError
+from kasa.layer import KasaLayer
+from kasa.regulariser import Penalty, penalty
+from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
+from kasa.spectra_file import load_spectra, save_spectra
+from kasa.targets import Target, check_rank, find_targets
+
+__all__ = [
+    "AdapterFileError",
+    "BottomTriplets",
+    "CheckpointWeights",
+    "KasaConfig",
+    "KasaError",
+    "KasaLayer",
+    "Penalty",
+    "SavedAdapter",
+    "Spectra",
+    "SpectrumError",
+    "Target",
+    "TargetError",
+    "adapted_layers",
+    "attach",
+    "attach_saved",
+    "bottom_triplets",
+    "check_base",
+    "check_rank",
+    "detach",
+    "disabled",
+    "find_targets",
+    "frozen_factors",
+    "load_spectra",
+    "load_tensors",
+    "penalty",
+    "read_adapter",
+    "save_adapter",
+    "save_spectra",
+    "trainable_parameters",
+    "weight_digest",
+]

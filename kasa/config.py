@@ -1,0 +1,36 @@
+"""The adapter's hyperparameters, in full words, with the paper's symbols."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Regulariser = Literal["paper", "authors"]
+
+
+@dataclass(frozen=True)
+class KasaConfig:
+    """Hyperparameters of one KaSA adapter (arXiv 2412.06071, section 3).
+
+    Attributes:
+        rank: r, the width of the update B diag(d) A.
+        alpha: the update is scaled by s = alpha / r.
+        dropout: probability of dropping an input of the update.
+        dropped_rank: how many of the smallest singular triplets of each base weight are cut away; 0 cuts none.
+        regulariser: which convention `kasa.penalty` follows.
+        singular_value_weight: beta, weight of L2 = sum of d squared.
+        orthogonality_weight: gamma, weight of L3 = ||B^T B - I||_F + ||A A^T - I||_F.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    dropped_rank: int = 8
+    regulariser: Regulariser = "authors"
+    singular_value_weight: float = 1e-4
+    orthogonality_weight: float = 1e-3
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r."""
+        return self.alpha / self.rank
