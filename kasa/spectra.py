@@ -66,8 +66,8 @@ def bottom_triplets(weight_OI: torch.Tensor, rank: int, name: str = "weight") ->
     smaller_side = _check(weight_OI, rank, name)
     # numpy has no bfloat16; every storage type up to fp32 is exact in fp64.
     matrix = weight_OI.detach().cpu().to(torch.float64).numpy()
-    # The iterative solver behind the spectral norm wants more than a handful of dimensions.
-    triplets = _by_gram(matrix, rank) if smaller_side > 8 else _by_svd(matrix, rank)
+    # The iterative solver behind the spectral norm wants a few dimensions and something other than zero.
+    triplets = _by_gram(matrix, rank) if smaller_side > 8 and matrix.any() else _by_svd(matrix, rank)
     if triplets.residual > RESIDUAL_LIMIT:
         triplets = _by_svd(matrix, rank)
     if triplets.residual > RESIDUAL_LIMIT:
@@ -93,9 +93,9 @@ def _by_gram(matrix: np.ndarray, rank: int) -> BottomTriplets:
     short_KL = matrix.T if tall else matrix
     gram_KK = short_KL @ short_KL.T
     basis_KR = scipy.linalg.eigh(gram_KK, subset_by_index=[0, rank - 1], check_finite=False)[1]
-    # A start vector of ones keeps the result the same from run to run.
+    # A start vector of our own keeps the result the same from run to run.
     largest = scipy.sparse.linalg.eigsh(
-        gram_KK, k=1, which="LA", v0=np.ones(len(gram_KK)), return_eigenvectors=False, tol=1e-8
+        gram_KK, k=1, which="LA", v0=np.random.default_rng(0).standard_normal(len(gram_KK)), return_eigenvectors=False, tol=1e-8
     )[0]
     # The projected R x L matrix gives the singular values to full precision; the eigenvalues are their squares.
     inner_RR, values_R, long_RL = scipy.linalg.svd(basis_KR.T @ short_KL, full_matrices=False, check_finite=False)
