@@ -1,0 +1,62 @@
+"""What a person sees while a run goes on: lines and progress bars on stderr, so that stdout holds results alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+
+# Where there is no terminal (CI, `ray job submit` logs), a line every so often replaces the bars.
+PLAIN_INTERVAL_S = 15.0
+
+
+class ProgressBars:
+    """Progress of several activities at once; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, int] = {}
+        self._printed: dict[str, float] = {}
+
+    @contextmanager
+    def showing(self) -> Iterator[ProgressBars]:
+        """Show the bars within the block."""
+        if not console.is_terminal:
+            yield self
+            return
+        with self._bars:
+            yield self
+
+    def update(self, name: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` units of the activity `name`, with a short remark at the end of its line."""
+        if console.is_terminal:
+            self._update_bar(name, done, total, note)
+        else:
+            self._print_line(name, done, total, note)
+
+    def _update_bar(self, name: str, done: int, total: int, note: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total, note=note)
+        self._bars.update(self._tasks[name], completed=done, total=total, note=note)  # type: ignore[arg-type]
+
+    def _print_line(self, name: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if done < total and now - self._printed.get(name, 0.0) < PLAIN_INTERVAL_S:
+            return
+        if self._printed.get(name) == float("inf"):
+            return
+        self._printed[name] = float("inf") if done >= total else now
+        console.print(f"{name}: {done}/{total} {note}".rstrip())
