@@ -21,7 +21,16 @@ from pipeline.model_shapes import meta_model
 from pipeline.recipe import BaseSettings
 
 # Everything that decides what the model computes and how text becomes tokens.
-_CONTENT = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges*", "special_tokens_map.json")
+_CONTENT = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.jinja",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,7 +63,9 @@ class BaseModel:
     @property
     def context_tokens(self) -> int:
         """The longest sequence it was made for."""
-        return int(getattr(self.config, "max_position_embeddings", 0) or getattr(self.config, "n_positions", 0) or 2**20)
+        return int(
+            getattr(self.config, "max_position_embeddings", 0) or getattr(self.config, "n_positions", 0) or 2**20
+        )
 
     def targets(self, wanted: str | Sequence[str]) -> list[Target]:
         """The modules that carry an adapter, found without loading a weight.
@@ -140,7 +151,9 @@ def _check_folder(folder: Path, name: str) -> None:
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BaseModelError(f"base.model {name}: {folder} has no config.json; it is no Hugging Face model folder") from None
+        raise BaseModelError(
+            f"base.model {name}: {folder} has no config.json; it is no Hugging Face model folder"
+        ) from None
     except ValueError as error:
         raise BaseModelError(f"base.model {name}: {folder / 'config.json'} is damaged: {error}") from None
     if not list(folder.glob("*.safetensors")):

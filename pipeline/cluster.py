@@ -77,7 +77,9 @@ def ray_cluster(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
             **({} if address else options),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"cannot use the Ray cluster at {address or 'this machine'}: {_first_line(error)}") from error
+        raise ClusterError(
+            f"cannot use the Ray cluster at {address or 'this machine'}: {_first_line(error)}"
+        ) from error
     try:
         _check_size(ray.cluster_resources(), cpus, gpus)
         yield
@@ -169,7 +171,9 @@ def _worker_error(error: Exception) -> Exception:
         if isinstance(cause := getattr(failure, "cause", failure), KasaError):
             return cause
     for rank, failure in failures.items():
-        return ClusterError(f"training worker {rank} failed: {_first_line(getattr(failure, 'cause', failure) or failure)}")
+        return ClusterError(
+            f"training worker {rank} failed: {_first_line(getattr(failure, 'cause', failure) or failure)}"
+        )
     return ClusterError(f"training failed: {_first_line(error)}")
 
 

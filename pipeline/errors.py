@@ -27,3 +27,7 @@ class ClusterError(KasaError):
 
 class ModelError(KasaError):
     """A model named on the command line (registry URI or adapter folder) cannot be loaded."""
+
+
+class TrainingError(KasaError):
+    """Training diverged."""

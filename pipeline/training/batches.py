@@ -1,0 +1,74 @@
+"""Which samples go into which step: a pure function of the seed and the step, whatever the number of workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The order of samples over a whole training run.
+
+    Attributes:
+        lengths: tokens of each training sample.
+        batch_size: samples per optimizer step, over all workers.
+        micro_batch_size: samples per forward pass of one worker.
+        workers: number of training processes.
+        seed: decides the order.
+    """
+
+    lengths: Sequence[int]
+    batch_size: int
+    micro_batch_size: int
+    workers: int
+    seed: int
+    _epochs: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    def samples(self, step: int) -> np.ndarray:
+        """Indices of the global batch of `step` (counted from 0); passes over the data follow one another seamlessly."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, offsets = np.divmod(positions, len(self.lengths))
+        return np.array([self._order(int(epoch))[offset] for epoch, offset in zip(epochs, offsets, strict=True)])
+
+    def micro_batches(self, step: int, rank: int) -> list[np.ndarray]:
+        """What worker `rank` computes in `step`, one array of indices for each forward pass.
+
+        Samples of like length share a pass, and the passes of one moment are dealt evenly to the workers, so that
+        little is padded and nobody waits for long.
+        """
+        samples = self.samples(step)
+        by_length = samples[np.argsort([self.lengths[index] for index in samples], kind="stable")]
+        per_pass = self.workers * self.micro_batch_size
+        return [chunk[rank :: self.workers] for chunk in by_length.reshape(-1, per_pass)]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            self._epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+        return self._epochs[epoch]
+
+
+def total_steps(samples: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a run; at least one."""
+    steps = max(1, round(samples * epochs / batch_size))
+    return min(steps, max_steps) if max_steps else steps
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, warmup_share: float, schedule: Literal["linear", "cosine", "constant"]
+) -> float:
+    """The rate of `step` (from 0): a linear warm-up to `peak`, then the decay, which ends at 0 after the last step."""
+    warmup = math.ceil(steps * warmup_share)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak

@@ -1,0 +1,57 @@
+"""Training checkpoints that do not depend on ZeRO stage or number of workers: safetensors and JSON, complete or absent.
+
+A checkpoint holds the adapter and AdamW's moments, in fp32. Nothing else is state: learning rate, sample order and dropout
+are functions of the step and the seed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kasa.folders import read_tensor_folder, write_tensor_folder
+
+_JSON = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `step` optimizer steps: adapter tensors by name, and moments as `exp_avg/NAME`, `exp_avg_sq/NAME`."""
+
+    step: int
+    values: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+
+
+def save_checkpoint(root: Path, checkpoint: Checkpoint, kept: int) -> None:
+    """Write `root/step-N` and remove all but the newest `kept`, and what interrupted writers left behind."""
+    folder = root / f"step-{checkpoint.step:07d}"
+    write_tensor_folder(folder, _JSON, {"step": checkpoint.step}, {**checkpoint.values, **checkpoint.moments})
+    for old in _complete(root)[:-kept]:
+        shutil.rmtree(old)
+    for orphan in root.glob(".step-*.new"):
+        shutil.rmtree(orphan, ignore_errors=True)
+
+
+def newest_step(root: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    complete = _complete(root)
+    return int(complete[-1].name.removeprefix("step-")) if complete else 0
+
+
+def load_checkpoint(root: Path, step: int) -> Checkpoint:
+    """Read `root/step-N`.
+
+    Raises:
+        AdapterFileError: it is damaged.
+    """
+    facts, tensors = read_tensor_folder(root / f"step-{step:07d}", _JSON)
+    moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
+    return Checkpoint(facts["step"], {n: t for n, t in tensors.items() if n not in moments}, moments)
+
+
+def _complete(root: Path) -> list[Path]:
+    return sorted(folder for folder in root.glob("step-*") if (folder / _JSON).exists())

@@ -1,0 +1,225 @@
+"""What each training process does. One process is world size 1 of the same code.
+
+Rank 0 alone writes: the journal (one record a step), the checkpoints, and at the end the adapter. Whoever watches reads
+the journal; nothing here knows of Ray or MLflow.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kasa import (
+    KasaConfig,
+    KasaError,
+    SavedAdapter,
+    Target,
+    adapted_layers,
+    attach,
+    frozen_factors,
+    load_spectra,
+    penalty,
+    save_adapter,
+    trainable_parameters,
+)
+from pipeline.base_model import load_base
+from pipeline.errors import TrainingError
+from pipeline.journal import append_journal, rewrite_journal
+from pipeline.language_model import Batch, collate, label_losses
+from pipeline.prepare.stage import load_prepared
+from pipeline.recipe import TrainSettings
+from pipeline.training import zero
+from pipeline.training.batches import BatchPlan, learning_rate, total_steps
+from pipeline.training.checkpoints import Checkpoint, load_checkpoint, newest_step, save_checkpoint
+
+JOURNAL = "journal.jsonl"
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a training process needs to know.
+
+    Attributes:
+        base_name, base_folder: the base model.
+        prepared: folder of the prepared data.
+        spectra: folder of the spectra, None when nothing is dropped.
+        work: the folder this stage fills; checkpoints in it are resumed from.
+        targets, config: the adapter.
+        settings: the recipe's `train` section.
+        deepspeed: the complete DeepSpeed configuration.
+    """
+
+    base_name: str
+    base_folder: Path
+    prepared: Path
+    spectra: Path
+    work: Path
+    targets: tuple[Target, ...]
+    config: KasaConfig
+    settings: TrainSettings
+    deepspeed: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
+        return self.work / "checkpoints"
+
+
+def train_worker(job: TrainJob) -> None:
+    """Train from the newest checkpoint to the end; torch's process group must exist.
+
+    A mistake of the user's is written to the journal as `{"error": ...}` and ends all ranks quietly: raised, it would be
+    taken for a crash and tried again.
+    """
+    _quiet()
+    torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
+    try:
+        _train(job)
+    except KasaError as error:
+        if dist.get_rank() == 0:
+            append_journal(job.work / JOURNAL, [{"error": str(error)}])
+
+
+def _train(job: TrainJob) -> None:
+    settings = job.settings
+    samples = load_prepared(job.prepared).train
+    plan = BatchPlan(
+        [len(ids) for ids in samples["input_ids"]],
+        settings.batch_size,
+        settings.micro_batch_size,
+        dist.get_world_size(),
+        settings.seed,
+    )
+    steps = total_steps(len(samples), settings.batch_size, settings.epochs, settings.max_steps)
+
+    # Stage 3 has to be announced before the base is loaded, so that no rank ever holds all of it.
+    with zero.partitioned_loading(job.deepspeed):
+        model = load_base(job.base_folder, settings.precision)
+        spectra, digests = load_spectra(job.spectra)
+        attach(model, job.targets, job.config, spectra, settings.seed)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        dropped = {name: factor.detach().clone() for name, factor in frozen_factors(model).items()}
+        engine = zero.start_engine(model, job.deepspeed, settings.weight_decay)
+    model.train()
+    parameters = trainable_parameters(model)
+    start = _resume(job, engine, parameters)
+
+    for step in range(start, steps):
+        rate = learning_rate(step, steps, settings.learning_rate, settings.warmup_share, settings.schedule)
+        zero.set_learning_rate(engine, rate)
+        record = _optimizer_step(job, engine, plan, samples, step)
+        record |= {"step": step + 1, "steps": steps, "learning_rate": rate}
+        _write_record(job, record)
+        _refuse_divergence(record, plan.samples(step), samples, job)
+        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < steps:
+            _save_checkpoint(job, engine, parameters, step + 1)
+
+    values = zero.whole_parameters(engine, parameters)
+    if dist.get_rank() == 0:
+        adapter = SavedAdapter(job.config, job.targets, job.base_name, digests, values, dropped)
+        save_adapter(job.work / ADAPTER, adapter)
+    dist.barrier()
+
+
+def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, step: int) -> dict[str, float]:
+    """Forward and backward over this rank's share of the global batch, one optimizer step; what happened, as numbers."""
+    started = time.perf_counter()
+    world, rank, device = dist.get_world_size(), dist.get_rank(), engine.device
+    batch_labels = sum(_label_count(samples[int(index)]) for index in plan.samples(step))
+    micro_batches = plan.micro_batches(step, rank)
+    # Dropout depends on seed, step and rank alone, so a resumed run repeats it.
+    torch.manual_seed(hash((job.settings.seed, step, rank)) & 0x7FFFFFFF)
+    layers = adapted_layers(engine.module).values()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for indices in micro_batches:
+        batch = collate([samples[int(index)] for index in indices]).to(device)
+        with zero.gathered(engine, trainable_parameters(engine.module).values()):
+            loss_sum = _loss_sum(engine, batch)
+            regularisers = penalty(layers, job.config.regulariser)
+            # DeepSpeed averages over ranks and passes; this makes it the mean over the labels of the global batch.
+            share = world * len(micro_batches) / batch_labels
+            engine.backward(loss_sum * share + regularisers.weighted(job.config))
+        engine.step()
+        totals += torch.tensor([loss_sum.item(), batch.token_count], dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    task_loss, tokens = totals[0].item() / batch_labels, totals[1].item()
+    gradient_norm = engine.get_global_grad_norm()
+    return {
+        "loss": task_loss + float(regularisers.weighted(job.config)),
+        "task_loss": task_loss,
+        "singular_value_penalty": float(regularisers.singular_value),
+        "orthogonality_penalty": float(regularisers.orthogonality),
+        **({} if gradient_norm is None else {"gradient_norm": float(gradient_norm)}),
+        "tokens_per_second": tokens / (time.perf_counter() - started),
+        "memory_gib": _memory_gib(device),
+    }
+
+
+def _loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
+    return label_losses(engine, batch).sum()
+
+
+def _label_count(sample: dict[str, Sequence[int]]) -> int:
+    return sum(label >= 0 for label in sample["labels"][1:])
+
+
+def _resume(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter]) -> int:
+    """Restore the newest checkpoint that rank 0 sees; returns the steps already done."""
+    found = [newest_step(job.checkpoints) if dist.get_rank() == 0 else 0]
+    dist.broadcast_object_list(found)
+    step = int(found[0])
+    if step:
+        checkpoint = load_checkpoint(job.checkpoints, step)
+        zero.restore_state(engine, parameters, checkpoint.values, checkpoint.moments, step)
+    if dist.get_rank() == 0:
+        rewrite_journal(job.work / JOURNAL, keep=lambda record: record.get("step", math.inf) <= step)
+    return step
+
+
+def _save_checkpoint(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter], step: int) -> None:
+    checkpoint = Checkpoint(step, zero.whole_parameters(engine, parameters), zero.whole_moments(engine, parameters))
+    if dist.get_rank() == 0:
+        save_checkpoint(job.checkpoints, checkpoint, job.settings.checkpoints_kept)
+
+
+def _write_record(job: TrainJob, record: dict[str, float]) -> None:
+    if dist.get_rank() == 0:
+        append_journal(job.work / JOURNAL, [record])
+
+
+def _refuse_divergence(record: dict[str, float], indices: Sequence[int], samples: Any, job: TrainJob) -> None:
+    if math.isfinite(record["loss"]) and math.isfinite(record.get("gradient_norm", 0.0)):
+        return
+    sources = ", ".join(samples[int(index)]["source"] for index in list(indices)[:4])
+    last = newest_step(job.checkpoints)
+    kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint yet"
+    raise TrainingError(
+        f"the loss became {record['loss']} in step {record['step']} (samples {sources}, ...); {kept}; "
+        "lower train.learning_rate or train.gradient_clipping, or look at those samples"
+    )
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,126 @@
+"""The one door to DeepSpeed: an engine at any ZeRO stage, and whole tensors in and out of it.
+
+At stages 1 to 3 optimizer state is partitioned over the ranks, at stage 3 the parameters too. The functions here gather
+and scatter them, so that checkpoints never depend on stage or number of workers. All of them are collective: every rank
+must call them, in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def stage_of(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+@contextmanager
+def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Models loaded within the block are partitioned as they are read, where `config` asks for stage 3."""
+    if stage_of(config) < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers holds it by a weak reference only.
+    announcement = HfDeepSpeedConfig(config)
+    yield
+    del announcement
+
+
+def start_engine(model: nn.Module, config: dict[str, Any], weight_decay: float) -> Any:
+    """A DeepSpeed engine that trains the parameters of `model` that require gradients.
+
+    The learning rate is 0 until `set_learning_rate`; torch's process group must exist.
+    """
+    deepspeed = _deepspeed()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """The rate of the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gathered(engine: Any, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Within the block the parameters are whole on every rank; outside it stage 3 leaves them empty."""
+    if engine.zero_optimization_stage() < 3:
+        return nullcontext()
+    return _deepspeed().zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+
+def whole_parameters(engine: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The fp32 values of trainable parameters, on the CPU."""
+    if engine.zero_optimization_stage() == 0:
+        return {name: _on_cpu(parameter) for name, parameter in parameters.items()}
+    read = _deepspeed().utils.safe_get_full_fp32_param
+    return {name: _on_cpu(read(parameter)) for name, parameter in parameters.items()}
+
+
+def whole_moments(engine: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """AdamW's moments after at least one step, as `exp_avg/NAME` and `exp_avg_sq/NAME`, fp32, on the CPU."""
+    if engine.zero_optimization_stage() == 0:
+        state = engine.optimizer.state
+        return {f"{moment}/{name}": _on_cpu(state[p][moment]) for name, p in parameters.items() for moment in MOMENTS}
+    read = _deepspeed().utils.safe_get_full_optimizer_state
+    return {f"{moment}/{name}": _on_cpu(read(p, moment)) for name, p in parameters.items() for moment in MOMENTS}
+
+
+def restore_state(
+    engine: Any,
+    parameters: Mapping[str, nn.Parameter],
+    values: Mapping[str, torch.Tensor],
+    moments: Mapping[str, torch.Tensor],
+    steps_done: int,
+) -> None:
+    """Put parameters and AdamW's state back as `whole_parameters` and `whole_moments` gave them after `steps_done` steps."""
+    if engine.zero_optimization_stage() == 0:
+        for name, parameter in parameters.items():
+            own = {moment: moments[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS}
+            engine.optimizer.state[parameter] = {"step": torch.tensor(float(steps_done)), **own}
+            parameter.data.copy_(values[name])
+        return
+    utils = _deepspeed().utils
+    _create_partitioned_state(engine, steps_done)
+    for name, parameter in parameters.items():
+        # The fp32 master copy too: the engine made it from parameters already rounded to bf16.
+        utils.safe_set_full_fp32_param(parameter, values[name])
+        for moment in MOMENTS:
+            utils.safe_set_full_optimizer_state(parameter, moments[f"{moment}/{name}"], moment)
+
+
+def _create_partitioned_state(engine: Any, steps_done: int) -> None:
+    """AdamW makes its state at its first step, DeepSpeed links parameters to it then; before, there is none to write to."""
+    zero = engine.optimizer
+    third = engine.zero_optimization_stage() == 3
+    for partition in zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups:
+        empty = {moment: torch.zeros_like(partition) for moment in MOMENTS}
+        zero.optimizer.state[partition] = {"step": torch.tensor(float(steps_done)), **empty}
+    if not third:
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _deepspeed() -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # It would be compiled for half a minute at the first start, for an inference collective that training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
