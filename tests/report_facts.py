@@ -82,8 +82,8 @@ def full_facts(**changes: Any) -> ReportFacts:
     facts: dict[str, Any] = {
         "title": "quickstart",
         "finished": "2026-07-14 16:42 UTC",
-        "verdict": "Accuracy rose from 48.0% to 89.0% on 400 held-out rows; the whole interval lies above zero and above "
-        "the champion's 84.3%.",
+        "verdict": "Accuracy rose from 48.0% to 89.0% on 400 held-out rows; the whole interval lies above zero and "
+        "above the champion's 84.3%.",
         "promoted": True,
         "model_uri": "models:/quickstart@champion",
         "gate_metric": "accuracy",
@@ -120,8 +120,8 @@ def full_facts(**changes: Any) -> ReportFacts:
             "movie-reviews.jsonl:977: empty completion",
             "movie-reviews.jsonl:1500: 140 tokens, more than data.max_tokens 128",
         ],
-        "recipe_yaml": "name: quickstart\nbase:\n  model: embedded:smollm2-135m-instruct\nadapter:\n  rank: 8\n  alpha: 16.0\n"
-        "  targets: all-linear\ntrain:\n  workers: 2\n  deepspeed: cpu_zero2\n  learning_rate: 0.0005\n",
+        "recipe_yaml": "name: quickstart\nbase:\n  model: embedded:smollm2-135m-instruct\nadapter:\n  rank: 8\n"
+        "  alpha: 16.0\n  targets: all-linear\ntrain:\n  workers: 2\n  deepspeed: cpu_zero2\n  learning_rate: 0.0005\n",
         "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "ray": "2.60.0", "mlflow": "3.17.2"},
         "machine": {"host": "thinkpad", "cpu": "8 cores", "memory": "30.9 GiB", "gpu": "none"},
         "commands": {

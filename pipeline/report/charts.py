@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,23 +18,33 @@ from pipeline.report.svg import COLOURS, inline_svg, new_figure
 Records = list[dict[str, float]]
 BUCKETS = 300
 GLYPH_SIZE = (150, 20)
+ROUND_STEPS = [1, 2, 2.5, 5, 10]
 
 
 def gate_chart(metric: str, values: dict[str, float], difference: Difference | None) -> Markup:
     """Every candidate on the metric's own scale, with the interval around the adapted one."""
-    figure, axes = new_figure(720, 62)
-    top = 1.0 if metric in SHARES or metric == "rouge_l" else 1.08 * max(values.values())
+    figure, axes = new_figure(540, 48)
+    interval = [values["base"] + edge for edge in (difference.low, difference.high)] if difference else []
     axes.axhline(0, color=COLOURS["rule"], linewidth=2)
-    if difference and "base" in values:
-        low, high = values["base"] + difference.low, values["base"] + difference.high
-        axes.plot([low, high], [0, 0], color=COLOURS["adapted"], linewidth=9, alpha=0.25, solid_capstyle="butt")
+    if interval:
+        axes.plot(interval, [0, 0], color=COLOURS["adapted"], linewidth=7, alpha=0.25, solid_capstyle="butt")
     for name, value in values.items():
-        axes.plot([value], [0], "o", color=COLOURS.get(name, COLOURS["extra"]), markersize=9)
-    axes.set(xlim=(-0.015 * top, 1.015 * top), ylim=(-1, 1), yticks=[])
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.plot([value], [0], "o", color=COLOURS.get(name, COLOURS["extra"]), markersize=7)
+    axes.set(xlim=_gate_limits(metric, [*values.values(), *interval]), ylim=(-1, 1), yticks=[])
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _scale_tick(metric, value)))
     said = ", ".join(f"{name} {metric_value(metric, value)}" for name, value in values.items())
     return inline_svg(figure, "gate", f"{spoken(metric)}: {said}")
+
+
+def _gate_limits(metric: str, shown: list[float]) -> tuple[float, float]:
+    """The whole scale where the candidates are far apart, else the part of it around them."""
+    top = 1.0 if metric in SHARES or metric == "rouge_l" else 1.08 * max(shown)
+    span = max(shown) - min(shown)
+    if span > top / 4:
+        return -0.015 * top, 1.015 * top
+    margin = span / 2 or 0.05 * abs(top) or 1.0
+    return min(shown) - margin, max(shown) + margin
 
 
 def interval_glyph(metric: str, difference: Difference, verdict: str) -> Markup:
@@ -55,7 +66,7 @@ def stage_bar(name: str, status: str, seconds: float, longest: float) -> Markup:
     figure, axes = new_figure(*GLYPH_SIZE)
     colour = COLOURS["adapted" if status == "computed" else "base"]
     axes.barh([0], [seconds], color=colour, height=1.2)
-    axes.axvline(0, color=COLOURS["rule"], linewidth=1)
+    axes.axvline(0, color=COLOURS["rule"], linewidth=1, zorder=0)
     axes.set(xlim=(0, 1.02 * longest or 1.0), ylim=(-1, 1), xticks=[], yticks=[])
     return inline_svg(figure, f"stage-{name}", f"{name}: {seconds:.1f} s, {status}")
 
@@ -64,7 +75,7 @@ def loss_chart(records: Records) -> Markup:
     """Loss of every step, faint, under its moving mean."""
     figure, axes = new_figure(430, 210)
     _curve(axes, records, "loss", "adapted", faint=True)
-    _step_axis(axes)
+    _step_axis(axes, records)
     first, last = significant(records[0]["loss"]), significant(records[-1]["loss"])
     return inline_svg(figure, "loss", f"Loss by step: from {first} to {last}")
 
@@ -76,7 +87,7 @@ def parts_chart(records: Records) -> Markup:
     for key, role in PARTS.items():
         if key not in zero_parts(records):
             _curve(axes, records, key, role)
-    _step_axis(axes)
+    _step_axis(axes, records)
     _sparse_log_ticks(axes)
     return inline_svg(figure, "parts", "Task loss, singular value penalty and orthogonality penalty by step, log scale")
 
@@ -86,7 +97,7 @@ def series_chart(records: Records, key: str) -> Markup:
     figure, axes = new_figure(285, 160)
     _curve(axes, records, key, "ink", faint=key != "learning_rate")
     axes.set_ylim(bottom=0)
-    _step_axis(axes)
+    _step_axis(axes, records)
     values = [record[key] for record in records]
     said = f"{spoken(key)} by step: from {significant(values[0])} to {significant(values[-1])}"
     return inline_svg(figure, key, said)
@@ -115,9 +126,7 @@ def thinned(values: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
     if len(values) <= 2 * buckets:
         return np.arange(len(values))
     edges = np.linspace(0, len(values), buckets + 1).astype(int)
-    extremes = [
-        low + at(values[low:high]) for low, high in zip(edges, edges[1:], strict=False) for at in (np.argmin, np.argmax)
-    ]
+    extremes = [low + at(values[low:high]) for low, high in pairwise(edges) for at in (np.argmin, np.argmax)]
     return np.unique([0, *extremes, len(values) - 1])
 
 
@@ -139,11 +148,13 @@ def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -> No
     axes.plot(steps[kept], values[kept], **style)
 
 
-def _step_axis(axes: Axes) -> None:
+def _step_axis(axes: Axes, records: Records) -> None:
     axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=ROUND_STEPS, integer=True))
+    if len(records) == 1:
+        axes.set_xticks([records[0]["step"]])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND_STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
     axes.margins(x=0.02)
 
@@ -162,7 +173,7 @@ def plain_tick(value: float, _: Any = None) -> str:
 
 
 def _scale_tick(metric: str, value: float) -> str:
-    return f"{100 * value:.0f}%" if metric in SHARES else plain_tick(value)
+    return f"{100 * value:.10g}%" if metric in SHARES else plain_tick(value)
 
 
 def candidates_in_order(names: Sequence[str]) -> list[str]:

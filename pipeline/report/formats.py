@@ -8,6 +8,7 @@ from typing import Any
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 SHARES = frozenset({"accuracy", "exact_match"})
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF"}
+ACRONYMS = frozenset({"cpu", "cpus", "gpu", "gpus", "id", "os", "sha256", "uri", "url"})
 MINUS = "\u2212"
 
 
@@ -15,8 +16,9 @@ def spoken(name: str) -> str:
     """`exact_match` -> `Exact match`; metrics with a spelling of their own keep it."""
     if name in METRIC_NAMES:
         return METRIC_NAMES[name]
-    words = name.replace("_", " ")
-    return words[:1].upper() + words[1:]
+    words = [word.upper() if word in ACRONYMS else word for word in name.split("_")]
+    text = " ".join(words)
+    return text[:1].upper() + text[1:]
 
 
 def significant(value: float) -> str:
@@ -26,7 +28,9 @@ def significant(value: float) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else f"{MINUS}∞"
     size = abs(value)
-    if 0 < size < 1e-3:
+    if size == 0:
+        return "0"
+    if size < 1e-3:
         text = f"{value:.2e}".replace("e-0", "e-")
     elif size >= 1000:
         text = f"{value:,.0f}"

@@ -50,7 +50,8 @@ def layer_panels(layers: list[LayerFacts]) -> list[LayerPanel]:
         return []
     several = len({prefix for prefix, _ in grouped}) > 1
     return [
-        LayerPanel(f"{prefix}.{module}" if several else module, members) for (prefix, module), members in grouped.items()
+        LayerPanel(f"{prefix}.{module}" if several else module, members)
+        for (prefix, module), members in grouped.items()
     ]
 
 
@@ -73,8 +74,8 @@ def relative(value: float, layer: LayerFacts) -> float:
 def _panel_chart(panel: LayerPanel, limits: tuple[float, float], name: str) -> Markup:
     figure, axes = new_figure(430, 150)
     for index, layer in panel.layers.items():
-        _spread(axes, index - OFFSET, layer.dropped, layer, "base", limits)
-        _spread(axes, index + OFFSET, layer.learned, layer, "adapted", limits)
+        _spread(axes, index - OFFSET, _within(layer.dropped, layer, limits), "base")
+        _spread(axes, index + OFFSET, _within(layer.learned, layer, limits), "adapted")
     axes.set_xlim(min(panel.layers) - 0.7, max(panel.layers) + 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.set_yscale("log")
@@ -84,13 +85,15 @@ def _panel_chart(panel: LayerPanel, limits: tuple[float, float], name: str) -> M
     return inline_svg(figure, name, said)
 
 
-def _spread(
-    axes: Axes, at: float, values: list[float], layer: LayerFacts, role: str, limits: tuple[float, float]
-) -> None:
-    """A dot for the largest value over a hairline down to the smallest; zeros lie on the lower edge."""
-    if not values:
+def _within(values: list[float], layer: LayerFacts, limits: tuple[float, float]) -> list[float]:
+    """Shares of the largest singular value; those too small for the scale, zeros too, lie on its lower edge."""
+    return [max(relative(value, layer), limits[0]) for value in values]
+
+
+def _spread(axes: Axes, at: float, shares: list[float], role: str) -> None:
+    """A dot for the largest value over a hairline down to the smallest."""
+    if not shares:
         return
-    shares = [min(max(relative(value, layer), limits[0]), limits[1]) for value in values]
     axes.plot([at, at], [min(shares), max(shares)], color=COLOURS[role], linewidth=1.2, alpha=0.45)
     axes.plot([at], [max(shares)], "o", color=COLOURS[role], markersize=4, markeredgewidth=0)
 
@@ -102,8 +105,14 @@ def _named_rows(layers: list[LayerFacts], limits: tuple[float, float]) -> LayerF
     for row, layer in enumerate(shown):
         for values, role in ((layer.dropped, "base"), (layer.learned, "adapted")):
             if values:
-                share = min(max(relative(max(values), layer), limits[0]), limits[1])
-                axes.plot([share], [row], "o", color=COLOURS[role], markersize=6, markeredgewidth=0)
+                axes.plot(
+                    [max(_within(values, layer, limits))],
+                    [row],
+                    "o",
+                    color=COLOURS[role],
+                    markersize=6,
+                    markeredgewidth=0,
+                )
     axes.set_yticks(range(len(shown)), [layer.name for layer in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xscale("log")

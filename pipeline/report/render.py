@@ -31,14 +31,18 @@ class TrainingFigures:
 
 def render_report(facts: ReportFacts, out: Path) -> None:
     """Write the report to `out` in one atomic step; its bytes depend on `facts` alone."""
-    page = _environment().get_template("template.html.j2").render(
-        facts=facts,
-        comparison=compare(facts),
-        training=_training_figures(facts.training) if facts.training else None,
-        layer_figures=layer_figures(facts.layers),
-        layers_in_panels=bool(layer_panels(facts.layers)),
-        stage_bars=_stage_bars(facts),
-        rejected_shown=REJECTED_SHOWN,
+    page = (
+        _environment()
+        .get_template("template.html.j2")
+        .render(
+            facts=facts,
+            comparison=compare(facts),
+            training=_training_figures(facts.training) if facts.training else None,
+            layer_figures=layer_figures(facts.layers),
+            layers_in_panels=bool(layer_panels(facts.layers)),
+            stage_bars=_stage_bars(facts),
+            rejected_shown=REJECTED_SHOWN,
+        )
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".new")

@@ -72,12 +72,17 @@ def _svg_settings(name: str) -> Iterator[None]:
         yield
 
 
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}"
+
+
 def _tidy(body: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[a-z]+[A-Za-z.]*_\d+">', "<g>", body)
+    body = re.sub(r'<g id="[\w.]+_\d+">', "<g>", body)
     body = body.replace("xlink:href=", "href=")
     body = re.sub(r"font: (?:[a-z0-9]+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", body)
-    body = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", body)
+    # Inside tags only: between them stand the tick labels.
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _rounded, tag[0]), body)
     for role, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{role})")
     return re.sub(r"\s*\n\s*", " ", body)
