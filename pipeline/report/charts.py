@@ -23,13 +23,13 @@ ROUND_STEPS = [1, 2, 2.5, 5, 10]
 
 def gate_chart(metric: str, values: dict[str, float], difference: Difference | None) -> Markup:
     """Every candidate on the metric's own scale, with the interval around the adapted one."""
-    figure, axes = new_figure(540, 48)
+    figure, axes = new_figure(400, 36)
     interval = [values["base"] + edge for edge in (difference.low, difference.high)] if difference else []
-    axes.axhline(0, color=COLOURS["rule"], linewidth=2)
+    axes.axhline(0, color=COLOURS["rule"], linewidth=1)
     if interval:
-        axes.plot(interval, [0, 0], color=COLOURS["adapted"], linewidth=7, alpha=0.25, solid_capstyle="butt")
+        axes.plot(interval, [0, 0], color=COLOURS["adapted"], linewidth=5, alpha=0.25, solid_capstyle="butt")
     for name, value in values.items():
-        axes.plot([value], [0], "o", color=COLOURS.get(name, COLOURS["extra"]), markersize=7)
+        axes.plot([value], [0], "o", color=COLOURS.get(name, COLOURS["extra"]), markersize=5)
     axes.set(xlim=_gate_limits(metric, [*values.values(), *interval]), ylim=(-1, 1), yticks=[])
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _scale_tick(metric, value)))

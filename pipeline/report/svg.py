@@ -78,7 +78,7 @@ def _rounded(number: re.Match[str]) -> str:
 
 def _tidy(body: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[\w.]+_\d+">', "<g>", body)
+    body = re.sub(r'<g id="[\w.]+_\d+"', "<g", body)
     body = body.replace("xlink:href=", "href=")
     body = re.sub(r"font: (?:[a-z0-9]+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", body)
     # Inside tags only: between them stand the tick labels.
