@@ -29,7 +29,7 @@ def gate_chart(metric: str, values: dict[str, float], difference: Difference | N
     if interval:
         axes.plot(interval, [0, 0], color=COLOURS["adapted"], linewidth=5, alpha=0.25, solid_capstyle="butt")
     for name, value in values.items():
-        axes.plot([value], [0], "o", color=COLOURS.get(name, COLOURS["extra"]), markersize=5)
+        axes.plot([value], [0], "o", color=COLOURS.get(name, COLOURS["extra"]), markersize=6)
     axes.set(xlim=_gate_limits(metric, [*values.values(), *interval]), ylim=(-1, 1), yticks=[])
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _scale_tick(metric, value)))
