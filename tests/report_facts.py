@@ -59,8 +59,8 @@ def layer_facts(blocks: int = 30) -> list[LayerFacts]:
             layers.append(
                 LayerFacts(
                     f"model.layers.{block}.{module}",
-                    [learned * (0.62 + 0.1 * chance.random()) ** i for i in range(8)],
-                    [dropped * (0.9 - 0.04 * chance.random()) ** i for i in range(8)],
+                    sorted((learned * (0.62 + 0.1 * chance.random()) ** i for i in range(8)), reverse=True),
+                    sorted((dropped * (0.9 - 0.04 * chance.random()) ** i for i in range(8)), reverse=True),
                     largest,
                 )
             )
