@@ -1,0 +1,104 @@
+"""The comparison of candidates, one row for each metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from markupsafe import Markup
+
+from pipeline.report.charts import candidates_in_order, gate_chart, interval_glyph
+from pipeline.report.facts import Difference, ReportFacts
+from pipeline.report.formats import LOWER_IS_BETTER, change_unit, metric_change, metric_value, spoken
+
+Outcome = Literal["better", "worse", "unclear"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A paired difference in words, with its chart."""
+
+    estimate: str
+    low: str
+    high: str
+    unit: str
+    outcome: Outcome
+    glyph: Markup
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric of every candidate; a candidate without it has no entry in `values`."""
+
+    label: str
+    lower_is_better: bool
+    decides: bool
+    values: dict[str, str]
+    best: str | None
+    change: Change | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All metrics, the deciding one first, and its chart."""
+
+    candidates: list[str]
+    rows: list[MetricRow]
+    gate: MetricRow | None
+    chart: Markup | None
+
+
+def outcome(metric: str, difference: Difference) -> Outcome:
+    """Better or worse only where the whole interval says so."""
+    low, high = difference.low, difference.high
+    if metric in LOWER_IS_BETTER:
+        low, high = -high, -low
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "unclear"
+
+
+def compare(facts: ReportFacts) -> Comparison:
+    """The metrics as the page shows them."""
+    candidates = candidates_in_order(list(facts.metrics))
+    measured = list(dict.fromkeys(metric for candidate in candidates for metric in facts.metrics[candidate]))
+    measured.sort(key=lambda metric: metric != facts.gate_metric)
+    rows = [_row(facts, metric, candidates) for metric in measured]
+    gate = rows[0] if rows and rows[0].decides else None
+    return Comparison(candidates, rows, gate, _gate_chart(facts, candidates) if gate else None)
+
+
+def _gate_chart(facts: ReportFacts, candidates: list[str]) -> Markup:
+    metric = facts.gate_metric
+    return gate_chart(metric, _values(facts, metric, candidates), facts.differences.get(metric))
+
+
+def _values(facts: ReportFacts, metric: str, candidates: list[str]) -> dict[str, float]:
+    return {name: facts.metrics[name][metric] for name in candidates if metric in facts.metrics[name]}
+
+
+def _row(facts: ReportFacts, metric: str, candidates: list[str]) -> MetricRow:
+    values = _values(facts, metric, candidates)
+    best = (min if metric in LOWER_IS_BETTER else max)(values.values())
+    leaders = [name for name, value in values.items() if value == best]
+    difference = facts.differences.get(metric)
+    return MetricRow(
+        label=spoken(metric),
+        lower_is_better=metric in LOWER_IS_BETTER,
+        decides=metric == facts.gate_metric,
+        values={name: metric_value(metric, value) for name, value in values.items()},
+        best=leaders[0] if len(leaders) == 1 and len(values) > 1 else None,
+        change=_change(metric, difference) if difference else None,
+    )
+
+
+def _change(metric: str, difference: Difference) -> Change:
+    result = outcome(metric, difference)
+    return Change(
+        estimate=metric_change(metric, difference.estimate),
+        low=metric_change(metric, difference.low),
+        high=metric_change(metric, difference.high),
+        unit=change_unit(metric),
+        outcome=result,
+        glyph=interval_glyph(metric, difference, result),
+    )
