@@ -170,7 +170,7 @@ def test_recipe_key_is_refused_by_its_recipe_name(key: str, tmp_path: Path) -> N
     ("config", "message"),
     [
         ({"zero_optimisation": {}}, "unknown key zero_optimisation .*did you mean zero_optimization"),
-        ({"qqqqqq": 1}, "DeepSpeed 0.19.8 knows aio, checkpoint"),
+        ({"qqqqqq": 1}, "DeepSpeed 0.19.8 knows aio, autotuning, checkpoint"),
         ({"steps_per_print": 5}, "steps_per_print .value 5. is set by the pipeline"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage .value 4. must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": True}}, "value True"),
