@@ -1,0 +1,221 @@
+"""The shipped DeepSpeed files against the real DeepSpeed, and the refusal of everything a file must not hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.deepspeed_config import (
+    KNOWN_KEYS,
+    PIPELINE_KEYS,
+    RECIPE_KEYS,
+    complete_config,
+    config_names,
+    load_deepspeed_config,
+    offloads_optimizer,
+    offloads_parameters,
+    zero_stage,
+)
+from pipeline.errors import RecipeError
+from pipeline.recipe import TrainSettings
+
+CPU_NAMES = ["cpu_zero0", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
+GPU_NAMES = ["gpu_zero1", "gpu_zero2", "gpu_zero3", "gpu_zero3_offload"]
+
+
+class _LowRank(nn.Module):
+    """A frozen linear layer with a trained low-rank update, the shape of what the pipeline trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(16, 16).requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(4, 16) / 4)
+        self.b = nn.Parameter(torch.zeros(16, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    import deepspeed
+
+    # Otherwise initialize() compiles this operator for half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield deepspeed
+    torch.distributed.destroy_process_group()
+    # DeepSpeed keeps its own references to the group; another test of this process would use the dead one.
+    deepspeed.comm.comm.cdb = None
+    deepspeed.utils.groups._WORLD_GROUP = None
+
+
+@pytest.fixture
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CPU_NAMES)
+def test_cpu_file_trains(name: str, precision: str, deepspeed: Any) -> None:
+    torch.manual_seed(0)
+    model = _LowRank().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    frozen = model.base.weight.detach().clone()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    train = TrainSettings(batch_size=8, micro_batch_size=4, precision=precision, gradient_clipping=0.0)
+    config = complete_config(load_deepspeed_config(name), train)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(trained, lr=0.05), config=config, dist_init_required=False
+    )
+    assert engine.zero_optimization_stage() == zero_stage(config)
+    assert engine.gradient_accumulation_steps() == 2
+    x = torch.randn(4, 16, dtype=next(iter(trained)).dtype)
+    target = torch.randn(4, 16)
+    losses = []
+    for _ in range(8):
+        loss = (engine(x).float() - target).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    # Two micro-batches make a step, so every second loss shows one update.
+    assert losses[0] == losses[1]
+    assert losses[1] > losses[2] > losses[4] > losses[6]
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        assert torch.equal(engine.module.base.weight.detach().cpu(), frozen)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("name", CPU_NAMES + GPU_NAMES)
+def test_deepspeed_accepts_every_file(name: str, deepspeed: Any) -> None:
+    train = TrainSettings(batch_size=8, micro_batch_size=2, gradient_clipping=0.5)
+    config = load_deepspeed_config(name)
+    parsed = deepspeed.DeepSpeedConfig(complete_config(config, train))
+    assert parsed.zero_optimization_stage == zero_stage(config) == int(name.split("zero")[1][0])
+    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (8, 4)
+    assert (parsed.gradient_clipping, parsed.bfloat16_config.enabled) == (0.5, True)
+    assert parsed.optimizer_name is None
+    assert parsed.zero_config.overlap_comm is name.startswith("gpu")
+    assert (parsed.zero_config.offload_optimizer is not None) == offloads_optimizer(config) == name.endswith("offload")
+    assert (parsed.zero_config.offload_param is not None) == offloads_parameters(config) == name.endswith("offload")
+
+
+def test_every_file_is_listed() -> None:
+    assert config_names() == sorted(CPU_NAMES + GPU_NAMES)
+
+
+class _Recorder(dict[str, Any]):
+    def __init__(self, values: dict[str, Any], seen: set[str]) -> None:
+        super().__init__(values)
+        self.seen = seen
+
+    def __copy__(self) -> _Recorder:
+        return _Recorder(self, self.seen)
+
+    def __contains__(self, key: object) -> bool:
+        self.seen.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return _RecordingKeys(self)
+
+
+class _RecordingKeys:
+    def __init__(self, owner: _Recorder) -> None:
+        self.owner = owner
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.owner
+
+
+def test_known_keys_are_those_deepspeed_looks_up(deepspeed: Any) -> None:
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
+
+    seen: set[str] = set()
+    deepspeed.DeepSpeedConfig(_Recorder({"train_batch_size": 1}, seen))
+    ours = KNOWN_KEYS | set(RECIPE_KEYS) | PIPELINE_KEYS
+    assert ours == seen - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
+
+
+def _write(folder: Path, config: Any) -> str:
+    file = folder / "mine.json"
+    file.write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(file)
+
+
+@pytest.mark.parametrize("key", RECIPE_KEYS)
+def test_recipe_key_is_refused_by_its_recipe_name(key: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_deepspeed_config(_write(tmp_path, {key: 1}))
+    for part in (str(tmp_path), key, "belongs to the recipe", RECIPE_KEYS[key]):
+        assert part in str(caught.value)
+    named = [word for word in RECIPE_KEYS[key].replace("(", " ").replace(")", " ").split() if word.startswith("train.")]
+    assert named
+    assert {word.removeprefix("train.") for word in named} <= set(TrainSettings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"zero_optimisation": {}}, "unknown key zero_optimisation .*did you mean zero_optimization"),
+        ({"qqqqqq": 1}, "DeepSpeed 0.19.8 knows aio, autotuning, checkpoint"),
+        ({"steps_per_print": 5}, "steps_per_print .value 5. is set by the pipeline"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage .value 4. must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, "value True"),
+        ({"zero_optimization": {"stage": [2]}}, "must be 0, 1, 2 or 3"),
+        ({"zero_optimization": True}, "must be an object"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "must be an object such as {'device': 'cpu'}"),
+        ([1], "must hold a JSON object, not list"),
+        ("{", "is not valid JSON"),
+        ('{"aio": {}, "aio": {}}', "'aio' appears twice"),
+    ],
+)
+def test_bad_files_are_refused(config: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_deepspeed_config(_write(tmp_path, config))
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cpu_zero_2", "did you mean .*cpu_zero2"),
+        ("qqqqqqqq", "choose one of cpu_zero0, cpu_zero1"),
+        ("nowhere/x.json", "nowhere/x.json does not exist"),
+        ("x.json", "x.json does not exist"),
+        ("/", "cannot be read"),
+    ],
+)
+def test_missing_files_are_named(name: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_deepspeed_config(name)
+
+
+def test_completing_leaves_the_file_alone_and_splits_the_batch() -> None:
+    config = load_deepspeed_config("gpu_zero3_offload")
+    before = json.dumps(config)
+    done = complete_config(config, TrainSettings(workers=4, batch_size=64, micro_batch_size=2, precision="fp32"))
+    done["zero_optimization"]["offload_param"]["device"] = "nvme"
+    assert json.dumps(config) == before
+    assert done["gradient_accumulation_steps"] == 8
+    assert done["bf16"] == {"enabled": False}
+    assert (done["zero_force_ds_cpu_optimizer"], done["zero_allow_untested_optimizer"]) == (False, True)
+
+
+def test_absent_sections_mean_stage_0_without_offload() -> None:
+    assert (zero_stage({}), offloads_optimizer({}), offloads_parameters({})) == (0, False, False)
+    off = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}
+    assert not offloads_optimizer(off)
