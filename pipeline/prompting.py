@@ -93,7 +93,9 @@ class Prompting:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise ModelError(f"{path} does not exist, so how prompts were written is unknown; was the folder copied whole?") from None
+            raise ModelError(
+                f"{path} does not exist, so how prompts were written is unknown; was the folder copied whole?"
+            ) from None
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"{path} is damaged ({error}); copy it again from the run that made it") from None
 
