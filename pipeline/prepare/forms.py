@@ -75,7 +75,8 @@ def decide_form(settings: DataSettings, columns: Iterable[str], location: str) -
     for field, column in settings.columns.items():
         if column not in found:
             raise DataError(
-                f"{location}: data.columns maps {field} to {column!r}, but the columns are {_listed(found)}{nearest(column, found)}"
+                f"{location}: data.columns maps {field} to {column!r}, but the columns are {_listed(found)}"
+                f"{nearest(column, found)}"
             )
     present = {*found, *settings.columns}
     fitting = [form for form, sets in REQUIRED.items() if any(present.issuperset(fields) for fields in sets)]
@@ -83,14 +84,15 @@ def decide_form(settings: DataSettings, columns: Iterable[str], location: str) -
     if form not in fitting:
         wanted = "; ".join(f"{name}: {_fields(name)}" for name in REQUIRED if form in ("", name))
         raise DataError(
-            f"{location}: columns {_listed(found)} fit {f'not the form {form}' if form else 'no form'} ({wanted}); rename "
-            "them with data.columns, e.g. {prompt: question, completion: answer}"
+            f"{location}: columns {_listed(found)} fit {f'not the form {form}' if form else 'no form'} ({wanted}); "
+            "rename them with data.columns, e.g. {prompt: question, completion: answer}"
         )
     known = [field for fields in REQUIRED[form] for field in fields] + list(OPTIONAL.get(form, ()))
     for field in settings.columns:
         if field not in known:
             raise DataError(
-                f"data.columns: {field!r} is no field of the form {form}, which has {_fields(form)}{nearest(field, known)}"
+                f"data.columns: {field!r} is no field of the form {form}, which has {_fields(form)}"
+                f"{nearest(field, known)}"
             )
     return form
 

@@ -1,7 +1,7 @@
 """Rows out of files: jsonl, json (a list of objects), csv, parquet, txt.
 
-A damaged file (not UTF-8, broken JSON, a csv cell that never ends) stops the reading with its file and line. A line that is
-sound but unusable is passed on with its defect, to be counted.
+A damaged file (not UTF-8, broken JSON, a csv cell that never ends) stops the reading with its file and line. A line
+that is sound but unusable is passed on with its defect, to be counted.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class DataSources:
 
     @property
     def digest(self) -> str:
-        """sha256 over the contents: the same wherever the files lie, in whatever order, and whenever they were written."""
+        """sha256 over the contents: the same wherever the files lie, in any order, whenever they were written."""
         sides = [sorted((file.kind, file.sha256) for file in side) for side in (self.train, self.heldout)]
         return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
 
@@ -145,8 +145,8 @@ def _export(entry: str, path: Path) -> None:
                 rows = datasets.load_dataset(name, split=split or "train")
             except Exception as error:  # the hub client lets errors of several libraries through
                 raise DataError(
-                    f"{entry} cannot be fetched from the hub: {' '.join(str(error).split())[:300]}; check the name, the split "
-                    "and the network, or name a local file"
+                    f"{entry} cannot be fetched from the hub: {' '.join(str(error).split())[:300]}; check the name, "
+                    "the split and the network, or name a local file"
                 ) from None
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
                 rows.to_parquet(Path(scratch, path.name))

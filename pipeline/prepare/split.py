@@ -1,7 +1,7 @@
 """Training against held-out samples: no prompt on both sides, and the same split whatever the order of the rows.
 
-Where a prompt goes is decided by its own hash alone. So a prompt keeps its side when the data grows, and a model trained
-on last week's data has not seen this week's held-out prompts.
+Where a prompt goes is decided by its own hash alone. So a prompt keeps its side when the data grows, and a model
+trained on last week's data has not seen this week's held-out prompts.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Split(Generic[S]):
 def split_samples(train: Sequence[S], heldout: Sequence[S] | None, settings: DataSettings) -> Split[S]:
     """Split `train`, or protect the named `heldout` source from leaks; then apply the row limits.
 
-    A limit takes the training samples with the smallest hashes, and held-out samples prompt by prompt, so that a prompt's
-    references stay together. Prompts are equal if they are equal up to case and white space.
+    A limit takes the training samples with the smallest hashes, and held-out samples prompt by prompt, so that a
+    prompt's references stay together. Prompts are equal if they are equal up to case and white space.
 
     Raises:
         DataError: a side is empty.
@@ -79,8 +79,8 @@ def _divide(samples: list[S], settings: DataSettings) -> tuple[list[S], list[S]]
     places = {key: _hash(key, settings.split_seed) for key in {group_key(sample) for sample in samples}}
     if len(places) < 2:
         raise DataError(
-            f"data.train holds {len(places)} distinct prompt{'' if len(places) == 1 else 's'}, too few to hold one out; "
-            "add rows, or name a source in data.heldout"
+            f"data.train holds {len(places)} distinct prompt{'' if len(places) == 1 else 's'}, too few to hold one "
+            "out; add rows, or name a source in data.heldout"
         )
     first, *_, last = sorted(places, key=places.__getitem__)
     chosen = {key for key, place in places.items() if place < settings.heldout_share * 2**64}
