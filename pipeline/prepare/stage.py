@@ -224,7 +224,8 @@ def _check_rejected(rejected: list[Rejection], rows_read: int, settings: DataSet
     first = ", ".join(row.location for row in rejected[:LOCATIONS_SHOWN])
     raise DataError(
         f"{len(rejected)} of {rows_read} rows ({len(rejected) / rows_read:.1%}) are unusable: {reasons}; first: "
-        f"{first}. Mend them{_length_hint(rejected)} or raise data.max_rejected_share (now {settings.max_rejected_share:g})"
+        f"{first}. Mend them{_length_hint(rejected)} or raise data.max_rejected_share "
+        f"(now {settings.max_rejected_share:g})"
     )
 
 

@@ -213,7 +213,7 @@ def test_an_unreachable_hub_is_explained(tmp_path: Path, settings: Make, monkeyp
 def test_real_data_prepares(tmp_path: Path, chat_folder: Path, train: str, values: dict[str, Any], rows: int) -> None:
     if not (SHARED / train).exists():
         pytest.skip(f"{SHARED / train} is not here")
-    data = DataSettings(train=str(SHARED / train), max_tokens=1000, **values)
+    data = DataSettings(train=[str(SHARED / train)], max_tokens=1000, **values)
     sources = resolve_sources(data, tmp_path)
     assert sources is not None
     summary = prepare(data, sources, chat_folder, tmp_path / "out")
