@@ -1,0 +1,163 @@
+"""What `data.train` and `data.heldout` stand for: concrete local files, known by the digest of their bytes."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from kasa.errors import nearest
+from pipeline.embedded import PREFIX as EMBEDDED
+from pipeline.embedded import embedded_data, embedded_path_if_present
+from pipeline.errors import DataError, WorkspaceError
+from pipeline.prepare.readers import SUFFIXES
+from pipeline.recipe import DataSettings
+
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to read and the sha256 of its bytes (hexadecimal)."""
+
+    path: Path
+    sha256: str
+
+    @property
+    def kind(self) -> str:
+        """What the bytes are read as: the suffix in lower case, with its dot."""
+        return self.path.suffix.lower()
+
+
+@dataclass(frozen=True)
+class DataSources:
+    """The files of both sides; `heldout` is empty where it is to be split off from `train`."""
+
+    train: tuple[SourceFile, ...]
+    heldout: tuple[SourceFile, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the contents: the same wherever the files lie, in any order, whenever they were written."""
+        sides = [sorted((file.kind, file.sha256) for file in side) for side in (self.train, self.heldout)]
+        return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
+
+
+def resolve_sources(settings: DataSettings, workspace: Path, fetch: bool = True) -> DataSources | None:
+    """Find the files, fetching `hub:` and `embedded:` entries into `<workspace>/sources` where they are absent.
+
+    With `fetch` false nothing is written, and the answer is None where something would have to be fetched.
+
+    Raises:
+        DataError: a file is missing or of an unknown format, a pattern matches nothing, or a source cannot be fetched.
+        WorkspaceError: what was fetched cannot be stored.
+    """
+    sides: list[tuple[SourceFile, ...]] = []
+    for key, entries in (("data.train", settings.train), ("data.heldout", settings.heldout)):
+        paths: dict[Path, None] = {}
+        for entry in entries:
+            found = _resolve(entry, key, workspace, fetch)
+            if found is None:
+                return None
+            paths |= dict.fromkeys(found)
+        sides.append(tuple(SourceFile(path, _sha256(path)) for path in paths))
+    if not sides[0]:
+        raise DataError("data.train names no source; give a file, a pattern, a folder, hub:NAME or embedded:NAME")
+    return DataSources(train=sides[0], heldout=sides[1])
+
+
+def _resolve(entry: str, key: str, workspace: Path, fetch: bool) -> list[Path] | None:
+    if entry.startswith(EMBEDDED):
+        present = embedded_path_if_present(entry, workspace)
+        if present is None and fetch:
+            present = embedded_data(entry, workspace)
+        return None if present is None else [present]
+    if entry.startswith(HUB):
+        exported = _hub_path(entry, key, workspace)
+        if not exported.exists():
+            if not fetch:
+                return None
+            _export(entry, exported)
+        return [exported]
+    return _local_files(entry, key)
+
+
+def _local_files(entry: str, key: str) -> list[Path]:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if _is_data(file.relative_to(path)) and file.is_file()]
+        if not files:
+            raise DataError(f"{key}: folder {entry} holds no {', '.join(SUFFIXES)} file")
+        return files
+    if path.is_file():
+        return [_checked(path, key)]
+    if glob.has_magic(entry):
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        files = [_checked(match, key) for match in matches if match.is_file()]
+        if not files:
+            raise DataError(f"{key}: pattern {entry} matches no file{_nearest_file(path)}")
+        return files
+    raise DataError(f"{key}: {entry} does not exist (relative to {Path.cwd()}){_nearest_file(path)}")
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def _checked(path: Path, key: str) -> Path:
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{key}: {path} is of no known format; there is {', '.join(SUFFIXES)}")
+    return path
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder}" if not glob.has_magic(str(folder)) else ""
+    return nearest(path.name, [file.name for file in folder.iterdir()])
+
+
+def _hub_path(entry: str, key: str, workspace: Path) -> Path:
+    name, _, split = entry.removeprefix(HUB).partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or not re.fullmatch(r"[\w.-]*", split):
+        raise DataError(f"{key}: {entry} must have the form hub:NAME or hub:NAME:SPLIT, e.g. hub:owner/dataset:train")
+    return workspace / "sources" / "hub" / name.replace("/", "--") / f"{split or 'train'}.parquet"
+
+
+def _export(entry: str, path: Path) -> None:
+    """Store a hub split as one parquet file: from then on the run depends on those bytes, not on the hub."""
+    import datasets
+
+    name, _, split = entry.removeprefix(HUB).partition(":")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / f".{path.name}.lock"):
+            if path.exists():
+                return
+            try:
+                rows = datasets.load_dataset(name, split=split or "train")
+            except Exception as error:  # the hub client lets errors of several libraries through
+                raise DataError(
+                    f"{entry} cannot be fetched from the hub: {' '.join(str(error).split())[:300]}; check the name, "
+                    "the split and the network, or name a local file"
+                ) from None
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
+                rows.to_parquet(Path(scratch, path.name))
+                os.replace(Path(scratch, path.name), path)
+    except OSError as error:
+        raise WorkspaceError(f"{entry} cannot be stored in {path}: {error}; free space or rights?") from None
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None

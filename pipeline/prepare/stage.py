@@ -1,0 +1,297 @@
+"""The prepare stage: files in, two tokenised splits out.
+
+    out/train, out/heldout   Hugging Face datasets on disk (columns: see `COLUMNS`)
+    out/prompting.json       how prompts are written (`pipeline.prompting`)
+    out/rejected.jsonl       every unusable row with its reason
+    out/summary.json         counts; written last
+
+The same rows give the same splits and token ids, in whatever files and order they come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import BaseModelError, DataError, WorkspaceError
+from pipeline.prepare.forms import Rejection, Sample, decide_form, read_samples
+from pipeline.prepare.readers import read_rows
+from pipeline.prepare.sources import DataSources, SourceFile
+from pipeline.prepare.split import Split, split_samples
+from pipeline.prompting import Message, Prompting, TemplateError, Tokenizer
+from pipeline.recipe import DataSettings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = ("input_ids", "labels", "prompt", "prompt_tokens", "reference", "source")
+PROGRESS_EVERY_ROWS = 256
+ROWS_PER_BATCH = 10_000
+LOCATIONS_SHOWN = 5
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """What `prepare_dataset` made: its folder and summary; the splits are mapped from disk when first asked for."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The training split."""
+        return self._load("train")
+
+    @cached_property
+    def heldout(self) -> Dataset:
+        """The held-out split."""
+        return self._load("heldout")
+
+    @cached_property
+    def prompting(self) -> Prompting:
+        """How the prompts were written."""
+        return Prompting.load(self.folder)
+
+    def _load(self, name: str) -> Dataset:
+        from datasets import load_from_disk
+
+        try:
+            return load_from_disk(str(self.folder / name))
+        except (OSError, ValueError) as error:
+            raise WorkspaceError(
+                f"{self.folder / name} is damaged ({error}); delete {self.folder} and run again"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A sample with its token ids."""
+
+    sample: Sample
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    prompt_tokens: int
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The conversation."""
+        return self.sample.turns
+
+    @property
+    def opening(self) -> str:
+        """What must not occur in both splits."""
+        return self.sample.opening
+
+
+def load_prepared(folder: Path) -> PreparedDataset:
+    """Open what `prepare_dataset` wrote.
+
+    Raises:
+        WorkspaceError: the folder is incomplete or damaged.
+    """
+    path = folder / "summary.json"
+    try:
+        return PreparedDataset(folder, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise WorkspaceError(f"{path} cannot be read ({error}); delete {folder} and run again") from None
+
+
+def prepare_dataset(  # noqa: PLR0917 (a stage: its arguments are the edges of the graph)
+    settings: DataSettings,
+    sources: DataSources,
+    tokenizer_folder: Path,
+    context_tokens: int,
+    out: Path,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """Read, check, tokenise and split the data, and write the folder `out`.
+
+    Args:
+        context_tokens: The longest sequence the base model takes.
+        on_progress: Called now and then with the rows tokenised so far and the rows in all.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        DataError: damaged files, more unusable rows than `max_rejected_share`, an empty split, contradictory settings.
+        BaseModelError: the tokenizer cannot be loaded.
+        WorkspaceError: `out` cannot be written.
+    """
+    if settings.max_tokens > context_tokens:
+        raise DataError(
+            f"data.max_tokens {settings.max_tokens} is more than the {context_tokens} tokens the base model takes; "
+            f"set data.max_tokens to {context_tokens} or less"
+        )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    form, train, rejected = _read(sources.train, settings)
+    _, heldout, heldout_rejected = _read(sources.heldout, settings.model_copy(update={"form": form}))
+    rejected += heldout_rejected
+    rows_read = len(train) + len(heldout) + len(rejected)
+    _check_rejected(rejected, rows_read, settings)  # before the minutes that tokenising may take
+
+    prompting = Prompting.from_settings(settings, tokenizer, form)
+    sides: list[list[Tokenised]] = [[], []]
+    done, total = 0, len(train) + len(heldout)
+    for side, samples in zip(sides, (train, heldout), strict=True):
+        for sample in samples:
+            result = _tokenise(sample, prompting, tokenizer, settings.max_tokens)
+            if isinstance(result, Rejection):
+                rejected.append(result)
+            else:
+                side.append(result)
+            done += 1
+            if done % PROGRESS_EVERY_ROWS == 0 or done == total:
+                on_progress(done, total)
+    _check_rejected(rejected, rows_read, settings)
+
+    split = split_samples(sides[0], sides[1] if sources.heldout else None, settings)
+    summary = _summary(split, rejected, rows_read, form)
+    with _storing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        _write_split(split.train, out / "train", sources.digest)
+        _write_split(split.heldout, out / "heldout", sources.digest)
+        prompting.save(out)
+        lines = [json.dumps({"source": row.location, "reason": row.reason}, ensure_ascii=False) for row in rejected]
+        out.joinpath("rejected.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        out.joinpath("summary.json").write_text(text, encoding="utf-8")
+    return summary
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a local Hugging Face folder; it never warns of long texts, since their length is checked here.
+
+    Raises:
+        BaseModelError: the folder holds no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its many tokenizer formats raise
+        reason = " ".join(str(error).split())[:300]
+        raise BaseModelError(
+            f"no tokenizer can be loaded from {folder}: {reason}; copy the whole model folder"
+        ) from None
+    tokenizer.model_max_length = 10**30
+    return tokenizer
+
+
+def _read(files: Sequence[SourceFile], settings: DataSettings) -> tuple[str, list[Sample], list[Rejection]]:
+    samples: list[Sample] = []
+    rejected: list[Rejection] = []
+    for file in files:
+        rows = read_rows(file.path, settings.separator)
+        head = [next(rows)]
+        form = decide_form(settings, head[0].values, head[0].location)
+        settings = settings.model_copy(update={"form": form})  # all files in one form
+        for item in read_samples(itertools.chain(head, rows), settings, form):
+            if isinstance(item, Sample):
+                samples.append(item)
+            else:
+                rejected.append(item)
+    return settings.form, samples, rejected
+
+
+def _tokenise(sample: Sample, prompting: Prompting, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
+    turns = [Message(role, prompting.wrap(text) if role == "user" else text) for role, text in sample.turns]
+    try:
+        ids, labels, prompt_tokens = prompting.encode(tokenizer, turns)
+    except TemplateError as error:
+        return Rejection(sample.location, str(error))
+    if len(ids) > max_tokens:
+        return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
+    return Tokenised(sample, np.array(ids, np.int32), np.array(labels, np.int32), prompt_tokens)
+
+
+def _check_rejected(rejected: list[Rejection], rows_read: int, settings: DataSettings) -> None:
+    if len(rejected) <= settings.max_rejected_share * rows_read:
+        return
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(r.reason for r in rejected).most_common())
+    first = ", ".join(row.location for row in rejected[:LOCATIONS_SHOWN])
+    raise DataError(
+        f"{len(rejected)} of {rows_read} rows ({len(rejected) / rows_read:.1%}) are unusable: {reasons}; first: "
+        f"{first}. Mend them{_length_hint(rejected)} or raise data.max_rejected_share "
+        f"(now {settings.max_rejected_share:g})"
+    )
+
+
+def _length_hint(rejected: list[Rejection]) -> str:
+    return ", raise data.max_tokens" if any(row.reason.startswith("longer than") for row in rejected) else ""
+
+
+def _summary(split: Split[Tokenised], rejected: list[Rejection], rows_read: int, form: str) -> dict[str, Any]:
+    both = split.train + split.heldout
+    return {
+        "form": form,
+        "rows_read": rows_read,
+        "rows_rejected": len(rejected),
+        "rejected": dict(Counter(row.reason for row in rejected).most_common()),
+        "rejected_first": [f"{row.location}: {row.reason}" for row in rejected[:LOCATIONS_SHOWN]],
+        "duplicates_removed": split.duplicates,
+        "leaked_removed": split.leaked,
+        "rows_kept": len(both),
+        "train_rows": len(split.train),
+        "heldout_rows": len(split.heldout),
+        "heldout_prompts": len({row.opening for row in split.heldout}),
+        "train_tokens": sum(len(row.input_ids) for row in split.train),
+        "train_labelled_tokens": sum(int((row.labels >= 0).sum()) for row in split.train),
+        "heldout_tokens": sum(len(row.input_ids) for row in split.heldout),
+        "longest_tokens": max(len(row.input_ids) for row in both),
+    }
+
+
+def _write_split(rows: list[Tokenised], folder: Path, digest: str) -> None:
+    import datasets
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    types = dict(zip(COLUMNS, (ids, ids, pa.string(), pa.int32(), pa.string(), pa.string()), strict=True))
+    schema = pa.schema(types)
+    # In batches: one array of lists holds at most 2**31 tokens.
+    batches = [_batch(rows[start : start + ROWS_PER_BATCH], schema) for start in range(0, len(rows), ROWS_PER_BATCH)]
+    # A fingerprint of our own, since the default one is random and ends up in the files.
+    table = datasets.Dataset(pa.Table.from_batches(batches, schema), fingerprint=f"{digest[:16]}-{folder.name}")
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        table.save_to_disk(str(folder))
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _batch(rows: list[Tokenised], schema: Any) -> Any:
+    import pyarrow as pa
+
+    columns = [
+        [row.input_ids for row in rows],
+        [row.labels for row in rows],
+        [row.sample.prompt for row in rows],
+        [row.prompt_tokens for row in rows],
+        [row.sample.reference for row in rows],
+        [row.sample.location for row in rows],
+    ]
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+@contextmanager
+def _storing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WorkspaceError(f"{out} cannot be written: {error}; free space or rights?") from None

@@ -1,0 +1,106 @@
+"""Each form is recognised and read; what is wrong is said of the data as a whole or of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline.errors import DataError
+from pipeline.prepare.forms import Rejection, Sample, decide_form, read_samples
+from pipeline.prepare.readers import RawRow
+from pipeline.recipe import DataSettings
+
+Make = Callable[..., DataSettings]
+
+
+def read(settings: DataSettings, values: dict[str, Any]) -> Sample | Rejection:
+    form = decide_form(settings, values, "f:1")
+    return next(iter(read_samples([RawRow("f:1", values)], settings, form)))
+
+
+@pytest.mark.parametrize(
+    ("values", "turns"),
+    [
+        ({"prompt": "p", "completion": "c", "text": "t"}, [("user", "p"), ("assistant", "c")]),
+        ({"instruction": "i", "input": "", "output": "o"}, [("user", "i"), ("assistant", "o")]),
+        ({"instruction": "i", "input": "x", "output": "o"}, [("user", "i\n\nx"), ("assistant", "o")]),
+        ({"text": "t"}, [("assistant", "t")]),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            [("user", "u"), ("assistant", "a")],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "u"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            [("system", "s"), ("user", "u"), ("assistant", "a")],
+        ),
+    ],
+)
+def test_auto_reads_every_form(settings: Make, values: dict[str, Any], turns: list[tuple[str, str]]) -> None:
+    sample = read(settings(), values)
+    assert isinstance(sample, Sample)
+    assert list(sample.turns) == turns
+
+
+def test_columns_rename_even_across_existing_names(settings: Make) -> None:
+    renames = settings(columns={"prompt": "completion", "completion": "prompt"})
+    sample = read(renames, {"prompt": "answer", "completion": "question"})
+    assert isinstance(sample, Sample)
+    assert (sample.prompt, sample.reference) == ("question", "answer")
+
+
+def test_unknown_columns_list_what_there_is_and_what_would_fit(settings: Make) -> None:
+    with pytest.raises(DataError) as caught:
+        decide_form(settings(), ["question", "answer"], "f:1")
+    for part in ("f:1", "question, answer", "instruction + output", "messages or conversations", "data.columns"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"form": "alpaca"}, "fit not the form alpaca"),
+        ({"columns": {"prompt": "questoin"}}, "did you mean question"),
+        ({"columns": {"promt": "question", "prompt": "question", "completion": "answer"}}, "did you mean prompt"),
+    ],
+)
+def test_wrong_settings_are_explained(settings: Make, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        decide_form(settings(**values), ["question", "answer"], "f:1")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"prompt": "p", "completion": None}, "completion is missing"),
+        ({"prompt": "p", "completion": " \n"}, "completion is empty"),
+        ({"prompt": 3, "completion": "c"}, "prompt is not text but int"),
+        ({"prompt": "\ud800", "completion": "c"}, "prompt is not valid Unicode"),
+        ({"instruction": "i", "input": 3, "output": "o"}, "input is not text"),
+        ({"messages": "x"}, "messages is not a list of objects"),
+        ({"messages": []}, "does not end with an assistant turn"),
+        ({"messages": [{"role": "user", "content": "u"}]}, "does not end with an assistant turn"),
+        ({"messages": [{"role": "assistant", "content": "u"}]}, "no user turn before"),
+        ({"messages": [{"role": "tool", "content": "u"}]}, "role 'tool' is none of"),
+    ],
+)
+def test_an_unusable_row_is_rejected_with_its_reason(settings: Make, values: dict[str, Any], reason: str) -> None:
+    rejection = read(settings(), values)
+    assert isinstance(rejection, Rejection)
+    assert rejection.location == "f:1"
+    assert reason in rejection.reason
+
+
+def test_prompt_and_opening_of_a_longer_conversation(settings: Make) -> None:
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    sample = read(settings(), {"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert isinstance(sample, Sample)
+    assert sample.prompt == "user: one\nassistant: two\nuser: three"
+    assert (sample.opening, sample.reference) == ("one", "four")

@@ -1,0 +1,93 @@
+"""No prompt on both sides, no dependence on row order, and every removal counted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.errors import DataError
+from pipeline.prepare.forms import Sample
+from pipeline.prepare.split import group_key, split_samples
+from pipeline.prompting import Message
+from pipeline.recipe import DataSettings
+
+Make = Callable[..., DataSettings]
+
+
+def pair(prompt: str, completion: str, location: str = "f:1") -> Sample:
+    return Sample((Message("user", prompt), Message("assistant", completion)), location)
+
+
+MANY = [
+    pair(f"{'Prompt' if answer else 'prompt '} {number}", f"answer {answer}")
+    for number in range(300)
+    for answer in range(3)
+]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_prompt_is_on_both_sides_and_nothing_is_lost(settings: Make, seed: int) -> None:
+    split = split_samples(MANY, None, settings(split_seed=seed, heldout_share=0.2))
+    train, heldout = ({group_key(sample) for sample in side} for side in (split.train, split.heldout))
+    assert not train & heldout
+    assert {s.turns for s in split.train + split.heldout} == {s.turns for s in MANY}
+    assert 30 < len(heldout) < 90
+
+
+def test_row_order_does_not_matter_but_the_seed_does(settings: Make) -> None:
+    shuffled = random.Random(0).sample(MANY, len(MANY))
+    limits = {"train_rows": 50, "heldout_rows": 10}
+    split = split_samples(MANY, None, settings(**limits))
+    assert split == split_samples(shuffled, None, settings(**limits))
+    assert split != split_samples(MANY, None, settings(split_seed=1, **limits))
+    assert (len(split.train), len(split.heldout)) == (50, 10)
+
+
+def test_a_prompt_keeps_its_side_when_data_is_added(settings: Make) -> None:
+    before = split_samples(MANY[:450], None, settings())
+    after = split_samples(MANY, None, settings())
+    assert {group_key(s) for s in before.heldout} < {group_key(s) for s in after.heldout}
+
+
+def test_a_limit_keeps_the_references_of_a_prompt_together(settings: Make) -> None:
+    split = split_samples(MANY, None, settings(heldout_rows=9))
+    assert len({group_key(sample) for sample in split.heldout}) == 3
+
+
+def test_duplicates_are_removed_and_counted(settings: Make) -> None:
+    samples = [pair("a", "1", "f:1"), pair("a", "1", "f:2"), pair("A", "1", "f:3"), pair("b", "2", "f:4")]
+    split = split_samples(samples, None, settings())
+    assert split.duplicates == 1
+    assert "f:2" not in {sample.location for sample in split.train + split.heldout}
+    assert len(split.train + split.heldout) == 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_prompts_always_give_two_sides(settings: Make, seed: int) -> None:
+    split = split_samples([pair("a", "1"), pair("b", "2")], None, settings(split_seed=seed, heldout_share=0.01))
+    assert (len(split.train), len(split.heldout)) == (1, 1)
+
+
+def test_a_named_heldout_source_is_protected_from_leaks(settings: Make) -> None:
+    split = split_samples([pair("a  b", "1"), pair("c", "2")], [pair("A B", "3")], settings())
+    assert [sample.prompt for sample in split.train] == ["c"]
+    assert split.leaked == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "heldout", "message"),
+    [
+        ([pair("a", "1"), pair("a", "2")], None, "1 distinct prompt, too few"),
+        ([], None, "0 distinct prompts, too few"),
+        ([pair("a", "1")], [pair("a", "1")], "none is left"),
+        ([pair("a", "1")], [], r"data\.heldout holds no usable sample"),
+        ([], [pair("a", "1")], r"data\.train holds no usable sample"),
+    ],
+)
+def test_an_empty_side_is_an_error(
+    settings: Make, train: list[Sample], heldout: list[Sample] | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        split_samples(train, heldout, settings())
