@@ -95,7 +95,12 @@ def _by_gram(matrix: np.ndarray, rank: int) -> BottomTriplets:
     basis_KR = scipy.linalg.eigh(gram_KK, subset_by_index=[0, rank - 1], check_finite=False)[1]
     # A start vector of our own keeps the result the same from run to run.
     largest = scipy.sparse.linalg.eigsh(
-        gram_KK, k=1, which="LA", v0=np.random.default_rng(0).standard_normal(len(gram_KK)), return_eigenvectors=False, tol=1e-8
+        gram_KK,
+        k=1,
+        which="LA",
+        v0=np.random.default_rng(0).standard_normal(len(gram_KK)),
+        return_eigenvectors=False,
+        tol=1e-8,
     )[0]
     # The projected R x L matrix gives the singular values to full precision; the eigenvalues are their squares.
     inner_RR, values_R, long_RL = scipy.linalg.svd(basis_KR.T @ short_KL, full_matrices=False, check_finite=False)

@@ -15,7 +15,7 @@ from torch import nn
 from kasa import CheckpointWeights, Target, find_targets
 from kasa.folders import file_digest
 from pipeline.artifacts import content_digest
-from pipeline.embedded import EMBEDDED_PREFIX, embedded_base, embedded_base_if_present
+from pipeline.embedded import PREFIX, embedded_base, embedded_path_if_present
 from pipeline.errors import BaseModelError
 from pipeline.model_shapes import meta_model
 from pipeline.recipe import BaseSettings
@@ -108,17 +108,10 @@ def load_base(folder: Path, precision: str) -> nn.Module:
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The base model's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def _folder(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
-    if settings.model.startswith(EMBEDDED_PREFIX):
-        name = settings.model.removeprefix(EMBEDDED_PREFIX)
-        return embedded_base(name, workspace) if fetch else embedded_base_if_present(name, workspace)
+    if settings.model.startswith(PREFIX):
+        name = settings.model.removeprefix(PREFIX)
+        return embedded_base(name, workspace) if fetch else embedded_path_if_present(name, workspace)
     folder = Path(settings.model).expanduser()
     if folder.is_dir():
         return folder.resolve()

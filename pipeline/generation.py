@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasa import attach_saved, check_base, read_adapter
-from pipeline.base_model import load_base, load_tokenizer
+from kasa import attach_saved, read_adapter
+from pipeline.base_model import load_base
+from pipeline.prepare.stage import load_tokenizer
 from pipeline.prompting import Prompting
 
 
@@ -25,23 +26,21 @@ class Answerer:
 
     def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy answers to plain prompts, which are put into the training's form first."""
-        token_ids = [self.prompting.prompt_ids(prompt, self.tokenizer) for prompt in prompts]
+        token_ids = [self.prompting.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         return greedy_answers(self.model, self.tokenizer, token_ids, max_new_tokens)
 
 
-def load_answerer(base: Path, adapter: Path, precision: str, verify_base: bool = True) -> Answerer:
-    """Load a base model with a saved adapter (whose folder carries `prompting.json`).
+def load_answerer(base: Path, adapter: Path | None, precision: str, prompting: Prompting) -> Answerer:
+    """Load a base model, with a saved adapter if one is given, on the GPU if there is one.
 
     Raises:
-        AdapterFileError: the adapter is damaged, or belongs to another base.
+        AdapterFileError: the adapter is damaged, or made for another architecture.
     """
-    saved = read_adapter(adapter)
-    if verify_base:
-        check_base(saved, base)
     model = load_base(base, precision)
-    attach_saved(model, saved)
+    if adapter:
+        attach_saved(model, read_adapter(adapter))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Answerer(model, load_tokenizer(base), Prompting.load(adapter))
+    return Answerer(model, load_tokenizer(base), prompting)
 
 
 @torch.inference_mode()

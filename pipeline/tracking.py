@@ -189,7 +189,13 @@ class Tracking:
             self.client.set_model_version_tag(model.name, model.version, key, value)
 
     def register(
-        self, run_id: str, name: str, code: Path, artifacts: Mapping[str, str], config: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        run_id: str,
+        name: str,
+        code: Path,
+        artifacts: Mapping[str, str],
+        config: Mapping[str, Any],
+        tags: Mapping[str, str],
     ) -> ModelVersion:
         """Log a model from code (no pickle) under `run_id` and register it as the next version of `name`."""
         import mlflow

@@ -66,7 +66,9 @@ def paired_differences(
     return differences
 
 
-def _differences(ours: Sequence[SampleResult], theirs: Sequence[SampleResult], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _differences(
+    ours: Sequence[SampleResult], theirs: Sequence[SampleResult], name: str
+) -> tuple[np.ndarray, np.ndarray]:
     if name == "loss":
         values = [mine["loss_sum"] - other["loss_sum"] for mine, other in zip(ours, theirs, strict=True)]
         return np.array(values), np.array([float(mine["tokens"]) for mine in ours])

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasa import attach_saved, read_adapter
-from pipeline.base_model import load_base, load_tokenizer
 from pipeline.evaluation.metrics import text_scores
-from pipeline.generation import greedy_answers
+from pipeline.generation import Answerer, greedy_answers, load_answerer
 from pipeline.journal import Record, append_journal, read_journal, rewrite_journal
 from pipeline.language_model import collate, label_losses
 from pipeline.prepare.stage import load_prepared
@@ -50,38 +48,31 @@ def evaluate_shard(shard: EvaluationShard) -> int:
     done = {record["sample"] for record in rewrite_journal(shard.journal, keep=lambda record: True)}
     mine = [index for index in range(shard.index, len(samples), shard.count) if index not in done]
     if mine:
-        model, tokenizer = _load(shard)
+        answerer = load_answerer(
+            shard.base_folder, shard.adapter, shard.precision, load_prepared(shard.prepared).prompting
+        )
         # Longest first: what does not fit into memory fails at once.
         mine.sort(key=lambda index: -len(samples[index]["input_ids"]))
         for start in range(0, len(mine), shard.settings.batch_size):
             chosen = mine[start : start + shard.settings.batch_size]
-            append_journal(shard.journal, _score(model, tokenizer, [samples[i] for i in chosen], chosen, shard.settings))
+            append_journal(shard.journal, _score(answerer, [samples[i] for i in chosen], chosen, shard.settings))
     return len(read_journal(shard.journal))
-
-
-def _load(shard: EvaluationShard) -> tuple[nn.Module, Any]:
-    model = load_base(shard.base_folder, shard.precision)
-    if shard.adapter:
-        attach_saved(model, read_adapter(shard.adapter))
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return model, load_tokenizer(shard.base_folder)
 
 
 @torch.inference_mode()
 def _score(
-    model: nn.Module, tokenizer: Any, samples: Sequence[Any], indices: Sequence[int], settings: EvaluateSettings
+    answerer: Answerer, samples: Sequence[Any], indices: Sequence[int], settings: EvaluateSettings
 ) -> list[Record]:
-    losses, counts = _summed_losses(model, samples)
+    losses, counts = _summed_losses(answerer.model, samples)
     records = [
         {"sample": index, "loss_sum": loss, "tokens": count, "reference": sample["reference"]}
         for index, loss, count, sample in zip(indices, losses, counts, samples, strict=True)
     ]
     if settings.choices:
-        for record, choice in zip(records, _likeliest_choices(model, tokenizer, samples, settings.choices), strict=True):
+        for record, choice in zip(records, _likeliest_choices(answerer, samples, settings.choices), strict=True):
             record["choice"] = choice
             record["accuracy"] = float(choice == record["reference"].strip())
-    if _wants_output(settings) or any(index < settings.samples_shown for index in indices):
-        _add_outputs(model, tokenizer, samples, records, settings)
+    _add_outputs(answerer, samples, records, settings)
     return records
 
 
@@ -90,7 +81,7 @@ def _wants_output(settings: EvaluateSettings) -> bool:
 
 
 def _add_outputs(
-    model: nn.Module, tokenizer: Any, samples: Sequence[Any], records: Sequence[Record], settings: EvaluateSettings
+    answerer: Answerer, samples: Sequence[Any], records: Sequence[Record], settings: EvaluateSettings
 ) -> None:
     """Generate for all samples where the metric needs it, else for those that the report shows."""
     shown = [
@@ -101,7 +92,7 @@ def _add_outputs(
     if not shown:
         return
     prompts = [sample["input_ids"][: sample["prompt_tokens"]] for sample, _ in shown]
-    outputs = greedy_answers(model, tokenizer, prompts, settings.max_new_tokens)
+    outputs = greedy_answers(answerer.model, answerer.tokenizer, prompts, settings.max_new_tokens)
     for (_, record), output in zip(shown, outputs, strict=True):
         record["output"] = output
         if settings.choices:
@@ -118,18 +109,14 @@ def _summed_losses(model: nn.Module, samples: Sequence[Any]) -> tuple[list[float
     return losses_BK.sum(dim=1).tolist(), (batch.labels_BK >= 0).sum(dim=1).tolist()
 
 
-def _likeliest_choices(
-    model: nn.Module, tokenizer: Any, samples: Sequence[Any], choices: Sequence[str]
-) -> list[str]:
-    """For each sample, the choice whose tokens after the prompt have the largest summed log-likelihood."""
+def _likeliest_choices(answerer: Answerer, samples: Sequence[Any], choices: Sequence[str]) -> list[str]:
+    """For each sample, the choice whose tokens after the prompt, EOS included, are the likeliest in sum."""
     options = []
     for sample in samples:
         prompt = list(sample["input_ids"][: sample["prompt_tokens"]])
         for choice in choices:
-            answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
+            answer = answerer.prompting.answer_ids(answerer.tokenizer, sample["prompt"], choice)
             options.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    losses, _ = _summed_losses(model, options)
+    losses, _ = _summed_losses(answerer.model, options)
     count = len(choices)
-    return [
-        choices[min(range(count), key=lambda option: losses[row * count + option])] for row in range(len(samples))
-    ]
+    return [choices[min(range(count), key=lambda option: losses[row * count + option])] for row in range(len(samples))]

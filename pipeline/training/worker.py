@@ -161,8 +161,9 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
     return {
         "loss": task_loss + float(regularisers.weighted(job.config)),
         "task_loss": task_loss,
-        "singular_value_penalty": float(regularisers.singular_value),
-        "orthogonality_penalty": float(regularisers.orthogonality),
+        # Weighted, so that the three parts add up to the loss.
+        "singular_value_penalty": job.config.singular_value_weight * float(regularisers.singular_value),
+        "orthogonality_penalty": job.config.orthogonality_weight * float(regularisers.orthogonality),
         **({} if gradient_norm is None else {"gradient_norm": float(gradient_norm)}),
         "tokens_per_second": tokens / (time.perf_counter() - started),
         "memory_gib": _memory_gib(device),

@@ -15,18 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.deepspeed_config import zero_stage
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def stage_of(config: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed configuration."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 @contextmanager
 def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     """Models loaded within the block are partitioned as they are read, where `config` asks for stage 3."""
-    if stage_of(config) < 3:
+    if zero_stage(config) < 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
