@@ -24,6 +24,7 @@ from kasa.regulariser import Penalty, penalty
 from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
 from kasa.targets import Target, check_rank, find_targets
+from kasa.update import learned_singular_values
 
 __all__ = [
     "AdapterFileError",
@@ -48,6 +49,7 @@ __all__ = [
     "disabled",
     "find_targets",
     "frozen_factors",
+    "learned_singular_values",
     "load_spectra",
     "load_tensors",
     "penalty",

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -95,6 +96,10 @@ class ArtifactStore:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
             os.replace(partial, folder)
         return Artifact(key.stage, key.key, folder, facts, reused=False)
+
+    def remove(self, artifact: Artifact) -> None:
+        """Forget an artifact that no longer stands for anything."""
+        shutil.rmtree(artifact.folder)
 
     def _folder(self, key: StageKey) -> Path:
         return self.root / key.stage / key.key

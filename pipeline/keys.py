@@ -1,4 +1,4 @@
-"""What each stage depends on: pure functions from settings and input digests to stage keys.
+"""What each stage depends on: pure functions from settings and the keys or digests of inputs to stage keys.
 
 How a thing is computed (how many workers, which ZeRO stage, how often a checkpoint is written) is no part of a key; what
 is computed is. A dry run asks these functions what is cached, without making anything.
@@ -57,7 +57,7 @@ def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target]) -> 
     )
 
 
-def train_key(recipe: Recipe, prepared: StageKey, spectra: StageKey) -> StageKey:
+def train_key(recipe: Recipe, prepared: str, spectra: str) -> StageKey:
     """The prepared data, the spectra, and every hyperparameter."""
     return StageKey(
         TRAIN,
@@ -66,15 +66,15 @@ def train_key(recipe: Recipe, prepared: StageKey, spectra: StageKey) -> StageKey
                 "adapter": recipe.adapter.model_dump(mode="json"),
                 "train": recipe.train.model_dump(mode="json", exclude=_TRAIN_MECHANICS),
             },
-            "inputs": {"prepared": prepared.key, "spectra": spectra.key},
+            "inputs": {"prepared": prepared, "spectra": spectra},
             "code": code_digest(["kasa", "pipeline.training", "pipeline.language_model"]),
             "versions": package_versions(["torch", "transformers", "deepspeed"]),
         },
     )
 
 
-def evaluation_key(recipe: Recipe, prepared: StageKey, base_digest: str, adapter_key: str | None) -> StageKey:
-    """One candidate on the held-out samples: the plain base where `adapter_key` is None."""
+def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str | None) -> StageKey:
+    """One candidate on the held-out samples: the plain base where `adapter` is None."""
     return StageKey(
         EVALUATE,
         {
@@ -82,7 +82,7 @@ def evaluation_key(recipe: Recipe, prepared: StageKey, base_digest: str, adapter
                 **recipe.evaluate.model_dump(mode="json", exclude=_EVALUATE_MECHANICS),
                 "precision": recipe.train.precision,
             },
-            "inputs": {"prepared": prepared.key, "base": base_digest, "adapter": adapter_key},
+            "inputs": {"prepared": prepared, "base": base_digest, "adapter": adapter},
             "code": code_digest(
                 ["pipeline.evaluation", "pipeline.generation", "pipeline.language_model", "kasa.layer"]
             ),
@@ -91,13 +91,13 @@ def evaluation_key(recipe: Recipe, prepared: StageKey, base_digest: str, adapter
     )
 
 
-def register_key(recipe: Recipe, trained: StageKey, evaluated: StageKey, registry: str) -> StageKey:
+def register_key(recipe: Recipe, trained: str, evaluated: str, registry: str) -> StageKey:
     """One adapter with its evaluation, under one name in one registry."""
     return StageKey(
         REGISTER,
         {
             "settings": {"name": recipe.registered_name, "registry": registry, "metric": recipe.evaluate.gate_metric},
-            "inputs": {"adapter": trained.key, "evaluation": evaluated.key},
+            "inputs": {"adapter": trained, "evaluation": evaluated},
             "code": code_digest(["pipeline.served_model", "pipeline.promotion"]),
             "versions": package_versions(["mlflow"]),
         },

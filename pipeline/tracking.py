@@ -83,6 +83,7 @@ class Tracking:
 
     def start_run(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
         """Create a run and return its id."""
+        assert self._experiment_id is not None
         own = {**tags, "mlflow.runName": name, "mlflow.source.name": "kasa", "mlflow.user": _user()}
         if parent:
             own[_PARENT_TAG] = parent
@@ -215,6 +216,15 @@ class Tracking:
         version = ModelVersion(name, str(info.registered_model_version), dict(tags))
         self.tag_version(version, tags)
         return version
+
+    def download(self, uri: str, folder: Path) -> Path:
+        """Fetch a registered model's files into `folder`, once."""
+        if not folder.exists():
+            temporary = folder.with_name(f"{folder.name}.new")
+            temporary.mkdir(parents=True, exist_ok=True)
+            self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(temporary))
+            os.replace(temporary, folder)
+        return folder
 
     def load_model(self, uri: str) -> Any:
         """The Python model behind a registry URI.

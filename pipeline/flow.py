@@ -1,0 +1,138 @@
+"""The architecture in one file: five stages, each named by what it makes.
+
+    base ──┬── prepare ──┐
+           │             ├── train ── evaluate ── register ── report
+           └── spectra ──┘
+
+Spectra depend on the base alone, so they are computed beside the data. Every stage is content-addressed
+(`pipeline.keys`), so what is unchanged is reused, and each is an MLflow run under the run's parent (`pipeline.context`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kasa import check_rank
+from pipeline import keys
+from pipeline.artifacts import Artifact
+from pipeline.base_model import BaseModel, find_base
+from pipeline.cluster import ray_cluster
+from pipeline.console import ProgressBars
+from pipeline.context import RunContext, check_workspace, close_context, open_context
+from pipeline.prepare.sources import DataSources, resolve_sources
+from pipeline.recipe import Recipe, recipe_values
+from pipeline.report.gather import environment_tags, write_report
+from pipeline.stages.evaluate import Evaluation, evaluate
+from pipeline.stages.prepare import prepare
+from pipeline.stages.register import Registration, register
+from pipeline.stages.spectra import spectra
+from pipeline.stages.train import train
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a complete run leaves behind."""
+
+    parent_run: str
+    stage_runs: dict[str, str]
+    stage_seconds: dict[str, float]
+    stage_status: dict[str, str]
+    artifacts: dict[str, Path]
+    evaluation: Evaluation
+    registration: Registration
+    report: Path
+    seconds: float
+
+
+def run(recipe: Recipe, bars: ProgressBars) -> RunResult:
+    """Run the recipe to its end, going on from whatever an earlier run of it left.
+
+    Raises:
+        KasaError: a mistake in the recipe, the data, the base or the environment; what was made so far is kept.
+    """
+    started = time.perf_counter()
+    check_workspace(recipe.workspace)
+    base, sources = _find_inputs(recipe)
+    targets = base.targets(recipe.adapter.targets)
+    check_rank(targets, recipe.adapter.rank, "adapter.rank")
+    check_rank(targets, recipe.spectra_rank, "spectra.rank")
+
+    context = open_context(recipe, bars, environment_tags())
+    with (
+        context.tracking.open_run(context.parent_run),
+        ray_cluster(recipe.workspace, *needed_resources(recipe)),
+        bars.showing(),
+    ):
+        context.tracking.log_parameters(context.parent_run, recipe_values(recipe))
+        prepared, decomposed = _side_by_side(
+            context,
+            lambda: prepare(context, base, sources),
+            lambda: spectra(context, base, targets),
+        )
+        adapter = train(context, base, targets, prepared, decomposed)
+        evaluation = evaluate(context, base, prepared, adapter)
+        registration = register(context, base, sources, prepared, adapter, evaluation)
+        artifacts = {"prepare": prepared, "spectra": decomposed, "train": adapter, "evaluate": evaluation.artifact}
+        report = write_report(context, artifacts, evaluation, registration)
+    close_context(context)
+    return _result(context, artifacts, evaluation, registration, report, time.perf_counter() - started)
+
+
+def needed_resources(recipe: Recipe) -> tuple[float, int]:
+    """CPU cores and GPUs that the hungriest stage reserves at once."""
+    training = recipe.train.workers * recipe.train.cpus_per_worker
+    workers = max(recipe.train.workers, recipe.evaluate.workers)
+    return max(training, recipe.evaluate.workers, 1), workers if recipe.train.gpu else 0
+
+
+def _find_inputs(recipe: Recipe) -> tuple[BaseModel, DataSources]:
+    # The data first: a wrong path should not wait for a download of the base.
+    sources = resolve_sources(recipe.data, recipe.workspace)
+    base = find_base(recipe.base, recipe.workspace)
+    assert sources is not None
+    assert base is not None
+    return base, sources
+
+
+def _side_by_side(context: RunContext, *stages: Callable[[], Artifact]) -> list[Artifact]:
+    """Run stages at once; the first failure stops the others and is raised."""
+    with ThreadPoolExecutor(len(stages)) as pool:
+        futures: list[Future[Artifact]] = [pool.submit(stage) for stage in stages]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            context.cancelled.set()
+            raise
+        failed = [future for future in done if future.exception()]
+        if failed:
+            context.cancelled.set()
+            failed[0].result()
+        return [future.result() for future in futures]
+
+
+def _result(
+    context: RunContext,
+    artifacts: dict[str, Artifact],
+    evaluation: Evaluation,
+    registration: Registration,
+    report: Path,
+    seconds: float,
+) -> RunResult:
+    stages: dict[str, Any] = {facts.name: facts for facts in context.finished}
+    order = [name for name in keys.STAGES if name in stages]
+    return RunResult(
+        parent_run=context.parent_run,
+        stage_runs={name: stages[name].mlflow_run_id for name in order},
+        stage_seconds={name: stages[name].seconds for name in order},
+        stage_status={name: stages[name].status for name in order},
+        artifacts={name: artifact.folder for name, artifact in artifacts.items()},
+        evaluation=evaluation,
+        registration=registration,
+        report=report,
+        seconds=seconds,
+    )

@@ -1,0 +1,148 @@
+"""From the stages' artifacts to the facts on the page."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kasa import learned_singular_values, load_spectra, read_adapter
+from pipeline.artifacts import Artifact, package_versions
+from pipeline.context import RunContext
+from pipeline.journal import read_journal
+from pipeline.prepare.stage import load_prepared
+from pipeline.recipe import recipe_values
+from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts
+from pipeline.report.render import render_report
+from pipeline.stages.evaluate import Evaluation
+from pipeline.stages.register import Registration
+from pipeline.stages.spectra import FOLDER as SPECTRA
+from pipeline.tracking import ui_command
+from pipeline.training.worker import ADAPTER, JOURNAL
+
+_PACKAGES = ("kasa-pipeline", "torch", "deepspeed", "ray", "mlflow", "transformers", "datasets", "numpy", "scipy")
+
+
+def write_report(
+    context: RunContext, artifacts: Mapping[str, Artifact], evaluation: Evaluation, registration: Registration
+) -> Path:
+    """Render the run's page to `WORKSPACE/reports/RUN.html` and log it to the parent run, with the metrics."""
+    path = context.workspace / "reports" / f"{context.recipe.name}-{context.parent_run[:8]}.html"
+    path.parent.mkdir(exist_ok=True)
+    render_report(_facts(context, artifacts, evaluation, registration), path)
+    tracking, run_id = context.tracking, context.parent_run
+    tracking.log_files(run_id, path)
+    for candidate, metrics in evaluation.metrics.items():
+        tracking.log_metrics(run_id, {f"{candidate}.{metric}": value for metric, value in metrics.items()})
+    tracking.tag(run_id, {"kasa.model": registration.uri, "kasa.reason": registration.decision.reason})
+    return path
+
+
+def environment_tags() -> dict[str, str]:
+    """Versions and hardware, as tags of the parent run."""
+    return {
+        **{f"kasa.version.{name}": version for name, version in package_versions(_PACKAGES).items()},
+        **{f"kasa.machine.{name}": value for name, value in _machine().items()},
+    }
+
+
+def use_commands(context: RunContext, registration: Registration) -> dict[str, str]:
+    """What to type next, by caption."""
+    where = "" if context.workspace == Path("workspace") else f" --workspace {context.workspace}"
+    example = load_prepared_prompt(context)
+    return {
+        "Ask the model": f'kasa generate {registration.uri}{where} "{example}"',
+        "See the runs": ui_command(context.workspace),
+    }
+
+
+def load_prepared_prompt(context: RunContext) -> str:
+    """A short example prompt of the kind the model was trained on, fit for a shell."""
+    prepared = next(facts for facts in context.finished if facts.name == "prepare")
+    heldout = load_prepared(context.workspace / "artifacts" / "prepare" / prepared.key).heldout
+    fitting = [prompt for prompt in heldout["prompt"][:200] if not set(prompt) & set('"$`\\!\n')]
+    return min(fitting, key=lambda prompt: abs(len(prompt) - 60), default="Hello")
+
+
+def _facts(
+    context: RunContext, artifacts: Mapping[str, Artifact], evaluation: Evaluation, registration: Registration
+) -> ReportFacts:
+    prepared = load_prepared(artifacts["prepare"].folder)
+    records = read_journal(artifacts["train"].folder / JOURNAL)
+    return ReportFacts(
+        title=context.recipe.name,
+        finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        verdict=registration.decision.reason,
+        promoted=registration.decision.promote,
+        model_uri=registration.uri,
+        gate_metric=context.recipe.evaluate.gate_metric,
+        metrics=evaluation.metrics,
+        differences=evaluation.differences["base"],
+        heldout_rows=len(prepared.heldout),
+        training=records,
+        layers=_layers(artifacts),
+        samples=_samples(prepared.heldout, evaluation),
+        stages=context.finished,
+        dataset={"sources": ", ".join(context.recipe.data.train + context.recipe.data.heldout), **prepared.summary},
+        rejected_rows=prepared.summary["rejected_first"],
+        recipe_yaml=yaml.safe_dump(recipe_values(context.recipe), sort_keys=False),
+        versions=package_versions(_PACKAGES),
+        machine=_machine(),
+        commands=use_commands(context, registration),
+    )
+
+
+def _layers(artifacts: Mapping[str, Artifact]) -> list[LayerFacts]:
+    adapter = read_adapter(artifacts["train"].folder / ADAPTER)
+    spectra, _ = load_spectra(artifacts["spectra"].folder / SPECTRA)
+    return [
+        LayerFacts(
+            name=target.name,
+            learned=learned_singular_values(
+                *(adapter.tensors[f"{target.name}.{part}"] for part in "adb"), scale=adapter.config.scale
+            ),
+            dropped=spectra[target.name].singular_values_R[: adapter.config.dropped_rank].flip(0).tolist(),
+            largest=spectra[target.name].largest,
+        )
+        for target in adapter.targets
+    ]
+
+
+def _samples(heldout: Any, evaluation: Evaluation) -> list[SampleFacts]:
+    by_name = {name: {r["sample"]: r for r in records} for name, records in evaluation.samples.items()}
+    shown = [r["sample"] for r in evaluation.samples["adapted"] if "output" in r][:8]
+    return [
+        SampleFacts(
+            prompt=heldout[index]["prompt"],
+            reference=heldout[index]["reference"],
+            outputs={name: records[index]["output"] for name, records in by_name.items()},
+        )
+        for index in shown
+    ]
+
+
+def _machine() -> dict[str, str]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "gpus": ", ".join(gpus) or "none",
+        "system": platform.platform(terse=True),
+        "python": sys.version.split()[0],
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

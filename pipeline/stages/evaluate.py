@@ -1,0 +1,146 @@
+"""Stage 4: base, adapted model and champion on the same held-out samples, with the same measures.
+
+Each candidate's result is an artifact of its own: the base is evaluated once for all adapters, the champion not again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import Artifact
+from pipeline.base_model import BaseModel
+from pipeline.cluster import Resources, run_tasks
+from pipeline.context import RunContext
+from pipeline.evaluation.metrics import aggregate, paired_differences
+from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
+from pipeline.journal import JournalTail, Record, read_journal
+from pipeline.keys import EVALUATE, evaluation_key
+from pipeline.prepare.stage import load_prepared
+from pipeline.report.facts import Difference
+from pipeline.tracking import ModelVersion
+from pipeline.training.worker import ADAPTER
+
+RESULTS = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be evaluated: the base, alone or with an adapter; `key` identifies the adapter."""
+
+    name: str
+    adapter: Path | None
+    key: str | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All candidates side by side.
+
+    Attributes:
+        artifact: the adapted model's own result.
+        metrics: candidate -> metric -> value.
+        differences: opponent (`base`, `champion`) -> metric -> adapted - opponent, paired, with interval.
+        samples: candidate -> per-sample results, in the order of the held-out split.
+        champion: the champion there was, if it is another model.
+        obstacle: why the champion could not be evaluated, if so.
+    """
+
+    artifact: Artifact
+    metrics: dict[str, dict[str, float]]
+    differences: dict[str, dict[str, Difference]]
+    samples: dict[str, list[Record]]
+    champion: ModelVersion | None
+    obstacle: str | None
+
+
+def evaluate(context: RunContext, base: BaseModel, prepared: Artifact, trained: Artifact) -> Evaluation:
+    """Evaluate the base, the trained adapter, and the champion if it is another adapter on the same base."""
+    adapted = Candidate("adapted", trained.folder / ADAPTER, trained.key)
+    champion, rival, obstacle = _champion(context, base, trained)
+    candidates = [Candidate("base", None, None), *([rival] if rival else []), adapted]
+    results: dict[str, Artifact] = {}
+    with context.stage(EVALUATE) as stage:
+        for candidate in candidates:
+            key = evaluation_key(context.recipe, prepared.key, base.digest, candidate.key)
+            find_or_make = stage.main_artifact if candidate is adapted else stage.artifact
+            results[candidate.name] = find_or_make(key, partial(_measure, context, base, prepared, candidate))
+        evaluation = _compare(results, champion, obstacle)
+        _publish(context, stage.run_id, evaluation, results)
+    return evaluation
+
+
+def _champion(
+    context: RunContext, base: BaseModel, trained: Artifact
+) -> tuple[ModelVersion | None, Candidate | None, str | None]:
+    """The champion if it is not the adapter at hand, as a candidate, or what prevents that."""
+    champion = context.tracking.champion(context.recipe.registered_name)
+    if champion is None or champion.tags.get("kasa.train_key") == trained.key:
+        return None, None, None
+    if champion.tags.get("kasa.base_digest") != base.digest:
+        reason = f"the champion, version {champion.version}, belongs to another base and cannot be compared here"
+        return champion, None, reason
+    adapter = context.tracking.download(champion.uri, context.workspace / "champion" / champion.tags["kasa.train_key"])
+    return champion, Candidate("champion", adapter / "artifacts" / ADAPTER, champion.tags["kasa.train_key"]), None
+
+
+def _measure(
+    context: RunContext, base: BaseModel, prepared: Artifact, candidate: Candidate, folder: Path
+) -> dict[str, Any]:
+    """Score all held-out samples, shared out over the evaluation workers; facts: the metrics."""
+    recipe = context.recipe
+    shards = [
+        EvaluationShard(
+            base_folder=base.folder,
+            adapter=candidate.adapter.resolve() if candidate.adapter else None,
+            prepared=prepared.folder.resolve(),
+            precision=recipe.train.precision,
+            settings=recipe.evaluate,
+            index=index,
+            count=recipe.evaluate.workers,
+            journal=(folder / f"shard-{index}-of-{recipe.evaluate.workers}.jsonl").resolve(),
+        )
+        for index in range(recipe.evaluate.workers)
+    ]
+    rows = load_prepared(prepared.folder).summary["heldout_rows"]
+    tails = [JournalTail(shard.journal) for shard in shards]
+    done = 0
+
+    def show() -> None:
+        nonlocal done
+        done += sum(len(tail.new_records()) for tail in tails)
+        context.bars.update(f"evaluate {candidate.name}", min(done, rows), rows, "samples")
+
+    run_tasks(evaluate_shard, shards, Resources(1, recipe.train.gpu), while_waiting=show)
+    show()
+    results = sorted((r for shard in shards for r in read_journal(shard.journal)), key=lambda r: r["sample"])
+    (folder / RESULTS).write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+    for shard in shards:
+        shard.journal.unlink()
+    return {"candidate": candidate.name, "rows": len(results), "metrics": aggregate(results)}
+
+
+def _compare(results: Mapping[str, Artifact], champion: ModelVersion | None, obstacle: str | None) -> Evaluation:
+    samples = {name: read_journal(artifact.folder / RESULTS) for name, artifact in results.items()}
+    return Evaluation(
+        artifact=results["adapted"],
+        metrics={name: artifact.facts["metrics"] for name, artifact in results.items()},
+        differences={
+            name: paired_differences(samples["adapted"], samples[name]) for name in results if name != "adapted"
+        },
+        samples=samples,
+        champion=champion,
+        obstacle=obstacle,
+    )
+
+
+def _publish(context: RunContext, run_id: str, evaluation: Evaluation, results: Mapping[str, Artifact]) -> None:
+    context.tracking.log_parameters(run_id, {"evaluate": context.recipe.evaluate.model_dump(mode="json")})
+    for name, metrics in evaluation.metrics.items():
+        context.tracking.log_metrics(run_id, {f"{name}.{metric}": value for metric, value in metrics.items()})
+    for name, artifact in results.items():
+        context.log_artifact(run_id, artifact.folder / RESULTS, name)

@@ -1,0 +1,74 @@
+"""Stage 1: data files -> tokenised, prompt-masked, split dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import Artifact
+from pipeline.base_model import BaseModel
+from pipeline.cluster import Resources, run_tasks
+from pipeline.context import RunContext
+from pipeline.journal import JournalTail, append_journal
+from pipeline.keys import prepare_key
+from pipeline.prepare.sources import DataSources
+from pipeline.prepare.stage import prepare_dataset
+from pipeline.recipe import DataSettings
+
+
+@dataclass(frozen=True)
+class _Job:
+    settings: DataSettings
+    sources: DataSources
+    tokenizer: Path
+    context_tokens: int
+    out: Path
+    progress: Path
+
+
+def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artifact:
+    """Make the prepared dataset; its facts are the summary of `prepare_dataset`."""
+    recipe = context.recipe
+
+    def make(folder: Path) -> dict[str, Any]:
+        progress = folder / "progress.jsonl"
+        progress.unlink(missing_ok=True)
+        job = _Job(recipe.data, sources, base.folder, base.context_tokens, folder, progress)
+        tail = JournalTail(progress)
+
+        def show() -> None:
+            context.check_cancelled()
+            for record in tail.new_records()[-1:]:
+                context.bars.update("prepare", record["done"], record["total"], "rows")
+
+        (summary,) = run_tasks(_prepare_task, [job], Resources(), while_waiting=show)
+        show()
+        progress.unlink(missing_ok=True)
+        return summary
+
+    def publish(run_id: str, artifact: Artifact) -> None:
+        rows = {name: float(value) for name, value in artifact.facts.items() if isinstance(value, int)}
+        context.tracking.log_parameters(run_id, {"data": recipe.data.model_dump(mode="json")})
+        context.tracking.log_metrics(run_id, rows)
+        for split in ("train", "heldout"):
+            context.tracking.log_dataset(
+                run_id,
+                name=f"{recipe.name}-{split}",
+                digest=sources.digest,
+                source=", ".join(
+                    recipe.data.heldout if split == "heldout" and recipe.data.heldout else recipe.data.train
+                ),
+                rows=artifact.facts[f"{split}_rows"],
+                context="training" if split == "train" else "evaluation",
+            )
+        context.log_artifact(run_id, artifact.folder, "prepared")
+
+    return context.run_stage(prepare_key(recipe, sources.digest, base.digest), make, publish)
+
+
+def _prepare_task(job: _Job) -> dict[str, Any]:
+    def on_progress(done: int, total: int) -> None:
+        append_journal(job.progress, [{"done": done, "total": total}])
+
+    return prepare_dataset(job.settings, job.sources, job.tokenizer, job.context_tokens, job.out, on_progress)
