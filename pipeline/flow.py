@@ -26,7 +26,7 @@ from pipeline.console import ProgressBars
 from pipeline.context import RunContext, check_workspace, close_context, open_context
 from pipeline.prepare.sources import DataSources, resolve_sources
 from pipeline.recipe import Recipe, recipe_values
-from pipeline.report.gather import environment_tags, write_report
+from pipeline.report.gather import environment_tags, use_commands, write_report
 from pipeline.stages.evaluate import Evaluation, evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Registration, register
@@ -46,6 +46,7 @@ class RunResult:
     evaluation: Evaluation
     registration: Registration
     report: Path
+    commands: dict[str, str]
     seconds: float
 
 
@@ -134,5 +135,6 @@ def _result(
         evaluation=evaluation,
         registration=registration,
         report=report,
+        commands=use_commands(context, registration),
         seconds=seconds,
     )

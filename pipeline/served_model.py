@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
@@ -34,7 +35,9 @@ class KasaModel(PythonModel):
         self.answerer = load_answerer(base, adapter, config["precision"], Prompting.load(adapter))
         self.max_new_tokens = int(config["max_new_tokens"])
 
-    def predict(self, context: PythonModelContext, model_input: list[str], params: None = None) -> list[str]:
+    def predict(
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> list[str]:
         """Greedy answers."""
         return self.answerer.answers(list(model_input), self.max_new_tokens)
 

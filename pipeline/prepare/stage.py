@@ -108,7 +108,7 @@ def load_prepared(folder: Path) -> PreparedDataset:
         raise WorkspaceError(f"{path} cannot be read ({error}); delete {folder} and run again") from None
 
 
-def prepare_dataset(  # noqa: PLR0917 (a stage: its arguments are the edges of the graph)
+def prepare_dataset(
     settings: DataSettings,
     sources: DataSources,
     tokenizer_folder: Path,

@@ -105,7 +105,10 @@ def _layers(artifacts: Mapping[str, Artifact]) -> list[LayerFacts]:
         LayerFacts(
             name=target.name,
             learned=learned_singular_values(
-                *(adapter.tensors[f"{target.name}.{part}"] for part in "adb"), scale=adapter.config.scale
+                a_RI=adapter.tensors[f"{target.name}.a"],
+                d_R=adapter.tensors[f"{target.name}.d"],
+                b_OR=adapter.tensors[f"{target.name}.b"],
+                scale=adapter.config.scale,
             ),
             dropped=spectra[target.name].singular_values_R[: adapter.config.dropped_rank].flip(0).tolist(),
             largest=spectra[target.name].largest,

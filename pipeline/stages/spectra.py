@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kasa import CheckpointWeights, Target, bottom_triplets, load_spectra, save_spectra, weight_digest
+from kasa import BottomTriplets, CheckpointWeights, Target, bottom_triplets, load_spectra, save_spectra, weight_digest
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
 from pipeline.cluster import Resources, run_tasks
@@ -62,7 +62,8 @@ def _decompose(piece: _Piece) -> None:
 
 
 def _combine(pieces: Sequence[_Piece], folder: Path) -> dict[str, Any]:
-    triplets, digests = {}, {}
+    triplets: dict[str, BottomTriplets] = {}
+    digests: dict[str, str] = {}
     for piece in pieces:
         one, digest = load_spectra(piece.out)
         triplets |= one

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -111,7 +112,9 @@ def _train(job: TrainJob) -> None:
         spectra, digests = load_spectra(job.spectra)
         attach(model, job.targets, job.config, spectra, settings.seed)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         dropped = {name: factor.detach().clone() for name, factor in frozen_factors(model).items()}
         engine = zero.start_engine(model, job.deepspeed, settings.weight_decay)
     model.train()
@@ -202,10 +205,10 @@ def _write_record(job: TrainJob, record: dict[str, float]) -> None:
         append_journal(job.work / JOURNAL, [record])
 
 
-def _refuse_divergence(record: dict[str, float], indices: Sequence[int], samples: Any, job: TrainJob) -> None:
+def _refuse_divergence(record: dict[str, float], indices: np.ndarray, samples: Any, job: TrainJob) -> None:
     if math.isfinite(record["loss"]) and math.isfinite(record.get("gradient_norm", 0.0)):
         return
-    sources = ", ".join(samples[int(index)]["source"] for index in list(indices)[:4])
+    sources = ", ".join(samples[int(index)]["source"] for index in indices[:4])
     last = newest_step(job.checkpoints)
     kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint yet"
     raise TrainingError(

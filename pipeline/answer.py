@@ -1,0 +1,58 @@
+"""Answers from a registered model or an adapter folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kasa import check_base, read_adapter
+from kasa.adapter_file import ADAPTER_JSON
+from pipeline.base_model import find_base
+from pipeline.errors import ModelError
+from pipeline.generation import load_answerer
+from pipeline.prompting import Prompting
+from pipeline.recipe import BaseSettings
+from pipeline.tracking import Tracking
+
+REGISTRY = "models:/"
+DEFAULT_NEW_TOKENS = 64
+
+
+def answer(
+    model: str, prompts: Sequence[str], workspace: Path, base: Path | None, max_new_tokens: int | None
+) -> list[str]:
+    """Greedy answers of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or an adapter folder.
+
+    Raises:
+        ModelError: there is no such model.
+        BaseModelError, AdapterFileError: its base is missing, or is another one.
+    """
+    if model.startswith(REGISTRY):
+        return _from_registry(model, prompts, workspace, base, max_new_tokens)
+    folder = Path(model)
+    if not (folder / ADAPTER_JSON).exists():
+        raise ModelError(
+            f"{model} is neither a registry URI ({REGISTRY}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
+        )
+    saved = read_adapter(folder)
+    found = base or find_base(BaseSettings(model=saved.base), workspace).folder  # type: ignore[union-attr]
+    check_base(saved, found)
+    answerer = load_answerer(found, folder, "bf16", Prompting.load(folder))
+    return answerer.answers(prompts, max_new_tokens or DEFAULT_NEW_TOKENS)
+
+
+def _from_registry(
+    uri: str, prompts: Sequence[str], workspace: Path, base: Path | None, max_new_tokens: int | None
+) -> list[str]:
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (workspace / "mlflow.db").exists():
+        raise ModelError(
+            f"{workspace} holds no MLflow database; name the workspace of the run with --workspace, "
+            "or the server with MLFLOW_TRACKING_URI"
+        )
+    if base:
+        os.environ["KASA_BASE_MODEL"] = str(base)
+    loaded = Tracking(workspace).load_model(uri)
+    if max_new_tokens:
+        loaded.unwrap_python_model().max_new_tokens = max_new_tokens
+    return list(loaded.predict(list(prompts)))
