@@ -94,7 +94,7 @@ def find_base(settings: BaseSettings, workspace: Path, fetch: bool = True) -> Ba
     if folder is None:
         return None
     _check_folder(folder, settings.model)
-    return BaseModel(settings.model, folder)
+    return BaseModel(settings.model, folder.resolve())
 
 
 def load_base(folder: Path, precision: str) -> nn.Module:

@@ -79,7 +79,7 @@ class RunContext:
     def check_cancelled(self) -> None:
         """Stop this thread's work if another stage has failed."""
         if self.cancelled.is_set():
-            raise StageCancelled
+            raise StageCancelledError
 
     def log_artifact(self, run_id: str, path: Path, place: str | None = None) -> None:
         """Log a file or folder; a large one as a small note that says where it lies."""
@@ -138,7 +138,7 @@ class StageRun:
         return self.status == "computed" or self.resumed
 
 
-class StageCancelled(Exception):
+class StageCancelledError(Exception):
     """This stage was stopped because another one failed."""
 
 

@@ -98,7 +98,7 @@ def _add_outputs(
         if settings.choices:
             continue
         if settings.kind == "text":
-            record |= text_scores(output, record["reference"])
+            record.update(text_scores(output, record["reference"]))
         else:
             record["exact_match"] = float(output == record["reference"].strip())
 

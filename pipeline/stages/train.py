@@ -17,12 +17,12 @@ from pipeline.cluster import Resources, run_training_workers
 from pipeline.context import RunContext
 from pipeline.deepspeed_config import complete_config, load_deepspeed_config
 from pipeline.errors import TrainingError
-from pipeline.journal import JournalTail, Record, read_journal
+from pipeline.journal import JournalTail, Record, read_journal, rewrite_journal
 from pipeline.keys import train_key
 from pipeline.prompting import FILE_NAME as PROMPTING
 from pipeline.recipe import Recipe
 from pipeline.stages.spectra import FOLDER as SPECTRA
-from pipeline.training.worker import ADAPTER, JOURNAL, TrainJob, train_worker
+from pipeline.training.worker import ADAPTER, JOURNAL, TrainJob, journalled_error, train_worker
 
 _POLL_S = 0.5
 
@@ -46,6 +46,8 @@ def train(
             settings=recipe.train,
             deepspeed=deepspeed,
         )
+        # An error of an earlier run of this command has been read by now, and perhaps mended.
+        rewrite_journal(folder / JOURNAL, keep=lambda record: "step" in record)
         with _watching(context, folder / JOURNAL, context.children["train"]):
             run_training_workers(
                 train_worker,
@@ -56,9 +58,9 @@ def train(
                 max_failures=recipe.train.max_failures,
                 timeout_s=recipe.train.collective_timeout_s,
             )
+        if error := journalled_error(folder / JOURNAL):
+            raise TrainingError(error["error"]) if error["mistake"] else RuntimeError(error["error"])
         records = read_journal(folder / JOURNAL)
-        if error := next((record["error"] for record in records if "error" in record), None):
-            raise TrainingError(error)
         shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
         shutil.rmtree(job.checkpoints, ignore_errors=True)
         return _facts(records)

@@ -37,7 +37,7 @@ from kasa import (
 )
 from pipeline.base_model import load_base
 from pipeline.errors import TrainingError
-from pipeline.journal import append_journal, rewrite_journal
+from pipeline.journal import Record, append_journal, read_journal, rewrite_journal
 from pipeline.language_model import Batch, collate, label_losses
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import TrainSettings
@@ -82,16 +82,28 @@ class TrainJob:
 def train_worker(job: TrainJob) -> None:
     """Train from the newest checkpoint to the end; torch's process group must exist.
 
-    A mistake of the user's is written to the journal as `{"error": ...}` and ends all ranks quietly: raised, it would be
-    taken for a crash and tried again.
+    Whatever is raised here is tried again, as if the process had died. That is right for lost peers and full memory, which
+    torch reports as RuntimeError. Any other error would only come again: it is written to the journal, where the next
+    attempt finds it and ends at once.
     """
+    if journalled_error(job.work / JOURNAL):
+        return
     _quiet()
     torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
     try:
         _train(job)
-    except KasaError as error:
-        if dist.get_rank() == 0:
-            append_journal(job.work / JOURNAL, [{"error": str(error)}])
+    except (RuntimeError, ConnectionError):
+        raise
+    except Exception as error:
+        mistake = isinstance(error, KasaError)
+        text = str(error) if mistake else f"{type(error).__name__}: {error}"
+        append_journal(job.work / JOURNAL, [{"error": text, "mistake": mistake}])
+        raise
+
+
+def journalled_error(journal: Path) -> Record | None:
+    """The error that ended training, with its text as `error` and whether the user can mend it as `mistake`."""
+    return next((record for record in read_journal(journal) if "error" in record), None)
 
 
 def _train(job: TrainJob) -> None:
