@@ -161,8 +161,8 @@ def prepare_dataset(
     summary = _summary(split, rejected, rows_read, form)
     with _storing(out):
         out.mkdir(parents=True, exist_ok=True)
-        _write_split(split.train, out / "train", sources.digest)
-        _write_split(split.heldout, out / "heldout", sources.digest)
+        _write_split(split.train, out / "train")
+        _write_split(split.heldout, out / "heldout")
         prompting.save(out)
         lines = [json.dumps({"source": row.location, "reason": row.reason}, ensure_ascii=False) for row in rejected]
         out.joinpath("rejected.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -254,7 +254,7 @@ def _summary(split: Split[Tokenised], rejected: list[Rejection], rows_read: int,
     }
 
 
-def _write_split(rows: list[Tokenised], folder: Path, digest: str) -> None:
+def _write_split(rows: list[Tokenised], folder: Path) -> None:
     import datasets
     import pyarrow as pa
 
@@ -263,8 +263,7 @@ def _write_split(rows: list[Tokenised], folder: Path, digest: str) -> None:
     schema = pa.schema(types)
     # In batches: one array of lists holds at most 2**31 tokens.
     batches = [_batch(rows[start : start + ROWS_PER_BATCH], schema) for start in range(0, len(rows), ROWS_PER_BATCH)]
-    # A fingerprint of our own, since the default one is random and ends up in the files.
-    table = datasets.Dataset(pa.Table.from_batches(batches, schema), fingerprint=f"{digest[:16]}-{folder.name}")
+    table = datasets.Dataset(pa.Table.from_batches(batches, schema))
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
