@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import http.client
 import os
 import socket
 import threading
@@ -46,7 +47,7 @@ def answers(url: str, timeout_s: float = TIMEOUT_S) -> tuple[int | None, str]:
             return response.status, response.reason
     except urllib.error.HTTPError as error:
         return error.code, error.reason
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return None, str(getattr(error, "reason", error))
 
 
@@ -66,7 +67,10 @@ def package_index() -> str:
 
 def without_login(url: str) -> str:
     """A URL fit for display: scheme, host, port and path, no user or password."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(a malformed URL)"
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
