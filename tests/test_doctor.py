@@ -30,7 +30,7 @@ from pipeline.doctor import (
     installed_versions,
     pins,
 )
-from pipeline.machine import GIB, cpu_cores, existing_parent, memory_gib
+from pipeline.machine import existing_parent
 from pipeline.reach import answers, connects, host_and_port, package_index, side_by_side, without_login
 
 
@@ -137,51 +137,6 @@ def test_cores(cores: int, status: str) -> None:
 )
 def test_memory(gib: tuple[float, float] | None, status: str) -> None:
     assert check_memory(gib).status == status
-
-
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, 8),
-        ({"cpu.max": "max 100000"}, 8),
-        ({"cpu.max": "250000 100000"}, 2),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-    ],
-)
-def test_cores_of_a_container(
-    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    _fill(tmp_path, files)
-    assert cpu_cores(tmp_path) == cores
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, (16, 12)),
-        ({"memory.max": "max", "memory.current": "5"}, (16, 12)),
-        ({"memory.max": str(8 * GIB), "memory.current": str(3 * GIB)}, (8, 5)),
-        ({"memory.max": str(15 * GIB), "memory.current": str(GIB)}, (15, 12)),
-        ({"memory.max": str(GIB), "memory.current": str(2 * GIB)}, (1, 0)),
-        ({"memory/memory.limit_in_bytes": str(4 * GIB), "memory/memory.usage_in_bytes": str(GIB)}, (4, 3)),
-        ({"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "1"}, (16, 12)),
-    ],
-)
-def test_memory_of_a_container(files: dict[str, str], expected: tuple[int, int], tmp_path: Path) -> None:
-    _fill(tmp_path, files)
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text(f"MemTotal: {16 * 2**20} kB\nMemAvailable: {12 * 2**20} kB\n")
-    assert memory_gib(tmp_path, meminfo) == expected
-    assert memory_gib(tmp_path, tmp_path / "absent") is None
-
-
-def _fill(folder: Path, files: dict[str, str]) -> None:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content + "\n")
 
 
 def test_workspace_is_probed_at_its_nearest_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
