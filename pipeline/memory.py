@@ -60,8 +60,9 @@ def activation_bytes(
     *,
     element_bytes: int,
     rank: int,
-    dropout: bool,
+    mask_bytes: int,
     checkpointing: bool,
+    zero_stage: int,
 ) -> int:
     """What the backward pass keeps of one micro-batch of `tokens` tokens, in bytes, without the logits.
 
@@ -74,12 +75,22 @@ def activation_bytes(
                                      recomputed by fused attention (SDPA).
         gated MLP             3 f e  (gate, its activation, up)
         inputs of adapters    e per feature, once for modules that share them (q, k, v; gate, up). Frozen weights need
-                                     no input for their own gradient.
-        inside an adapter     2 r e  (A x and d * A x), and (e + 1) per input feature with dropout
+                                     no input for their own gradient. With dropout each adapter keeps its own dropped
+                                     input and the mask instead: e + mask_bytes per feature.
+        inside an adapter     2 r e  (A x and d * A x)
+        ZeRO stage 3          (2 h + f) e for the shared inputs in any case: DeepSpeed's own linear function keeps the
+                                     input of every linear module, frozen or not.
 
+    `mask_bytes` is 0 without dropout, 1 on a GPU and e on a CPU, whose masks have the type of the data.
     With checkpointing each block keeps its input, h e, and one block at a time is recomputed (their section 5).
     """
-    everything = _all_blocks(shape, adapted, element_bytes, rank, dropout)
+    shared = 0 if mask_bytes else _shared_inputs(adapted)
+    if zero_stage == 3:
+        shared = max(shared, shape.layers * (2 * shape.hidden + shape.intermediate))
+    everything: float = shape.layers * _block(shape, element_bytes) + shared * element_bytes
+    everything += 2 * rank * element_bytes * len(adapted)
+    if mask_bytes:
+        everything += sum(in_features for _, _, in_features in adapted) * (element_bytes + mask_bytes)
     if checkpointing:
         everything = shape.layers * shape.hidden * element_bytes + everything / shape.layers
     return int(everything * tokens)
@@ -113,13 +124,9 @@ def gathered_bytes(model: nn.Module, element_bytes: int) -> int:
     return 2 * max(sizes, default=0) * element_bytes
 
 
-def _all_blocks(
-    shape: BlockShape, adapted: Sequence[AdaptedModule], element_bytes: int, rank: int, dropout: bool
-) -> float:
-    block = 8 * shape.hidden + (4 * shape.query + 3 * shape.intermediate) * element_bytes
-    shared_inputs = {(name.rpartition(".")[0], in_features) for name, _, in_features in adapted}
-    adapters = sum(in_features for _, in_features in shared_inputs) * element_bytes
-    adapters += 2 * rank * element_bytes * len(adapted)
-    if dropout:
-        adapters += sum(in_features for _, _, in_features in adapted) * (element_bytes + 1)
-    return shape.layers * block + adapters
+def _block(shape: BlockShape, element_bytes: int) -> int:
+    return 8 * shape.hidden + (4 * shape.query + 3 * shape.intermediate) * element_bytes
+
+
+def _shared_inputs(adapted: Sequence[AdaptedModule]) -> int:
+    return sum(width for _, width in {(name.rpartition(".")[0], in_features) for name, _, in_features in adapted})

@@ -93,7 +93,7 @@ def estimate(
     factors = frozen_factor_parameters(adapted, recipe.dropped_rank) if known else None
     rows = None if train_rows is None else min(train_rows, recipe.data.train_rows or train_rows)
     shape = None if model is None else block_shape(getattr(model, "config", None))
-    kept = {flag: _activations_gib(recipe, shape, adapted, flag) for flag in (False, True)}
+    kept = {flag: _activations_gib(recipe, shape, adapted, zero_stage, flag) for flag in (False, True)}
     return Estimate(
         base_parameters=None if model is None else base_parameters(model),
         trainable_parameters=trainable,
@@ -182,18 +182,21 @@ def _working_memory(recipe: Recipe, shape: BlockShape | None, activations_gib: f
 
 
 def _activations_gib(
-    recipe: Recipe, shape: BlockShape | None, adapted: Sequence[AdaptedModule], checkpointing: bool
+    recipe: Recipe, shape: BlockShape | None, adapted: Sequence[AdaptedModule], zero_stage: int, checkpointing: bool
 ) -> float | None:
     if shape is None:
         return None
+    element_bytes = _ELEMENT_BYTES[recipe.train.precision]
+    mask_bytes = 1 if recipe.train.gpu else element_bytes
     kept = activation_bytes(
         shape,
         adapted,
         tokens=_tokens(recipe),
-        element_bytes=_ELEMENT_BYTES[recipe.train.precision],
+        element_bytes=element_bytes,
         rank=recipe.adapter.rank,
-        dropout=recipe.adapter.dropout > 0,
+        mask_bytes=mask_bytes if recipe.adapter.dropout else 0,
         checkpointing=checkpointing,
+        zero_stage=zero_stage,
     )
     return kept / GIB
 

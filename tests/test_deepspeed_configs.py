@@ -46,12 +46,15 @@ class _LowRank(nn.Module):
 def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     import deepspeed
 
+    linear = torch.nn.functional.linear
     # Otherwise initialize() compiles this operator for half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield deepspeed
     torch.distributed.destroy_process_group()
+    # Stage 3 replaces torch's linear function for the whole process.
+    torch.nn.functional.linear = linear
     # DeepSpeed keeps its own references to the group; another test of this process would use the dead one.
     deepspeed.comm.comm.cdb = None
     deepspeed.utils.groups._WORLD_GROUP = None
