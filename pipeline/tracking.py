@@ -27,12 +27,17 @@ _PARAMETER_LENGTH = 500
 
 def tracking_uri(workspace: Path) -> str:
     """MLFLOW_TRACKING_URI where it is set, else a SQLite file in the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _own_database(workspace)
+
+
+def _own_database(workspace: Path) -> str:
+    return f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
 
 
 def ui_command(workspace: Path) -> str:
     """The shell command that opens MLflow's pages on this workspace."""
-    return f"mlflow ui --backend-store-uri {tracking_uri(workspace)}"
+    uri = tracking_uri(workspace)
+    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Tracking:
         # The pages of a laptop must not call home, and there may be no network at all.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         import mlflow
 
         self.uri = tracking_uri(workspace)
@@ -77,8 +83,8 @@ class Tracking:
     def _experiment(self, name: str, workspace: Path) -> str:
         if found := self.client.get_experiment_by_name(name):
             return str(found.experiment_id)
-        local = not os.environ.get("MLFLOW_TRACKING_URI")
-        place = (workspace.resolve() / "mlartifacts").as_uri() if local else None
+        own = self.uri == _own_database(workspace)
+        place = (workspace.resolve() / "mlartifacts").as_uri() if own else None
         return str(self.client.create_experiment(name, artifact_location=place))
 
     def start_run(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
