@@ -5,7 +5,6 @@ Pure functions of the recipe and the base model's shapes (`pipeline.model_shapes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,8 @@ from pipeline.memory import (
     logits_bytes,
     optimizer_bytes,
 )
-from pipeline.recipe import Recipe, TrainSettings
+from pipeline.recipe import Recipe
+from pipeline.training.batches import optimizer_steps
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -140,13 +140,6 @@ def trainable_parameters(adapted: Sequence[AdaptedModule], rank: int) -> int:
 def frozen_factor_parameters(adapted: Sequence[AdaptedModule], dropped_rank: int) -> int:
     """Elements of the frozen pairs U_d S_d (out x D) and V_d^T (D x in): sum of D (in + out)."""
     return sum(dropped_rank * (in_features + out_features) for _, out_features, in_features in adapted)
-
-
-def optimizer_steps(train: TrainSettings, rows: int) -> int:
-    """Optimizer steps of a run: epochs x rows / batch_size, a last incomplete batch counted, at most `max_steps`."""
-    # Rounding keeps 0.1 x 1280 / 16 from becoming nine steps.
-    steps = math.ceil(round(train.epochs * rows / train.batch_size, 9))
-    return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
 def _weights(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.doctor import Finding
+from pipeline.dry_run import RunPlan
 from pipeline.evaluation.metrics import LOWER_IS_BETTER
 from pipeline.flow import RunResult
+from pipeline.recipe import recipe_values
 
 _out = Console(highlight=False, soft_wrap=True)
 
@@ -72,3 +78,66 @@ def _metrics_table(result: RunResult) -> Table:
         name = f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric
         table.add_row(name, *(f"{values[metric]:.3f}" for values in metrics.values()), interval)
     return table
+
+
+def plan_json(plan: RunPlan) -> dict[str, Any]:
+    """The plan as one JSON object."""
+    return {
+        "recipe": recipe_values(plan.recipe),
+        "stages": [dataclasses.asdict(stage) for stage in plan.stages],
+        "fetches": list(plan.fetches),
+        "estimate": {
+            **dataclasses.asdict(plan.estimate),
+            "trainable_share": plan.estimate.trainable_share,
+            "device_gib": plan.estimate.device_gib,
+            "host_gib": plan.estimate.host_gib,
+        },
+    }
+
+
+def show_plan(plan: RunPlan) -> None:
+    """The resolved recipe, then what would be done and what it takes."""
+    _out.print(escape(yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False)))
+    table = Table("stage", "plan", "key", box=None, pad_edge=False, header_style="bold")
+    for stage in plan.stages:
+        table.add_row(stage.name, stage.action, stage.key or "known once the inputs are fetched")
+    _out.print(table)
+    for name in plan.fetches:
+        _out.print(f"fetch first: {escape(name)}")
+    _show_estimate(plan)
+    _out.print("dry run: nothing was made")
+
+
+def _show_estimate(plan: RunPlan) -> None:
+    estimate = plan.estimate
+    _out.print()
+    if estimate.trainable_parameters is not None and estimate.trainable_share is not None:
+        _out.print(
+            f"parameters  {estimate.base_parameters:,} in the base; {estimate.trainable_parameters:,} trained "
+            f"({estimate.trainable_share:.2%}) in {estimate.adapted_modules} modules"
+        )
+    steps = f"{estimate.optimizer_steps:,} steps" if estimate.optimizer_steps else "as many steps as the data has"
+    _out.print(
+        f"training    {steps} of {estimate.global_batch} samples: {estimate.workers} workers x {estimate.micro_batch} "
+        f"samples x {estimate.gradient_accumulation} passes, ZeRO-{estimate.zero_stage}"
+    )
+    if estimate.device_gib is not None:
+        parts = ", ".join(f"{item.kind} {item.gib:.2f}" for item in estimate.memory if item.gib >= 0.005)
+        _out.print(f"memory      {estimate.device_gib:.1f} GiB a worker ({escape(parts)}), and the framework's own")
+    for reason in estimate.unknown:
+        _out.print(f"unknown     {escape(reason)}")
+
+
+def findings_json(findings: Sequence[Finding]) -> list[dict[str, str]]:
+    """What the doctor found, as JSON values."""
+    return [dataclasses.asdict(finding) for finding in findings]
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """A line for each finding, with the remedy where one is needed."""
+    marks = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        _out.print(f"{marks[finding.status]} {finding.name:<{width}}  {escape(finding.detail)}")
+        if finding.remedy:
+            _out.print(f"     {'':<{width}}  -> {escape(finding.remedy)}")

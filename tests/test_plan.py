@@ -22,8 +22,9 @@ from pipeline.memory import (
     optimizer_bytes,
 )
 from pipeline.model_shapes import meta_model, model_config
-from pipeline.plan import Estimate, estimate, frozen_factor_parameters, optimizer_steps, trainable_parameters
+from pipeline.plan import Estimate, estimate, frozen_factor_parameters, trainable_parameters
 from pipeline.recipe import Recipe, TrainSettings, parse_recipe
+from pipeline.training.batches import optimizer_steps
 
 RANK = 4
 

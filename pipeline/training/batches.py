@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.recipe import TrainSettings
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -53,10 +55,11 @@ class BatchPlan:
         return self._epochs[epoch]
 
 
-def total_steps(samples: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of a run; at least one."""
-    steps = max(1, round(samples * epochs / batch_size))
-    return min(steps, max_steps) if max_steps else steps
+def optimizer_steps(train: TrainSettings, rows: int) -> int:
+    """Steps of a run over `rows` samples: epochs x rows / batch_size, the last batch filled up from the next pass."""
+    # Rounding keeps 0.1 x 1280 / 16 from becoming nine steps.
+    steps = math.ceil(round(train.epochs * rows / train.batch_size, 9))
+    return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
 def learning_rate(

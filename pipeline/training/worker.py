@@ -42,7 +42,7 @@ from pipeline.language_model import Batch, collate, label_losses
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import TrainSettings
 from pipeline.training import zero
-from pipeline.training.batches import BatchPlan, learning_rate, total_steps
+from pipeline.training.batches import BatchPlan, learning_rate, optimizer_steps
 from pipeline.training.checkpoints import Checkpoint, load_checkpoint, newest_step, save_checkpoint
 
 JOURNAL = "journal.jsonl"
@@ -116,7 +116,7 @@ def _train(job: TrainJob) -> None:
         dist.get_world_size(),
         settings.seed,
     )
-    steps = total_steps(len(samples), settings.batch_size, settings.epochs, settings.max_steps)
+    steps = optimizer_steps(settings, len(samples))
 
     # Stage 3 has to be announced before the base is loaded, so that no rank ever holds all of it.
     with zero.partitioned_loading(job.deepspeed):
