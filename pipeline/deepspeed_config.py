@@ -116,6 +116,12 @@ def complete_config(config: dict[str, Any], train: TrainSettings) -> dict[str, A
     The optimizer is the caller's own `torch.optim.AdamW`: under CPU offload DeepSpeed accepts it only with
     `zero_force_ds_cpu_optimizer` false.
     """
+    if zero_stage(config) == 0 and train.precision == "bf16":
+        # DeepSpeed 0.19.8 counts a step of its own there, and parameters then take another path (docs/decisions.md).
+        raise RecipeError(
+            f"train.deepspeed {train.deepspeed} is ZeRO stage 0, which DeepSpeed does not train rightly with "
+            "train.precision bf16; use stage 1, such as cpu_zero1, or train.precision=fp32"
+        )
     return copy.deepcopy(config) | {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,

@@ -10,8 +10,6 @@ from pipeline import keys
 from pipeline.artifacts import ArtifactStore, StageKey
 from pipeline.base_model import BaseModel, find_base
 from pipeline.deepspeed_config import (
-    complete_config,
-    load_deepspeed_config,
     offloads_optimizer,
     offloads_parameters,
     zero_stage,
@@ -21,6 +19,7 @@ from pipeline.plan import Estimate, estimate
 from pipeline.prepare.sources import resolve_sources
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import Recipe
+from pipeline.stages.train import deepspeed_settings
 from pipeline.tracking import tracking_uri
 
 
@@ -60,7 +59,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     targets = find_targets(model, recipe.adapter.targets) if model is not None else []
     check_rank(targets, recipe.adapter.rank, "adapter.rank")
     check_rank(targets, recipe.spectra_rank, "spectra.rank")
-    deepspeed = complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
+    deepspeed = deepspeed_settings(recipe)
     stages = _stages(recipe, base, sources.digest if sources else None, targets)
     return RunPlan(
         recipe=recipe,

@@ -31,7 +31,7 @@ from pipeline.stages.evaluate import Evaluation, evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Registration, register
 from pipeline.stages.spectra import spectra
-from pipeline.stages.train import train
+from pipeline.stages.train import deepspeed_settings, train
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def run(recipe: Recipe, bars: ProgressBars) -> RunResult:
         KasaError: a mistake in the recipe, the data, the base or the environment; what was made so far is kept.
     """
     started = time.perf_counter()
+    deepspeed_settings(recipe)  # a mistake in it should not wait for the stage that needs it
     check_workspace(recipe.workspace)
     base, sources = _find_inputs(recipe)
     targets = base.targets(recipe.adapter.targets)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipeline.doctor import Finding
 from pipeline.dry_run import RunPlan
-from pipeline.evaluation.metrics import LOWER_IS_BETTER
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRICS
 from pipeline.flow import RunResult
 from pipeline.recipe import recipe_values
 
@@ -72,7 +72,7 @@ def _metrics_table(result: RunResult) -> Table:
     for candidate in metrics:
         table.add_column(candidate, justify="right")
     table.add_column("adapted - base, 95% interval", justify="right")
-    for metric in metrics["base"]:
+    for metric in (name for name in METRICS if name in metrics["base"]):
         difference = against.get(metric)
         interval = f"{difference.estimate:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" if difference else ""
         name = f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric

@@ -301,7 +301,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: {raw!r} is not a valid YAML value") from None
+        value = raw  # such as data.separator=||
     *sections, key = dotted.split(".")
     block = values
     for section in sections:

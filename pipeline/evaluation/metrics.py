@@ -16,6 +16,8 @@ from pipeline.report.facts import Difference
 
 # Smaller is better for these; for all others larger is.
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+# All metrics there are, in the order people read them.
+METRICS = ("accuracy", "exact_match", "rouge_l", "chrf", "loss", "perplexity")
 RESAMPLES = 2000
 
 SampleResult = Mapping[str, Any]

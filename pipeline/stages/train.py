@@ -32,7 +32,7 @@ def train(
 ) -> Artifact:
     """Train the adapter; the artifact holds `adapter/` (loadable, with `prompting.json`) and the journal."""
     recipe = context.recipe
-    deepspeed = complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
+    deepspeed = deepspeed_settings(recipe)
 
     def make(folder: Path) -> dict[str, Any]:
         job = TrainJob(
@@ -73,6 +73,15 @@ def train(
 
     key = train_key(recipe, prepared.key, spectra.key)
     return context.run_stage(key, make, publish)
+
+
+def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of the recipe.
+
+    Raises:
+        RecipeError: there is no such configuration, or it decides what belongs to the recipe.
+    """
+    return complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
 
 
 def adapter_config(recipe: Recipe) -> KasaConfig:
