@@ -35,7 +35,6 @@ _WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
-    "DS_ACCELERATOR": "",
 }
 
 
@@ -73,7 +72,7 @@ def ray_cluster(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
             address=address or "local",
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": {k: v for k, v in _WORKER_ENVIRONMENT.items() if v}},
+            runtime_env={"env_vars": _WORKER_ENVIRONMENT},
             **({} if address else options),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:

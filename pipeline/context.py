@@ -30,6 +30,9 @@ LEAST_FREE_BYTES = 2 * 2**30
 # Artifacts up to this size are copied into MLflow, larger ones referred to by path and key.
 COPIED_BYTES = 64 * 2**20
 
+# Set by Ray in the environment of a submitted job.
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
 Make = Callable[[Path], dict[str, Any]]
 Publish = Callable[[str, Artifact], None]
 
@@ -170,8 +173,13 @@ def check_workspace(workspace: Path) -> None:
     """Create the workspace if need be, and make sure it can hold what a run writes.
 
     Raises:
-        WorkspaceError: it cannot be created or written, or its disk is nearly full.
+        WorkspaceError: it cannot be created or written, its disk is nearly full, or a Ray job would lose it.
     """
+    if _RAY_JOB in os.environ and not workspace.is_absolute():
+        raise WorkspaceError(
+            f"the workspace {workspace} of a Ray job would lie in the job's own temporary folder; name a folder on shared "
+            "storage with workspace=/ABSOLUTE/PATH"
+        )
     try:
         workspace.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=workspace) as probe:

@@ -6,11 +6,12 @@ MLflow already is not sent again.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ class Tracking:
         from mlflow.models import infer_signature
 
         example = ["A prompt."]
-        with mlflow.start_run(run_id=run_id):
+        # MLflow announces new versions on stderr, in the middle of the progress bars.
+        with mlflow.start_run(run_id=run_id), redirect_stderr(io.StringIO()):
             info = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(code),

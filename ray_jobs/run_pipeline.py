@@ -1,6 +1,6 @@
 """Run a recipe as a Ray job.
 
-    ray job submit --working-dir . -- python -m ray_jobs.run_pipeline recipes/quickstart.yaml [SECTION.KEY=VALUE]... [--json]
+    ray job submit --working-dir . -- python -m ray_jobs.run_pipeline RECIPE.yaml workspace=/shared/kasa [--json]
 
 The arguments are those of `kasa run`. Ray sets RAY_ADDRESS in a job's environment, so the stages run on that cluster;
 the workspace must be on storage that all its nodes share. Submitting the same recipe again goes on where it stopped.
