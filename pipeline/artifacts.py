@@ -12,17 +12,20 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from pipeline.console import console
 from pipeline.errors import WorkspaceError
 
 MANIFEST = "manifest.json"
+_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class ArtifactStore:
         """Reuse the artifact or have `make` fill its partial folder and return the facts about it."""
         folder = self._folder(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{key.key}.lock")):
+        with _locked(folder.with_name(f"{key.key}.lock"), key.stage):
             if artifact := self.find(key):
                 return artifact
             partial = folder.with_name(f"{key.key}.partial")
@@ -103,6 +106,21 @@ class ArtifactStore:
 
     def _folder(self, key: StageKey) -> Path:
         return self.root / key.stage / key.key
+
+
+@contextmanager
+def _locked(path: Path, stage: str) -> Iterator[None]:
+    """Hold the lock; say so if another run has it first."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=_PATIENCE_S)
+    except Timeout:
+        console.print(f"{stage}: another run is making the same artifact; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def content_digest(value: Any) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kasa.errors import KasaError
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, WorkerError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -136,7 +136,8 @@ def run_training_workers(
         timeout_s: how long one worker may wait for another in a collective operation.
 
     Raises:
-        ClusterError: the workers died once more than `max_failures`; the message holds the first worker's error.
+        KasaError: a worker met a mistake that the user can mend.
+        WorkerError: the workers died once more than `max_failures`; the message holds the first worker's error.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -170,10 +171,10 @@ def _worker_error(error: Exception) -> Exception:
         if isinstance(cause := getattr(failure, "cause", failure), KasaError):
             return cause
     for rank, failure in failures.items():
-        return ClusterError(
+        return WorkerError(
             f"training worker {rank} failed: {_first_line(getattr(failure, 'cause', failure) or failure)}"
         )
-    return ClusterError(f"training failed: {_first_line(error)}")
+    return WorkerError(f"training failed: {_first_line(error)}")
 
 
 def _check_size(available: dict[str, float], cpus: float, gpus: int) -> None:

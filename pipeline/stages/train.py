@@ -16,7 +16,7 @@ from pipeline.base_model import BaseModel
 from pipeline.cluster import Resources, run_training_workers
 from pipeline.context import RunContext
 from pipeline.deepspeed_config import complete_config, load_deepspeed_config
-from pipeline.errors import TrainingError
+from pipeline.errors import TrainingError, WorkerError
 from pipeline.journal import JournalTail, Record, read_journal, rewrite_journal
 from pipeline.keys import train_key
 from pipeline.prompting import FILE_NAME as PROMPTING
@@ -59,7 +59,7 @@ def train(
                 timeout_s=recipe.train.collective_timeout_s,
             )
         if error := journalled_error(folder / JOURNAL):
-            raise TrainingError(error["error"]) if error["mistake"] else RuntimeError(error["error"])
+            raise TrainingError(error["error"]) if error["mistake"] else WorkerError(error["error"])
         records = read_journal(folder / JOURNAL)
         shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
         shutil.rmtree(job.checkpoints, ignore_errors=True)
