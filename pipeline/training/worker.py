@@ -56,7 +56,7 @@ class TrainJob:
     Attributes:
         base_name, base_folder: the base model.
         prepared: folder of the prepared data.
-        spectra: folder of the spectra, None when nothing is dropped.
+        spectra: folder of the spectra.
         work: the folder this stage fills; checkpoints in it are resumed from.
         targets, config: the adapter.
         settings: the recipe's `train` section.
