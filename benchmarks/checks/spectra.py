@@ -24,7 +24,7 @@ EXPECTED_WEIGHTS = 210
 
 @check(bar=2, direction="at least", unit="times as fast")
 def spectra_model(setting: Setting) -> Measurement:
-    """Smallest 16 singular triplets of all 210 linear weights of the embedded base, against torch.linalg.svd in fp32, one thread."""
+    """The 16 smallest singular triplets of the base's 210 weights, against a full SVD of each (torch, fp32, one thread)."""
     try:
         find_base(BaseSettings(), setting.workspace)
     except KasaError as error:
