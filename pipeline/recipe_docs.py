@@ -1,0 +1,164 @@
+"""`docs/recipe.md`, generated from the recipe's models: `python -m pipeline.recipe_docs [--check]`.
+
+With `--check` nothing is written; exit code 1 when the file is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pipeline.recipe import Recipe, StrList
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
+
+_INTRODUCTION = """\
+# The recipe
+
+<!-- Generated from pipeline/recipe.py by `python -m pipeline.recipe_docs`; change the descriptions there. -->
+
+A recipe is one YAML file that describes a run: `kasa run RECIPE.yaml`. This is a complete one, everything else has a
+default:
+
+```yaml
+name: my-task
+data:
+  train: my-task.jsonl
+```
+
+Any key can be changed on the command line: `kasa run RECIPE.yaml train.epochs=2 "adapter.targets=[q_proj, v_proj]"`.
+`kasa run RECIPE.yaml --dry-run` shows the resolved recipe and touches nothing. An unknown key or a value out of range is
+an error that names the file, the key and the nearest valid one. Paths are relative to the working directory.
+"""
+
+_RULES = """\
+## Rules that span keys
+
+- `train.batch_size` is a multiple of `train.workers` x `train.micro_batch_size`.
+- `spectra.rank` is at least the number of triplets that the adapter drops.
+- `evaluate.choices` belong to `evaluate.kind: answer`, and there are at least two different ones.
+- `evaluate.metric` is one that is measured: `loss` always; `accuracy` with choices and `exact_match` without, for
+  `kind: answer`; `rouge_l` and `chrf` for `kind: text`.
+- `data.prompt_template` contains `{prompt}` exactly once.
+"""
+
+_PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
+_LIST_FROM_TEXT = get_args(StrList)[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page, or only compare it."""
+    parser = argparse.ArgumentParser("python -m pipeline.recipe_docs", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(argv)
+    page = recipe_page()
+    if options.check:
+        if options.page.exists() and options.page.read_text(encoding="utf-8") == page:
+            return 0
+        print(f"{options.page} is out of date: run python -m pipeline.recipe_docs", file=sys.stderr)
+        return 1
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    options.page.write_text(page, encoding="utf-8")
+    return 0
+
+
+def recipe_page() -> str:
+    """The whole page as Markdown."""
+    top = [(key, field) for key, field in keys_of(Recipe) if section_of(field) is None]
+    parts = [_INTRODUCTION, f"## Top level\n\n{_table(top)}"]
+    for key, field in keys_of(Recipe):
+        if section := section_of(field):
+            summary = (section.__doc__ or "").strip().partition("\n")[0]
+            parts.append(f"## `{key}`\n\n{summary}\n\n{_table(keys_of(section))}")
+    return "\n".join([*parts, _RULES])
+
+
+def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """A model's keys as a recipe spells them, with their fields."""
+    return ((field.alias or name, field) for name, field in model.model_fields.items())
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a key that holds a block of keys."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def type_text(field: FieldInfo) -> str:
+    """A field's type and limits in words, such as `integer >= 1`."""
+    words = _words(field.annotation)
+    if _LIST_FROM_TEXT in field.metadata:
+        words += ", or a single one"
+    limits = " and ".join(filter(None, map(_limit, field.metadata)))
+    return f"{words} {limits}".strip()
+
+
+def default_text(field: FieldInfo) -> str:
+    """A field's default as YAML has it; `unset` for None."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if value is None:
+        return "unset"
+    plain = str(value) if isinstance(value, Path) else value
+    # YAML ends a bare value with a document marker on a line of its own.
+    text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return f"`{text}`"
+
+
+def _table(keys: Iterator[tuple[str, FieldInfo]] | list[tuple[str, FieldInfo]]) -> str:
+    rows = [
+        ("key", "type", "default", "description"),
+        ("---",) * 4,
+        *((f"`{key}`", type_text(field), default_text(field), field.description or "") for key, field in keys),
+    ]
+    return "".join(f"| {' | '.join(_cell(cell) for cell in row)} |\n" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _words(kind: Any) -> str:
+    arguments = get_args(kind)
+    match get_origin(kind):
+        case None if kind in _PLAIN:
+            return _PLAIN[kind]
+        case origin if origin is Literal:
+            return "one of " + ", ".join(f"`{choice}`" for choice in arguments)
+        case origin if origin in (Union, UnionType):
+            # That None is allowed shows in the default: unset.
+            return " or ".join(_words(part) for part in arguments if part is not NoneType)
+        case origin if origin is list:
+            return f"list of {_words(arguments[0])}"
+        case origin if origin is dict:
+            return f"mapping of {_words(arguments[0])} to {_words(arguments[1])}"
+    raise TypeError(f"no words for the type {kind}; add them to pipeline/recipe_docs.py")
+
+
+def _limit(limit: Any) -> str:
+    match limit:
+        case Ge(ge=bound):
+            return f">= {bound}"
+        case Gt(gt=bound):
+            return f"> {bound}"
+        case Le(le=bound):
+            return f"<= {bound}"
+        case Lt(lt=bound):
+            return f"< {bound}"
+    pattern = getattr(limit, "pattern", None)
+    return f"matching `{pattern}`" if pattern else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""docs/recipe.md says what the models say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import DataSettings, Recipe, StrList, TrainSettings, parse_recipe
+from pipeline.recipe_docs import PAGE, default_text, keys_of, main, recipe_page, section_of, type_text
+
+
+def _sections(page: str) -> dict[str, str]:
+    """Heading -> its text."""
+    return {part.partition("\n")[0].strip("` "): part.partition("\n")[2] for part in page.split("\n## ")[1:]}
+
+
+def _row(text: str, key: str) -> list[str]:
+    rows = [line for line in text.splitlines() if line.startswith(f"| `{key}` |")]
+    assert len(rows) == 1, f"{key} has {len(rows)} rows"
+    return [cell.strip() for cell in rows[0].strip("|").split(" | ")]
+
+
+def test_every_field_of_every_section_has_its_row() -> None:
+    sections = _sections(recipe_page())
+    for key, field in keys_of(Recipe):
+        model = section_of(field)
+        for name, inner in keys_of(model) if model else [(key, field)]:
+            row = _row(sections[key if model else "Top level"], name)
+            assert row[1:3] == [type_text(inner), default_text(inner)]
+            assert inner.description, f"{key}.{name} has no description"
+            assert row[3] == inner.description
+
+
+def test_sections_go_by_the_names_a_recipe_uses() -> None:
+    sections = _sections(recipe_page())
+    assert "register" in sections
+    assert "register_" not in recipe_page()
+
+
+def test_the_committed_page_is_current() -> None:
+    assert main(["--check"]) == 0, "run python -m pipeline.recipe_docs"
+    assert PAGE.read_text(encoding="utf-8") == recipe_page()
+
+
+def test_check_notices_a_missing_and_an_old_page(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "recipe.md"
+    assert main(["--check", "--page", str(page)]) == 1
+    assert not page.exists()
+    assert main(["--page", str(page)]) == 0
+    assert main(["--check", "--page", str(page)]) == 0
+    page.write_text(page.read_text(encoding="utf-8").replace("`rank`", "`r`"), encoding="utf-8")
+    assert main(["--check", "--page", str(page)]) == 1
+
+
+class _Odd(BaseModel):
+    whole: int = Field(3, ge=1)
+    share: float | None = Field(None, gt=0, lt=1)
+    upper: float = Field(0.01, ge=0, le=1)
+    flag: bool = True
+    choice: Literal["a", "b"] | None = None
+    many: list[str] = Field(default_factory=list)
+    one_or_many: StrList = Field(default_factory=lambda: ["x"])
+    either: str | list[str] = "all"
+    mapping: dict[str, int] = Field(default_factory=dict)
+    place: Path = Path("here")
+    name: str = Field(pattern="^a|b$")
+    strange: bytes = b""
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "default"),
+    [
+        ("whole", "integer >= 1", "`3`"),
+        ("share", "number > 0 and < 1", "unset"),
+        ("upper", "number >= 0 and <= 1", "`0.01`"),
+        ("flag", "true or false", "`true`"),
+        ("choice", "one of `a`, `b`", "unset"),
+        ("many", "list of text", "`[]`"),
+        ("one_or_many", "list of text, or a single one", "`[x]`"),
+        ("either", "text or list of text", "`all`"),
+        ("mapping", "mapping of text to integer", "`{}`"),
+        ("place", "path", "`here`"),
+        ("name", "text matching `^a|b$`", "required"),
+    ],
+)
+def test_types_and_defaults_are_readable(field: str, kind: str, default: str) -> None:
+    info = _Odd.model_fields[field]
+    assert (type_text(info), default_text(info)) == (kind, default)
+
+
+def test_a_type_without_words_is_an_error() -> None:
+    with pytest.raises(TypeError, match="bytes"):
+        type_text(_Odd.model_fields["strange"])
+
+
+def test_small_numbers_are_written_out() -> None:
+    assert default_text(TrainSettings.model_fields["learning_rate"]) == "`0.0005`"
+    assert default_text(DataSettings.model_fields["prompt_template"]) == "`'{prompt}'`"
+
+
+def test_the_recipe_in_the_introduction_is_complete() -> None:
+    assert "name: my-task\ndata:\n  train: my-task.jsonl\n" in recipe_page()
+    assert parse_recipe({"name": "my-task", "data": {"train": "my-task.jsonl"}}, "page").data.train == ["my-task.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"workers": 2, "micro_batch_size": 8, "batch_size": 24}},
+        {"spectra": {"rank": 2}, "adapter": {"rank": 4}},
+        {"evaluate": {"kind": "text", "choices": ["a", "b"]}},
+        {"evaluate": {"kind": "answer", "choices": ["a"]}},
+        {"evaluate": {"kind": "answer", "metric": "rouge_l"}},
+        {"evaluate": {"kind": "answer", "choices": ["a", "b"], "metric": "exact_match"}},
+        {"evaluate": {"kind": "answer", "metric": "accuracy"}},
+        {"data": {"train": "a.jsonl", "prompt_template": "{prompt} {prompt}"}},
+    ],
+)
+def test_the_rules_on_the_page_are_in_force(change: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        parse_recipe({"name": "n", "data": {"train": "a.jsonl"}, **change}, "page")
