@@ -136,7 +136,7 @@ def test_the_base_is_compared_byte_for_byte(adapter, base_folder, model) -> None
     state = {name.replace(".base.", "."): tensor.clone() for name, tensor in model.state_dict().items()}
     state["tall.weight"][0, 0] += 1e-6
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, base_folder / "model.safetensors")
-    with pytest.raises(AdapterFileError, match="trained on a base; tall in .* is another weight"):
+    with pytest.raises(AdapterFileError, match=r"trained on a base; tall in .* is another weight"):
         check_base(adapter, base_folder)
 
 
@@ -214,7 +214,7 @@ def test_a_wrong_shape_names_both(tmp_path) -> None:
 
 
 def test_no_shard_and_a_damaged_shard(tmp_path) -> None:
-    with pytest.raises(SpectrumError, match="holds no .safetensors files"):
+    with pytest.raises(SpectrumError, match=r"holds no \.safetensors files"):
         CheckpointWeights(tmp_path).weight(Target("x", 4, 6))
     (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(SpectrumError, match=r"model\.safetensors is damaged"):

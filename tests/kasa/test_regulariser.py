@@ -58,7 +58,7 @@ def test_the_conventions_differ_as_documented(adapted) -> None:
     layers = [module for module in adapted.modules() if hasattr(module, "dropped_left")]
     paper, authors = penalty(layers, "paper"), penalty(layers, "authors")
     assert paper.singular_value.item() == pytest.approx(len(layers) * authors.singular_value.item(), rel=1e-6)
-    assert authors.orthogonality.item() > 1.1 * paper.orthogonality.item() / len(layers)
+    assert authors.orthogonality.item() > 1.01 * paper.orthogonality.item() / len(layers)
 
 
 def test_bf16_tensors_are_penalised_in_fp32(adapted) -> None:
