@@ -62,14 +62,17 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """
     facts, tensors = read_tensor_folder(folder, ADAPTER_JSON)
     dropped = {name: tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] in FROZEN}
-    return SavedAdapter(
-        config=KasaConfig(**facts["config"]),
-        targets=tuple(Target(**target) for target in facts["targets"]),
-        base=facts["base"],
-        weight_digests=facts["weight_digests"],
-        tensors={name: tensor for name, tensor in tensors.items() if name not in dropped},
-        dropped=dropped,
-    )
+    try:
+        return SavedAdapter(
+            config=KasaConfig(**facts["config"]),
+            targets=tuple(Target(**target) for target in facts["targets"]),
+            base=facts["base"],
+            weight_digests=facts["weight_digests"],
+            tensors={name: tensor for name, tensor in tensors.items() if name not in dropped},
+            dropped=dropped,
+        )
+    except (KeyError, TypeError) as error:
+        raise AdapterFileError(f"{folder / ADAPTER_JSON} is damaged or of another version: {error}") from None
 
 
 def attach_saved(model: nn.Module, adapter: SavedAdapter) -> None:

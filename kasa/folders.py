@@ -49,6 +49,8 @@ def read_tensor_folder(folder: Path, json_name: str) -> tuple[dict[str, Any], di
         raise AdapterFileError(f"{folder} is not complete: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{folder} cannot be read: {error}") from None
+    if not isinstance(facts, dict):
+        raise AdapterFileError(f"{folder / json_name} is damaged: it holds no JSON object")
     if hashlib.sha256(data).hexdigest() != facts.pop("tensors_sha256", None):
         raise AdapterFileError(
             f"{folder / TENSOR_FILE} is truncated or was changed: its digest is not the one in {json_name}"

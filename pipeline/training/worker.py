@@ -162,8 +162,9 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for indices in micro_batches:
         batch = collate([samples[int(index)] for index in indices]).to(device)
+        loss_sum = _loss_sum(engine, batch)
+        # After the forward pass, in which stage 3 releases each layer's parameters behind it, gathered before or not.
         with zero.gathered(engine, trainable_parameters(engine.module).values()):
-            loss_sum = _loss_sum(engine, batch)
             regularisers = penalty(layers, job.config.regulariser)
             # DeepSpeed averages over ranks and passes; this makes it the mean over the labels of the global batch.
             share = world * len(micro_batches) / batch_labels

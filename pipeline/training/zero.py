@@ -90,6 +90,7 @@ def restore_state(
             engine.optimizer.state[parameter] = {"step": torch.tensor(float(steps_done)), **own}
             parameter.data.copy_(values[name])
         return
+    _restore_module(engine, parameters, values)
     utils = _deepspeed().utils
     _create_partitioned_state(engine, steps_done)
     for name, parameter in parameters.items():
@@ -97,6 +98,17 @@ def restore_state(
         utils.safe_set_full_fp32_param(parameter, values[name])
         for moment in MOMENTS:
             utils.safe_set_full_optimizer_state(parameter, moments[f"{moment}/{name}"], moment)
+
+
+def _restore_module(engine: Any, parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    """The model's own copy, which the next forward pass computes with; DeepSpeed renews it from the master copy after a step."""
+    if engine.zero_optimization_stage() < 3:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(values[name])
+        return
+    with _deepspeed().zero.GatheredParameters(list(parameters.values()), modifier_rank=0):
+        for name, parameter in parameters.items():
+            parameter.data.copy_(values[name])
 
 
 def _create_partitioned_state(engine: Any, steps_done: int) -> None:

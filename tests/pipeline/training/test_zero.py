@@ -1,0 +1,69 @@
+"""Real DeepSpeed at every ZeRO stage, on one process and on two, against a plain torch loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("zero_script.py")
+ROOT = Path(__file__).parents[3]
+# Stage 3 both with every parameter partitioned and with the small ones kept whole on every rank.
+FP32 = ["0 fp32", "1 fp32", "2 fp32", "3 fp32", "3 fp32 persistent"]
+BF16 = ["1 bf16", "2 bf16", "3 bf16"]
+WORLDS = (1, 2)
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} processes")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 of a process group of that size found out about all stages."""
+    world, folder = request.param, tmp_path_factory.mktemp("zero")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    logs = [folder / f"rank-{rank}.log" for rank in range(world)]
+    processes = []
+    for rank, log in enumerate(logs):
+        command = [
+            sys.executable,
+            str(SCRIPT),
+            str(rank),
+            str(world),
+            str(folder / "store"),
+            str(folder / "result.json"),
+        ]
+        environment |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+        with log.open("w") as file:
+            processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
+    try:
+        codes = [process.wait(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("case", FP32)
+def test_the_losses_are_those_of_plain_torch(found: dict[str, Any], case: str) -> None:
+    losses, plain = found[case]["losses"], found["plain"]
+    assert len(losses) == len(plain) == 6
+    assert losses == pytest.approx(plain, abs=1e-5)
+    # Steps that change nothing would agree as well, if both did so.
+    assert found[case]["moved"] == found[case]["parameters"]
+    assert abs(plain[0] - plain[-1]) > 0.1
+
+
+@pytest.mark.parametrize("case", FP32 + BF16)
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(found: dict[str, Any], case: str) -> None:
+    assert found[case]["restored_differs"] == []
+    assert found[case]["resumed"] == found[case]["losses"][3:]
+    assert found[case]["end_differs"] == []
+
+
+def test_stage_3_really_partitions(found: dict[str, Any]) -> None:
+    assert found["3 fp32"]["partitioned"]
+    assert found["3 bf16"]["partitioned"]
