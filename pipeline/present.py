@@ -68,7 +68,7 @@ def _metrics_table(result: RunResult) -> Table:
     metrics = result.evaluation.metrics
     against = result.evaluation.differences["base"]
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
-    table.add_column("held out")
+    table.add_column("held out", no_wrap=True)
     for candidate in metrics:
         table.add_column(candidate, justify="right")
     table.add_column("adapted - base, 95% interval", justify="right")

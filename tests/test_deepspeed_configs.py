@@ -27,6 +27,7 @@ from pipeline.recipe import TrainSettings
 
 CPU_NAMES = ["cpu_zero0", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
 GPU_NAMES = ["gpu_zero1", "gpu_zero2", "gpu_zero3", "gpu_zero3_offload"]
+REFUSED = ("cpu_zero0", "bf16")
 
 
 class _LowRank(nn.Module):
@@ -67,8 +68,10 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_one_process")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", CPU_NAMES)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, precision) for name in CPU_NAMES for precision in ("fp32", "bf16") if (name, precision) != REFUSED],
+)
 def test_cpu_file_trains(name: str, precision: str, deepspeed: Any) -> None:
     torch.manual_seed(0)
     model = _LowRank().to(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -97,14 +100,21 @@ def test_cpu_file_trains(name: str, precision: str, deepspeed: Any) -> None:
     engine.destroy()
 
 
+def test_stage_0_in_bf16_is_refused() -> None:
+    name, precision = REFUSED
+    with pytest.raises(RecipeError, match=r"ZeRO stage 0.*cpu_zero1, or train\.precision=fp32"):
+        complete_config(load_deepspeed_config(name), TrainSettings(deepspeed=name, precision=precision))
+
+
 @pytest.mark.parametrize("name", CPU_NAMES + GPU_NAMES)
 def test_deepspeed_accepts_every_file(name: str, deepspeed: Any) -> None:
-    train = TrainSettings(batch_size=8, micro_batch_size=2, gradient_clipping=0.5)
+    precision = "fp32" if name == REFUSED[0] else "bf16"
+    train = TrainSettings(batch_size=8, micro_batch_size=2, gradient_clipping=0.5, precision=precision)
     config = load_deepspeed_config(name)
     parsed = deepspeed.DeepSpeedConfig(complete_config(config, train))
     assert parsed.zero_optimization_stage == zero_stage(config) == int(name.split("zero")[1][0])
     assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (8, 4)
-    assert (parsed.gradient_clipping, parsed.bfloat16_config.enabled) == (0.5, True)
+    assert (parsed.gradient_clipping, parsed.bfloat16_config.enabled) == (0.5, precision == "bf16")
     assert parsed.optimizer_name is None
     assert parsed.zero_config.overlap_comm is name.startswith("gpu")
     assert (parsed.zero_config.offload_optimizer is not None) == offloads_optimizer(config) == name.endswith("offload")

@@ -101,11 +101,16 @@ def test_disabled_is_the_base_bit_for_bit(name: str, model, spectra, config) -> 
 
 def test_disabled_ends_with_an_error_too_and_nests(model, spectra, config) -> None:
     layers = attach(model, find_targets(model, "all-linear"), config, spectra)
-    with pytest.raises(ZeroDivisionError), disabled(model):
+
+    def fail_inside() -> None:
         with disabled(model):
-            pass
-        assert not any(layer.enabled for layer in layers.values())
-        raise ZeroDivisionError
+            with disabled(model):
+                pass
+            assert not any(layer.enabled for layer in layers.values())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert all(layer.enabled for layer in layers.values())
 
 
