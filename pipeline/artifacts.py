@@ -82,7 +82,7 @@ class ArtifactStore:
             return Artifact(key.stage, key.key, folder, manifest["facts"], reused=True)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise WorkspaceError(f"{folder / MANIFEST} is damaged; delete {folder} and run again") from None
 
     def find_or_make(self, key: StageKey, make: Callable[[Path], dict[str, Any]]) -> Artifact:

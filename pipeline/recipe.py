@@ -305,7 +305,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *sections, key = dotted.split(".")
     block = values
     for section in sections:
-        block = block.setdefault(section, {})
+        # A section that the file names but leaves empty is None.
+        block[section] = block.get(section) if block.get(section) is not None else {}
+        block = block[section]
         if not isinstance(block, dict):
             raise RecipeError(f"override {override!r}: {section} is a value, not a section")
     block[key] = value

@@ -1,0 +1,90 @@
+"""Which change of a recipe makes which stage anew."""
+
+import pytest
+
+from kasa import Target
+from pipeline import keys
+from pipeline.recipe import Recipe
+
+TARGETS = [Target("q", 8, 8), Target("v", 4, 8)]
+ALL = {"prepare", "spectra", "train", "evaluate", "register"}
+
+
+def chain(recipe: Recipe, sources: str = "s", base: str = "b", targets=TARGETS, registry: str = "r") -> dict[str, str]:
+    """The key of each stage, one made from another as in `pipeline.stages`."""
+    prepare = keys.prepare_key(recipe, sources, base).key
+    spectra = keys.spectra_key(recipe, base, targets).key
+    train = keys.train_key(recipe, prepare, spectra).key
+    evaluate = keys.evaluation_key(recipe, prepare, base, train).key
+    register = keys.register_key(recipe, train, evaluate, registry).key
+    return dict(zip(keys.STAGES, (prepare, spectra, train, evaluate, register), strict=True))
+
+
+FROM_TRAIN = ALL - {"prepare", "spectra"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"train.learning_rate": 1e-3}, FROM_TRAIN),
+        ({"train.seed": 1}, FROM_TRAIN),
+        ({"train.batch_size": 8}, FROM_TRAIN),
+        ({"train.epochs": 2}, FROM_TRAIN),
+        ({"train.precision": "fp32"}, FROM_TRAIN),
+        ({"adapter.alpha": 8}, FROM_TRAIN),
+        ({"adapter.regulariser": "paper"}, FROM_TRAIN),
+        ({"train.workers": 2}, set()),
+        ({"train.deepspeed": "cpu_zero3"}, set()),
+        ({"train.micro_batch_size": 4}, set()),
+        ({"train.gpu": True}, set()),
+        ({"train.checkpoint_every": 7}, set()),
+        ({"train.max_failures": 0}, set()),
+        ({"train.gradient_checkpointing": True}, set()),
+        ({"evaluate.workers": 2}, set()),
+        ({"evaluate.batch_size": 2}, set()),
+        ({"workspace": "elsewhere"}, set()),
+        ({"data.train": "moved.jsonl"}, set()),
+        ({"adapter.rank": 4, "spectra.rank": 8}, FROM_TRAIN),
+        ({"adapter.rank": 4}, ALL - {"prepare"}),
+        ({"spectra.rank": 16}, ALL - {"prepare"}),
+        ({"data.prompt_template": "Q: {prompt}"}, ALL - {"spectra"}),
+        ({"data.max_tokens": 64}, ALL - {"spectra"}),
+        ({"data.split_seed": 1}, ALL - {"spectra"}),
+        ({"evaluate.max_new_tokens": 8}, {"evaluate", "register"}),
+        ({"evaluate.metric": "loss"}, {"register"}),
+        ({"register.model": "other"}, {"register"}),
+    ],
+    ids=str,
+)
+def test_a_change_makes_what_depends_on_it_anew(recipe, changes, stages) -> None:
+    before, after = chain(recipe()), chain(recipe(changes))
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+@pytest.mark.parametrize(
+    ("inputs", "stages"),
+    [
+        ({"sources": "other rows"}, ALL - {"spectra"}),
+        ({"base": "other weights"}, ALL),
+        ({"targets": TARGETS[:1]}, ALL - {"prepare"}),
+        ({"registry": "other"}, {"register"}),
+    ],
+    ids=str,
+)
+def test_a_change_of_an_input_too(recipe, inputs, stages) -> None:
+    before, after = chain(recipe()), chain(recipe(), **inputs)
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+def test_the_base_is_evaluated_once_for_all_adapters(recipe) -> None:
+    of_base = keys.evaluation_key(recipe(), "prepared", "b", None).key
+    assert of_base == keys.evaluation_key(recipe({"adapter.alpha": 8}), "prepared", "b", None).key
+    assert of_base != keys.evaluation_key(recipe(), "prepared", "b", "adapter").key
+
+
+def test_every_setting_of_a_section_counts_unless_named_as_mechanics(recipe) -> None:
+    ingredients = keys.train_key(recipe(), "p", "s").ingredients
+    assert set(ingredients["settings"]["train"]) == {
+        "precision", "epochs", "max_steps", "batch_size", "learning_rate", "schedule", "warmup_share", "weight_decay",
+        "gradient_clipping", "seed",
+    }  # fmt: skip
