@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import io
 import json
 import os
 import re
