@@ -35,10 +35,10 @@ def _own_database(workspace: Path) -> str:
     return f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
 
 
-def ui_command(workspace: Path) -> str:
-    """The shell command that opens MLflow's pages on this workspace."""
+def ui_command(workspace: Path, mlflow: str) -> str:
+    """The shell command that opens MLflow's pages on this workspace; `mlflow` is how to call MLflow."""
     uri = tracking_uri(workspace)
-    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri}"
+    return f"{mlflow} ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri}"
 
 
 @dataclass(frozen=True)

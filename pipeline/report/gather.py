@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -57,9 +58,17 @@ def use_commands(context: RunContext, registration: Registration) -> dict[str, s
     where = "" if context.workspace == Path("workspace") else f" --workspace {context.workspace}"
     example = load_prepared_prompt(context)
     return {
-        "Ask the model": f'kasa generate {registration.uri}{where} "{example}"',
-        "See the runs": ui_command(context.workspace),
+        "Ask the model": f'{_program("kasa")} generate {registration.uri}{where} "{example}"',
+        "See the runs": ui_command(context.workspace, _program("mlflow")),
     }
+
+
+def _program(name: str) -> str:
+    """How this shell finds a program of our environment: by its name, or by the path of an environment not activated."""
+    if shutil.which(name):
+        return name
+    beside_python = Path(sys.executable).with_name(name)
+    return os.path.relpath(beside_python) if beside_python.is_relative_to(Path.cwd()) else str(beside_python)
 
 
 def load_prepared_prompt(context: RunContext) -> str:
