@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import WIDTHS, weight_of
+from shapes import WIDTHS, weight_of
 from torch.nn import functional
 
 from kasa import (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Shapes
 from safetensors.torch import save_file
+from shapes import Shapes
 
 from kasa import (
     AdapterFileError,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import weight_of
+from shapes import weight_of
 
 from kasa import KasaConfig, attach, find_targets, learned_singular_values, penalty, trainable_parameters
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pipeline.language_model import IGNORED, collate, label_losses
 
@@ -42,6 +42,15 @@ def test_padded_losses_are_those_of_each_sample_alone(llama, samples) -> None:
     losses = label_losses(llama, collate(samples)).sum(dim=1)
     expected = torch.stack([alone(llama, sample) for sample in samples])
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_absolute_positions_start_at_the_first_token_not_at_the_padding(samples) -> None:
+    # A LLaMA's rotary positions are relative and would not notice.
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, initializer_range=0.3)).eval()
+    losses = label_losses(gpt2, collate(samples)).sum(dim=1)
+    torch.testing.assert_close(losses, torch.stack([alone(gpt2, s) for s in samples]), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

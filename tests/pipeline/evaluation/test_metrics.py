@@ -95,6 +95,14 @@ def test_a_paired_gain_is_seen_where_the_spread_of_samples_would_hide_it() -> No
     assert paired_differences(ours, theirs)["loss"].high < 0
 
 
+def test_a_gain_in_proportion_to_the_tokens_is_certain() -> None:
+    # Whatever is drawn, the loss per token falls by the same amount, if differences and tokens are drawn together.
+    theirs = results(6)
+    ours = [result | {"loss_sum": result["loss_sum"] - 0.25 * result["tokens"]} for result in theirs]
+    found = paired_differences(ours, theirs)["loss"]
+    assert (found.estimate, found.low, found.high) == pytest.approx((-0.25, -0.25, -0.25), abs=1e-12)
+
+
 def test_samples_must_be_the_same() -> None:
     with pytest.raises(ValueError, match="zip"):
         paired_differences(results(0), results(0)[:-1])
