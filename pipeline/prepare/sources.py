@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from kasa.errors import nearest
+from kasa.folders import file_digest
 from pipeline.embedded import PREFIX as EMBEDDED
 from pipeline.embedded import embedded_data, embedded_path_if_present
 from pipeline.errors import DataError, WorkspaceError
@@ -157,7 +158,6 @@ def _export(entry: str, path: Path) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
