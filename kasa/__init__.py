@@ -24,6 +24,7 @@ from kasa.regulariser import Penalty, penalty
 from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
 from kasa.targets import Target, check_rank, find_targets
+from kasa.truncation import Truncation, dropped_rank
 from kasa.update import learned_singular_values
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "SpectrumError",
     "Target",
     "TargetError",
+    "Truncation",
     "adapted_layers",
     "attach",
     "attach_saved",
@@ -47,6 +49,7 @@ __all__ = [
     "check_rank",
     "detach",
     "disabled",
+    "dropped_rank",
     "find_targets",
     "frozen_factors",
     "learned_singular_values",

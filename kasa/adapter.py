@@ -14,6 +14,7 @@ from kasa.errors import SpectrumError, TargetError, nearest
 from kasa.layer import FROZEN, TRAINABLE, KasaLayer
 from kasa.spectra import Spectra
 from kasa.targets import Target
+from kasa.truncation import dropped_rank
 
 
 def attach(
@@ -25,7 +26,7 @@ def attach(
         model: the base model; its weights are not changed.
         targets: from `find_targets`.
         config: the adapter's hyperparameters.
-        spectra: bottom triplets by layer name; needed when `config.dropped_rank` > 0.
+        spectra: bottom triplets by layer name; needed unless `config.truncation` is `none`.
         seed: draws A and d, for each layer by its name, whatever the device, order or number of processes.
 
     Returns:
@@ -39,7 +40,7 @@ def attach(
         raise TargetError("the model already carries a KaSA adapter; detach it first")
     model.requires_grad_(False)
     for target in targets:
-        dropped = _dropped_factors(target, config.dropped_rank, spectra)
+        dropped = _dropped_factors(target, dropped_rank(target, config.truncation, config.dropped_rank), spectra)
         layer = KasaLayer(model.get_submodule(target.name), target, config, dropped)
         layer.reset(_generator(seed, target.name))
         model.set_submodule(target.name, layer.to(_device_of(layer.base)))
@@ -107,17 +108,15 @@ def _parameters(model: nn.Module, attributes: Sequence[str]) -> dict[str, nn.Par
     }
 
 
-def _dropped_factors(
-    target: Target, dropped_rank: int, spectra: Spectra | None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if dropped_rank == 0:
+def _dropped_factors(target: Target, rank: int, spectra: Spectra | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if rank == 0:
         return None
     if spectra is None or target.name not in spectra:
-        raise SpectrumError(f"no singular triplets for {target.name}, of which {dropped_rank} are to be dropped")
-    left_OD, right_DI = spectra[target.name].dropped_factors(dropped_rank)
-    if left_OD.shape != (target.out_features, dropped_rank) or right_DI.shape != (dropped_rank, target.in_features):
+        raise SpectrumError(f"no singular triplets for {target.name}, of which {rank} are to be dropped")
+    left_OD, right_DI = spectra[target.name].dropped_factors(rank)
+    if left_OD.shape != (target.out_features, rank) or right_DI.shape != (rank, target.in_features):
         raise SpectrumError(
-            f"{target.name} needs {dropped_rank} triplets of a {target.out_features} x {target.in_features} weight; "
+            f"{target.name} needs {rank} triplets of a {target.out_features} x {target.in_features} weight; "
             f"the spectrum holds {tuple(left_OD.shape)} and {tuple(right_DI.shape)}"
         )
     return left_OD, right_DI

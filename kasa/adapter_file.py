@@ -84,7 +84,7 @@ def attach_saved(model: nn.Module, adapter: SavedAdapter) -> None:
     """
     for target in adapter.targets:
         _check_module(model, target)
-    attach(model, adapter.targets, dataclasses.replace(adapter.config, dropped_rank=0))
+    attach(model, adapter.targets, dataclasses.replace(adapter.config, truncation="none"))
     for name, layer in adapted_layers(model).items():
         for attribute in FROZEN:
             if (tensor := adapter.dropped.get(f"{name}.{attribute}")) is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kasa.truncation import Truncation
+
 Regulariser = Literal["paper", "authors"]
 
 
@@ -16,7 +18,8 @@ class KasaConfig:
         rank: r, the width of the update B diag(d) A.
         alpha: the update is scaled by s = alpha / r.
         dropout: probability of dropping an input of the update.
-        dropped_rank: how many of the smallest singular triplets of each base weight are cut away; 0 cuts none.
+        truncation: the rule by which a part of each base weight is cut away (`kasa.truncation`).
+        dropped_rank: the rank of that part.
         regulariser: which convention `kasa.penalty` follows.
         singular_value_weight: beta, weight of L2 = sum of d squared.
         orthogonality_weight: gamma, weight of L3 = ||B^T B - I||_F + ||A A^T - I||_F.
@@ -25,6 +28,7 @@ class KasaConfig:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    truncation: Truncation = "weight"
     dropped_rank: int = 8
     regulariser: Regulariser = "authors"
     singular_value_weight: float = 1e-4

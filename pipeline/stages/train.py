@@ -91,6 +91,7 @@ def adapter_config(recipe: Recipe) -> KasaConfig:
         rank=settings.rank,
         alpha=settings.alpha,
         dropout=settings.dropout,
+        truncation=settings.truncation,
         dropped_rank=recipe.dropped_rank,
         regulariser=settings.regulariser,
         singular_value_weight=settings.singular_value_weight,

@@ -157,7 +157,7 @@ def test_what_trains_and_what_is_frozen(model, spectra, config) -> None:
 
 
 def test_nothing_dropped_needs_no_spectra(model) -> None:
-    layer = attach(model, find_targets(model, "square"), KasaConfig(rank=3, dropped_rank=0))["square"]
+    layer = attach(model, find_targets(model, "square"), KasaConfig(rank=3, truncation="none"))["square"]
     assert not frozen_factors(model)
     torch.testing.assert_close(layer(inputs("square")), layer.base(inputs("square")), rtol=0, atol=0)
 

@@ -1,0 +1,25 @@
+"""How much of each base weight is dropped, by rule.
+
+- `activation`: the components with the least effect on what the layer puts out for real text (`kasa.calibration`);
+- `weight`: the smallest singular triplets of the weight (arXiv 2412.06071, section 3.1);
+- `authors`: as `weight`, but keeping `in_features - r` triplets, as github.com/juyongjiang/KaSA @ f85e88c does, so that a
+  wide weight (out_features <= in_features - r) stays whole;
+- `none`: nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kasa.targets import Target
+
+Truncation = Literal["activation", "weight", "authors", "none"]
+
+
+def dropped_rank(target: Target, truncation: Truncation, rank: int) -> int:
+    """How many components `target` loses under a rule that drops up to `rank`."""
+    if truncation == "none":
+        return 0
+    if truncation == "authors":
+        return max(0, min(rank, target.smaller_side - (target.in_features - rank)))
+    return rank
