@@ -51,7 +51,9 @@ def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target]) -> 
         {
             "settings": {"rank": recipe.spectra_rank, "targets": [target.name for target in targets]},
             "inputs": {"base": base_digest},
-            "code": code_digest(["kasa.spectra", "kasa.spectra_file", "kasa.checkpoint", "kasa.folders"]),
+            "code": code_digest(
+                ["kasa.spectra", "kasa.bottom", "kasa.weighting", "kasa.spectra_file", "kasa.checkpoint", "kasa.folders"]
+            ),
             "versions": package_versions(["torch", "numpy", "scipy"]),
         },
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kasa import SpectrumError, bottom_triplets, load_spectra, save_spectra, spectra
+from kasa.weighting import SHRINKAGE
 
 SHAPES = {"square": (48, 48), "tall": (80, 33), "wide": (33, 80), "tiny": (6, 9)}
 
@@ -155,7 +156,7 @@ def tokens(kind: str, width: int) -> torch.Tensor:
 
 def shrunk(covariance: torch.Tensor) -> torch.Tensor:
     covariance = covariance.double()
-    return covariance / covariance.diagonal().mean() + spectra.SHRINKAGE * torch.eye(len(covariance))
+    return covariance / covariance.diagonal().mean() + SHRINKAGE * torch.eye(len(covariance))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -205,7 +206,7 @@ def test_equal_inputs_give_the_plain_cut(scale: float, shape: tuple[int, int]) -
     torch.testing.assert_close(
         torch.matmul(*equal.dropped_factors(4)), torch.matmul(*plain.dropped_factors(4)), rtol=0, atol=1e-5
     )
-    growth = (1 + spectra.SHRINKAGE) ** 0.5 if scale else 1.0
+    growth = (1 + SHRINKAGE) ** 0.5 if scale else 1.0
     torch.testing.assert_close(equal.singular_values_R, growth * plain.singular_values_R)
 
 
@@ -216,7 +217,7 @@ def test_a_covariance_may_have_any_floating_type(dtype: torch.dtype, tolerance: 
     generator = torch.Generator().manual_seed(8)
     weight, covariance = torch.randn(24, 40, generator=generator), covariance_of(tokens("few tokens", 40))
     # Seven tokens for 40 features: rounding to bf16 makes some of the zero eigenvalues clearly negative.
-    assert torch.linalg.eigvalsh(covariance.bfloat16().double()).min() < -spectra.SHRINKAGE * covariance.trace() / 40
+    assert torch.linalg.eigvalsh(covariance.bfloat16().double()).min() < -SHRINKAGE * covariance.trace() / 40
     weighting = shrunk(covariance)
     least = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(weighting))[-4:].square().sum()
     dropped = torch.matmul(*bottom_triplets(weight, 4, covariance_II=covariance.to(dtype)).dropped_factors(4)).double()
