@@ -8,10 +8,11 @@ large K, block Lanczos on the inverse through one Cholesky factorisation, whose 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
+import scipy.linalg.lapack
 import torch
 
 # From this K on, two factorisations and the iterations take less than the reduction to tridiagonal form.
@@ -38,44 +39,49 @@ class Operand:
 
     def gram(self) -> torch.Tensor:
         """(K, K), the matrix times its transpose."""
-        if self._stored_KL.device.type == "cpu":
-            # numpy recognises the product and computes half of it (dsyrk), without holding Python's lock.
-            short_KL = self._stored_KL.numpy()
-            return torch.from_numpy(short_KL @ short_KL.T)
-        gram_KK = self._stored_KL.new_zeros((len(self._stored_KL),) * 2, dtype=torch.float64)
-        for part in self._parts():
-            gram_KK.addmm_(part, part.T)
-        return gram_KK
+        return _sum(_product(part, part.T) for part in self._parts())
 
     def rows(self, basis_KR: torch.Tensor) -> torch.Tensor:
         """(R, L): basis^T times the matrix."""
-        return torch.cat([basis_KR.T @ part for part in self._parts()], dim=1)
+        return torch.cat([_product(basis_KR.T, part) for part in self._parts()], dim=1)
 
     def columns(self, rows_RL: torch.Tensor) -> torch.Tensor:
         """(K, R): the matrix times rows^T."""
-        parts = zip(self._parts(), rows_RL.split(self._width, dim=1), strict=True)
-        return torch.stack([part @ rows.T for part, rows in parts]).sum(0)
+        pairs = zip(self._parts(), rows_RL.split(self._width, dim=1), strict=True)
+        return _sum(_product(part, rows.T) for part, rows in pairs)
 
-    def _parts(self) -> list[torch.Tensor] | map[torch.Tensor]:
-        return map(torch.Tensor.double, self._stored_KL.split(self._width, dim=1))
+    def _parts(self) -> Iterator[torch.Tensor]:
+        return (part.double() for part in self._stored_KL.split(self._width, dim=1))
+
+
+def _sum(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one matrix, in the storage of the first."""
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
 
 
 def spectral_radius(gram_KK: torch.Tensor, steps: int = 12) -> float:
-    """The largest eigenvalue, to a few digits: Lanczos from a fixed start."""
-    vector_K = _random(gram_KK, 1)[:, 0]
-    vector_K /= vector_K.norm()
-    space, products = [vector_K], []
+    """The largest eigenvalue within a few percent, from below: Lanczos from a fixed start.
+
+    Without orthogonalisation against older vectors: its loss repeats eigenvalues that are found, and invents none.
+    """
+    vector_K1 = _random(gram_KK, 1)
+    vector_K1 /= vector_K1.norm()
+    older_K1, beta = torch.zeros_like(vector_K1), 0.0
+    alphas, betas = [], []
     for _ in range(min(steps, len(gram_KK))):
-        products.append(gram_KK @ space[-1])
-        basis_KN = torch.stack(space, dim=1)
-        rest_K = products[-1] - basis_KN @ (basis_KN.T @ products[-1])
-        rest_K -= basis_KN @ (basis_KN.T @ rest_K)
-        norm = float(rest_K.norm())
-        if norm <= 1e-10 * float(products[0].norm()):
+        next_K1 = _product(gram_KK, vector_K1)
+        alphas.append(float(_product(vector_K1.T, next_K1)))
+        next_K1 -= alphas[-1] * vector_K1 + beta * older_K1
+        beta = float(next_K1.norm())
+        if beta <= 1e-10 * abs(alphas[0]):
             break
-        space.append(rest_K / norm)
-    basis_KN = torch.stack(space[: len(products)], dim=1)
-    return max(0.0, float(torch.linalg.eigvalsh(basis_KN.T @ torch.stack(products, dim=1))[-1]))
+        betas.append(beta)
+        older_K1, vector_K1 = vector_K1, next_K1 / beta
+    tridiagonal = np.diag(alphas) + np.diag(betas[: len(alphas) - 1], 1)
+    return max(0.0, float(np.linalg.eigvalsh(tridiagonal, UPLO="U")[-1]))
 
 
 def by_eigensolver(gram_KK: torch.Tensor, rank: int) -> torch.Tensor:
@@ -139,7 +145,7 @@ def _lanczos(lower_KK: torch.Tensor, start_KB: torch.Tensor, rank: int, may_stop
         last = slice(size - block, size)
         basis_NK = space_NK[:size]
         image_KB = _solve(lower_KK, basis_NK[last].T)
-        projected_NN[:size, last] = basis_NK @ image_KB
+        projected_NN[:size, last] = _product(basis_NK, image_KB)
         next_KB, growth_BB = _orthonormal_rest(image_KB, basis_NK)
         space_NK[size : size + block] = next_KB.T
         if size < look_at and size + block <= limit:
@@ -149,7 +155,7 @@ def _lanczos(lower_KK: torch.Tensor, start_KB: torch.Tensor, rank: int, may_stop
         values_R, vectors_NR = values_N[-rank:], vectors_NN[:, -rank:]
         residuals_R = (growth_BB @ vectors_NR[last]).norm(dim=0)
         converged = bool((residuals_R <= RITZ_TOLERANCE * values_R).all())
-        found = _Ritz(values_R, basis_NK.T @ vectors_NR, converged)
+        found = _Ritz(values_R, _product(basis_NK.T, vectors_NR), converged)
         if converged or (may_stop and found.is_crowded):
             break
     return found
@@ -171,10 +177,9 @@ def is_complete(gram_KK: torch.Tensor, basis_KR: torch.Tensor, values_R: torch.T
 def cholesky(matrix_KK: torch.Tensor) -> torch.Tensor | None:
     """The lower factor, or None for a matrix that is not positive definite."""
     if matrix_KK.device.type == "cpu":
-        try:
-            return torch.from_numpy(np.linalg.cholesky(matrix_KK.numpy()))
-        except np.linalg.LinAlgError:
-            return None
+        # scipy's is a third faster than torch's; the transpose of a symmetric matrix is in the order LAPACK wants.
+        factor, info = scipy.linalg.lapack.dpotrf(matrix_KK.numpy().T, lower=1, clean=1)
+        return None if info else torch.from_numpy(factor)
     lower_KK, info = torch.linalg.cholesky_ex(matrix_KK)
     return None if int(info) else lower_KK
 
@@ -196,10 +201,17 @@ def _solve(lower_KK: torch.Tensor, right_KB: torch.Tensor) -> torch.Tensor:
 
 def _orthonormal_rest(image_KB: torch.Tensor, basis_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the basis lacks of the image: Q of shape (K, B) orthogonal to the basis, and F (B, B) with Q F the part lacking."""
-    first_KB, first_BB = torch.linalg.qr(image_KB - basis_NK.T @ (basis_NK @ image_KB))
+    first_KB, first_BB = torch.linalg.qr(image_KB - _product(basis_NK.T, _product(basis_NK, image_KB)))
     # Twice: what little is left of an image inside the basis is rounding, and not orthogonal to it.
-    second_KB, second_BB = torch.linalg.qr(first_KB - basis_NK.T @ (basis_NK @ first_KB))
+    second_KB, second_BB = torch.linalg.qr(first_KB - _product(basis_NK.T, _product(basis_NK, first_KB)))
     return second_KB, second_BB @ first_BB
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right. On the CPU by numpy, which also computes half of a matrix times its transpose only (dsyrk)."""
+    if left.device.type == "cpu":
+        return torch.from_numpy(left.numpy() @ right.numpy())
+    return left @ right
 
 
 def _random(like_KK: torch.Tensor, columns: int) -> torch.Tensor:
