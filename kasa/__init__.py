@@ -16,6 +16,8 @@ from kasa.adapter import (
     trainable_parameters,
 )
 from kasa.adapter_file import SavedAdapter, attach_saved, check_base, read_adapter, save_adapter
+from kasa.audit import OutputShares, observe_dropped
+from kasa.calibration import InputSums, StoredCovariances, observe_inputs, save_sums
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
 from kasa.errors import AdapterFileError, KasaError, SpectrumError, TargetError
@@ -25,19 +27,22 @@ from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
 from kasa.targets import Target, check_rank, find_targets
 from kasa.truncation import Truncation, dropped_rank
-from kasa.update import learned_singular_values
+from kasa.update import product_singular_values
 
 __all__ = [
     "AdapterFileError",
     "BottomTriplets",
     "CheckpointWeights",
+    "InputSums",
     "KasaConfig",
     "KasaError",
     "KasaLayer",
+    "OutputShares",
     "Penalty",
     "SavedAdapter",
     "Spectra",
     "SpectrumError",
+    "StoredCovariances",
     "Target",
     "TargetError",
     "Truncation",
@@ -52,13 +57,16 @@ __all__ = [
     "dropped_rank",
     "find_targets",
     "frozen_factors",
-    "learned_singular_values",
     "load_spectra",
     "load_tensors",
+    "observe_dropped",
+    "observe_inputs",
     "penalty",
+    "product_singular_values",
     "read_adapter",
     "save_adapter",
     "save_spectra",
+    "save_sums",
     "trainable_parameters",
     "weight_digest",
 ]

@@ -259,7 +259,7 @@ def test_committed_records_belong_to_checks() -> None:
 def _result(folder: Path, status: str, low: float = 0.012) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps({"facts": {"rows": 400}}), encoding="utf-8")
-    stages = ("prepare", "spectra", "train", "evaluate", "register")
+    stages = ("prepare", "spectra", "audit", "train", "evaluate", "register")
     return {
         "stages": dict.fromkeys(stages, status),
         "seconds": {**dict.fromkeys(stages, 1.0), "total": 5.0},
