@@ -2,6 +2,9 @@
 
 Legend: I = in features, N = tokens.
 
+Each token counts alike: its x is scaled to unit length first. Without that a few tokens with activations hundreds of times
+larger (the first of a text, above all) decide alone, and what is dropped hurts all the others.
+
 Layers that are fed the same tensor (q, k and v; gate and up) share one I x I matrix. Sums, not means, are kept, so that
 several processes can each see a part of the text and their parts be added up.
 """
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.nn import functional
 
 from kasa.errors import SpectrumError, nearest
 from kasa.folders import TENSOR_FILE, write_tensor_folder
@@ -28,7 +32,7 @@ _JSON = "covariances.json"
 
 @dataclass
 class InputSums:
-    """Sums of x x^T over all tokens seen, one matrix for each distinct layer input.
+    """Sums of x x^T / ||x||^2 over all tokens seen, one matrix for each distinct layer input.
 
     Attributes:
         sums_II: name of the first layer that a tensor is fed to -> its sum, fp32.
@@ -53,7 +57,7 @@ class InputSums:
         if leader != name:
             return
         self._last = name, x
-        x_NI = x.detach().flatten(0, -2).float()
+        x_NI = functional.normalize(x.detach().flatten(0, -2).float(), dim=1)
         if name not in self.sums_II:
             self.sums_II[name] = x_NI.new_zeros(x_NI.shape[1], x_NI.shape[1])
             self.tokens[name] = 0
@@ -61,7 +65,7 @@ class InputSums:
         self.tokens[name] += len(x_NI)
 
     def covariance(self, name: str) -> torch.Tensor:
-        """Mean of x x^T at a layer's input, I x I; zero where it saw no token."""
+        """Mean of x x^T / ||x||^2 at a layer's input, I x I; zero where it saw no token."""
         leader = self.leaders[name]
         return self.sums_II[leader] / max(self.tokens[leader], 1)
 
@@ -99,7 +103,7 @@ class StoredCovariances:
         self._parts = [(folder, json.loads((folder / _JSON).read_text(encoding="utf-8"))) for folder in folders]
 
     def covariance(self, name: str) -> torch.Tensor:
-        """Mean of x x^T at a layer's input, I x I, fp32; zero where no part saw a token.
+        """Mean of x x^T / ||x||^2 at a layer's input, I x I, fp32; zero where no part saw a token.
 
         Raises:
             SpectrumError: no part knows the layer.

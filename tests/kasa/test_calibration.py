@@ -32,14 +32,19 @@ def text(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def test_covariance_is_the_mean_outer_product_of_all_inputs(model: Shared) -> None:
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def test_covariance_is_the_mean_outer_product_of_all_inputs_at_unit_length(model: Shared) -> None:
     batches = [text(1, 2, 5), text(2, 1, 3)]
     with observe_inputs(model, find_targets(model, "all-linear")) as sums:
         for batch in batches:
             model(batch)
-    rows = torch.cat([batch.flatten(0, 1) for batch in batches]).double()
+    whole = torch.cat([batch.flatten(0, 1) for batch in batches])
+    rows = unit(whole.double())
     torch.testing.assert_close(sums.covariance("q").double(), rows.T @ rows / 13, rtol=1e-6, atol=1e-6)
-    after_q = model.q(rows.float()).double().detach()
+    after_q = unit(model.q(whole).double().detach())
     torch.testing.assert_close(sums.covariance("o").double(), after_q.T @ after_q / 13, rtol=1e-6, atol=1e-6)
 
 
