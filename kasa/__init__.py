@@ -18,8 +18,11 @@ from kasa.adapter import (
 from kasa.adapter_file import SavedAdapter, attach_saved, check_base, read_adapter, save_adapter
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
-from kasa.errors import AdapterFileError, KasaError, SpectrumError, TargetError
+from kasa.errors import AdapterFileError, InterchangeError, KasaError, SpectrumError, TargetError
 from kasa.layer import KasaLayer
+from kasa.lora_export import export_lora, lora_rank, vllm_rank
+from kasa.merge import merge
+from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from kasa.regulariser import Penalty, penalty
 from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
@@ -31,6 +34,7 @@ __all__ = [
     "AdapterFileError",
     "BottomTriplets",
     "CheckpointWeights",
+    "InterchangeError",
     "KasaConfig",
     "KasaError",
     "KasaLayer",
@@ -50,15 +54,21 @@ __all__ = [
     "detach",
     "disabled",
     "dropped_rank",
+    "export_lora",
+    "export_peft_kasa",
     "find_targets",
     "frozen_factors",
+    "import_peft_kasa",
     "learned_singular_values",
     "load_spectra",
     "load_tensors",
+    "lora_rank",
+    "merge",
     "penalty",
     "read_adapter",
     "save_adapter",
     "save_spectra",
     "trainable_parameters",
+    "vllm_rank",
     "weight_digest",
 ]
