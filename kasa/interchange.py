@@ -78,11 +78,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise InterchangeError(f"{out} cannot be made: {error.strerror} ({error.filename})") from None
     try:
         yield temporary
+        _make_readable(temporary)
         os.replace(temporary, out)
     except SafetensorError as error:
         raise InterchangeError(f"{out} cannot be written: {error}; free some space and export again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Give every file the rights that the umask grants: safetensors files are written for their owner alone."""
+    rights = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(rights)
 
 
 def write_peft_folder(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], extras: Path | None) -> None:
