@@ -81,7 +81,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         _make_readable(temporary)
         os.replace(temporary, out)
     except SafetensorError as error:
-        raise InterchangeError(f"{out} cannot be written: {error}; free some space and export again") from None
+        raise InterchangeError(f"{out} was not written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

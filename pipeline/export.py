@@ -15,14 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import nn
-
 from kasa import (
     InterchangeError,
     KasaError,
     SavedAdapter,
-    attach_saved,
     check_base,
     export_lora,
     export_peft_kasa,
@@ -36,10 +32,9 @@ from kasa import (
 from kasa.adapter_file import ADAPTER_JSON
 from kasa.interchange import new_folder
 from pipeline.answer import REGISTRY
-from pipeline.base_model import DTYPES, BaseModel, find_base, load_base
+from pipeline.base_model import DTYPES, find_base
 from pipeline.errors import BaseModelError, ModelError
-from pipeline.machine import GIB, memory_gib
-from pipeline.prepare.stage import load_tokenizer
+from pipeline.logit_difference import LogitDifference, coarse, logit_difference, too_large
 from pipeline.prompting import FILE_NAME as PROMPTING
 from pipeline.prompting import Prompting
 from pipeline.recipe import BaseSettings
@@ -48,27 +43,6 @@ from pipeline.training.worker import ADAPTER
 
 Format = Literal["lora", "merged", "peft-kasa"]
 Dtype = Literal["fp32", "bf16", "stored"]
-
-# What a merged model is compared on, where the base has a tokenizer.
-TEXTS = (
-    "The river rises in the hills north of the town and reaches the sea after ninety miles.",
-    "def mean(values):\n    return sum(values) / len(values)\n",
-    "Question: Which of the two is heavier, a litre of water or a litre of oil?\nAnswer:",
-    "In 1969, 4 of the 12 members voted against; the motion was carried all the same.",
-)
-_RANDOM_TOKENS = 32
-# Activations, logits and the framework beside the weights.
-_MEMORY_FACTOR = 1.25
-# From this share of the largest logit on, a merged model is not the one that was trained.
-_COARSE = 0.01
-
-
-@dataclass(frozen=True)
-class LogitDifference:
-    """The largest absolute difference between two models' logits, and the largest logit."""
-
-    largest: float
-    largest_logit: float
 
 
 @dataclass(frozen=True)
@@ -100,15 +74,16 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Source:
-    """An adapter, its files, and its base where that is on this machine and is the right one."""
+    """An adapter, its files, and its base where that is on this machine and is the right one.
+
+    Attributes:
+        base_name: how other programs find the base: its hub id, or a folder.
+    """
 
     folder: Path
     adapter: SavedAdapter
     base: Path | None
-
-    @property
-    def base_name(self) -> str:
-        return str(self.base) if self.base else self.adapter.base
+    base_name: str
 
     @property
     def prompting(self) -> Path:
@@ -175,27 +150,13 @@ def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
     )
 
 
-def logit_difference(base: Path, adapter: SavedAdapter, merged: Path) -> LogitDifference:
-    """Base and adapter against the merged folder, both in fp32, on a few texts."""
-    sequences = _sequences(base)
-    model = load_base(base, "fp32")
-    attach_saved(model, adapter)
-    before = _logits(model, sequences)
-    del model
-    after = _logits(load_base(merged, "fp32"), sequences)
-    return LogitDifference(
-        max(float((one - other).abs().max()) for one, other in zip(before, after, strict=True)),
-        max(float(one.abs().max()) for one in before),
-    )
-
-
 def _merged(source: _Source, out: Path, dtype: Dtype) -> Exported:
     assert source.base is not None
     written = merge(source.adapter, source.base, out, DTYPES.get(dtype), source.prompting)
-    logits, note = None, _too_large(written.parameters)
+    logits, note = None, too_large(written.parameters)
     if note is None:
         logits = logit_difference(source.base, source.adapter, out)
-        note = _coarse(logits, written.dtypes)
+        note = coarse(logits, written.dtypes)
     command = f"vllm serve {shlex.quote(str(out))}"
     return Exported(
         out, "merged", source.base_name, _size(out), None, written.dtypes, logits, command, (note,) if note else ()
@@ -270,7 +231,8 @@ def _source(model: str, workspace: Path, base: Path | None, needs_base: bool) ->
 
 def _with_base(folder: Path, workspace: Path, base: Path | None, recorded: Path | None, needs_base: bool) -> _Source:
     adapter = read_adapter(folder)
-    chosen = base or _environment_base() or (recorded if recorded and (recorded / "config.json").exists() else None)
+    given = base or _environment_base()
+    chosen = given or (recorded if recorded and (recorded / "config.json").exists() else None)
     found: Path | None
     if chosen:
         found = _folder_of(str(chosen.absolute()), chosen)
@@ -280,7 +242,12 @@ def _with_base(folder: Path, workspace: Path, base: Path | None, recorded: Path 
         found = _base_if_here(adapter.base, workspace)
     if found and not needs_base:  # merging compares every weight itself
         check_base(adapter, found)
-    return _Source(folder, adapter, found)
+    keeps_name = found is None or (given is None and _is_hub_id(adapter.base))
+    return _Source(folder, adapter, found, adapter.base if keeps_name else str(found))
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).is_dir()
 
 
 def _environment_base() -> Path | None:
@@ -302,41 +269,6 @@ def _base_if_here(name: str, workspace: Path) -> Path | None:
     except KasaError:
         return None
     return found.folder if found else None
-
-
-def _sequences(base: Path) -> list[torch.Tensor]:
-    try:
-        tokenizer = load_tokenizer(base)
-    except BaseModelError:
-        vocabulary = BaseModel("", base).config.vocab_size
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randint(vocabulary, (1, _RANDOM_TOKENS), generator=generator) for _ in TEXTS]
-    return [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
-
-
-@torch.inference_mode()
-def _logits(model: nn.Module, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
-    model.eval()
-    return [model(input_ids=ids).logits for ids in sequences]
-
-
-def _too_large(parameters: int) -> str | None:
-    """Why the comparison cannot be made here, if so."""
-    needed = parameters * 4 / GIB * _MEMORY_FACTOR
-    memory = memory_gib()
-    if memory is None or memory[1] >= needed:
-        return None
-    return f"logits not compared: that takes {needed:.0f} GiB of memory, {memory[1]:.0f} are free"
-
-
-def _coarse(logits: LogitDifference, dtypes: tuple[str, ...]) -> str | None:
-    """A remark where rounding the merged weights moved the logits by more than a hundredth."""
-    if dtypes == ("float32",) or logits.largest <= _COARSE * logits.largest_logit:
-        return None
-    return (
-        f"rounding the merged weights to {', '.join(dtypes)} changes what the model says; --dtype fp32 and --format lora "
-        "keep it"
-    )
 
 
 def _size(folder: Path) -> int:

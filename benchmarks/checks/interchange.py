@@ -19,7 +19,7 @@ import kasa
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaConfig, KasaError, KasaLayer, SavedAdapter, Target, Truncation
 from pipeline.base_model import BaseModel, find_base, load_base
-from pipeline.export import TEXTS
+from pipeline.logit_difference import logits_of, text_sequences
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.recipe import BaseSettings
 
@@ -149,18 +149,17 @@ def random_adapter(
 
 def _export_check(setting: Setting, load: Callable[[BaseModel, SavedAdapter, Path], nn.Module]) -> Measurement:
     base = _base(setting)
-    tokenizer = load_tokenizer(base.folder)
-    sequences = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
-    plain = _logits(load_base(base.folder, "fp32"), sequences)
+    sequences = text_sequences(base.folder)
+    plain = logits_of(load_base(base.folder, "fp32"), sequences)
     found, weights = {}, 0
     for name, adapter in _adapters(base, setting.scratch):
         model = load_base(base.folder, "fp32")
         kasa.attach_saved(model, adapter)
-        ours, ours64 = _logits(model, sequences), _logits(model.double(), sequences)
+        ours, ours64 = logits_of(model, sequences), logits_of(model.double(), sequences)
         out = setting.scratch / "exported"
         shutil.rmtree(out, ignore_errors=True)
         exported = load(base, adapter, out)
-        theirs, theirs64 = _logits(exported, sequences), _logits(exported.double(), sequences)
+        theirs, theirs64 = logits_of(exported, sequences), logits_of(exported.double(), sequences)
         weights = len(adapter.targets)
         found[name] = {
             "fp32": difference(theirs, ours),
@@ -212,11 +211,6 @@ def _base(setting: Setting) -> BaseModel:
         raise CannotRunError(str(error)) from None
     assert base is not None
     return base
-
-
-@torch.inference_mode()
-def _logits(model: nn.Module, sequences: Outputs) -> Outputs:
-    return [model(input_ids=ids).logits for ids in sequences]
 
 
 def _one_layer(weight_OI: torch.Tensor) -> nn.Module:

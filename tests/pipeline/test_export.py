@@ -26,7 +26,7 @@ from kasa import (
     save_adapter,
     weight_digest,
 )
-from pipeline import export, generation
+from pipeline import base_model, generation, logit_difference
 from pipeline.cli import main
 from pipeline.prompting import Prompting
 from pipeline.tracking import Tracking
@@ -142,7 +142,7 @@ def test_merged(kasa: Kasa, base: Path, adapter: Path) -> None:
 
 
 def test_merged_says_what_rounding_costs(kasa: Kasa, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_COARSE", 1e-6)
+    monkeypatch.setattr(logit_difference, "_COARSE", 1e-6)
     code, out, _ = kasa("export", adapter, "whole", "--format", "merged")
     assert code == 0
     assert "whole: merged, bfloat16, " in out
@@ -151,7 +151,7 @@ def test_merged_says_what_rounding_costs(kasa: Kasa, adapter: Path, monkeypatch:
 
 
 def test_a_model_too_large_to_be_compared(kasa: Kasa, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "memory_gib", lambda: (1.0, 0.0))
+    monkeypatch.setattr(logit_difference, "memory_gib", lambda: (1.0, 0.0))
     code, out, _ = kasa("export", adapter, "whole", "--format", "merged")
     assert code == 0
     assert "note: logits not compared: that takes" in out
@@ -209,6 +209,18 @@ def test_a_base_elsewhere(kasa: Kasa, base: Path, adapter: Path, monkeypatch: py
     # A LoRA needs no base; it is then named as the adapter records it.
     code, out, _ = kasa("export", adapter, "lora", "--format", "lora")
     assert (code, f"vllm serve {base} " in out) == (0, True)
+
+
+def test_a_base_from_the_hub_keeps_its_name(
+    kasa: Kasa, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(adapter, dataclasses.replace(read_adapter(adapter), base="organisation/name"))
+    monkeypatch.setattr(base_model, "_from_hub", lambda settings, fetch: base)
+    code, out, _ = kasa("export", adapter, "lora", "--format", "lora")
+    assert (code, "vllm serve organisation/name " in out) == (0, True)
+    code, out, _ = kasa("export", adapter, "other", "--format", "lora", "--base", base)
+    assert (code, f"vllm serve {base} " in out) == (0, True)
+    assert kasa("export", adapter, "whole", "--format", "merged", "--json")[0] == 0
 
 
 def test_a_changed_base(kasa: Kasa, base: Path, adapter: Path) -> None:
