@@ -5,7 +5,6 @@ Differences are the largest absolute one between two outputs, relative to the la
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from torch import nn
 
 import kasa
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
-from kasa import KasaConfig, KasaError, KasaLayer, SavedAdapter, Target, Truncation
+from kasa import KasaConfig, KasaError, SavedAdapter, Target, Truncation
 from pipeline.base_model import BaseModel, find_base, load_base
 from pipeline.logit_difference import logits_of, text_sequences
 from pipeline.prepare.stage import load_tokenizer
@@ -72,24 +71,27 @@ def layer_differences(weight_OI: torch.Tensor) -> dict[str, float]:
     """One weight, one random adapter: our layer in fp32 and fp64, PEFT's layer, and W x written out in fp64."""
     weight_OI = weight_OI.float()
     target = Target("layer", *weight_OI.shape)
-    x_BI = torch.randn(64, target.in_features, generator=_generator(0))
+    config = KasaConfig(RANK, 2.0 * RANK, dropped_rank=RANK)
+    left_OD, right_DI = kasa.bottom_triplets(weight_OI, RANK).dropped_factors(RANK)
+    a_RI, d_R, b_OR = _random_update(weight_OI, config.scale, seed=1)
+    tensors = {"layer.a": a_RI, "layer.d": d_R, "layer.b": b_OR}
+    dropped = {"layer.dropped_left": left_OD, "layer.dropped_right": right_DI}
     ours = _one_layer(weight_OI)
-    triplets = kasa.bottom_triplets(weight_OI, RANK)
-    layer = kasa.attach(ours, [target], KasaConfig(RANK, 2.0 * RANK, dropped_rank=RANK), {"layer": triplets})["layer"]
-    _randomise(layer, weight_OI)
+    kasa.attach_saved(ours, SavedAdapter(config, (target,), "", {}, tensors, dropped))
+    x_BI = torch.randn(64, target.in_features, generator=_generator(0))
+    x64_BI = x_BI.double()
     with torch.no_grad():
-        y_BO, peft_BO = layer(x_BI), _peft_layer(weight_OI, layer)(x_BI)
-        y64_BO = copy.deepcopy(layer).double()(x_BI.double())
-    update_OI = layer.scale * (layer.b.detach().double() * layer.d.detach().double()) @ layer.a.detach().double()
-    assert layer.dropped_left is not None
-    assert layer.dropped_right is not None
-    stored_OI = layer.dropped_left.double() @ layer.dropped_right.double()
-    kept_BO = x_BI.double() @ (weight_OI.double() + update_OI).T
-    exact_BO = kept_BO - x_BI.double() @ _smallest_by_svd(weight_OI).T
+        y_BO = ours.get_submodule("layer")(x_BI)
+        peft_BO = _peft_layer(weight_OI, tensors, config)(x_BI)
+        y64_BO = ours.double().get_submodule("layer")(x64_BI)
+    update_OI = config.scale * (b_OR.double() * d_R.double()) @ a_RI.double()
+    kept_BO = x64_BI @ (weight_OI.double() + update_OI).T
+    stored_BO = kept_BO - x64_BI @ (left_OD.double() @ right_DI.double()).T
+    exact_BO = kept_BO - x64_BI @ _smallest_by_svd(weight_OI).T
     return {
         "peft": difference([y_BO], [peft_BO]),
         "fp32": difference([y_BO], [exact_BO]),
-        "fp64": difference([y64_BO], [kept_BO - x_BI.double() @ stored_OI.T]),
+        "fp64": difference([y64_BO], [stored_BO]),
         "fp64_with_another_svd": difference([y64_BO], [exact_BO]),
         "peft_to_reference": difference([peft_BO], [exact_BO]),
     }
@@ -220,23 +222,16 @@ def _one_layer(weight_OI: torch.Tensor) -> nn.Module:
     return model
 
 
-def _peft_layer(weight_OI: torch.Tensor, ours: KasaLayer) -> nn.Module:
+def _peft_layer(weight_OI: torch.Tensor, tensors: dict[str, torch.Tensor], config: KasaConfig) -> nn.Module:
     from peft import KasaConfig as PeftKasaConfig
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=RANK, lora_alpha=int(ours.scale * RANK), target_modules=["layer"], kasa_config=PeftKasaConfig()
-    )
-    layer: Any = inject_adapter_in_model(config, _one_layer(weight_OI)).layer
-    layer.lora_A["default"].weight.data = ours.a.detach().clone()
-    layer.lora_diag["default"].data = ours.d.detach().clone()
-    layer.lora_B["default"].weight.data = ours.b.detach().clone()
+    settings = LoraConfig(r=RANK, lora_alpha=int(config.alpha), target_modules=["layer"], kasa_config=PeftKasaConfig())
+    layer: Any = inject_adapter_in_model(settings, _one_layer(weight_OI)).layer
+    layer.lora_A["default"].weight.data = tensors["layer.a"].clone()
+    layer.lora_diag["default"].data = tensors["layer.d"].clone()
+    layer.lora_B["default"].weight.data = tensors["layer.b"].clone()
     return layer
-
-
-def _randomise(layer: KasaLayer, weight_OI: torch.Tensor) -> None:
-    for parameter, values in zip((layer.a, layer.d, layer.b), _random_update(weight_OI, layer.scale, 1), strict=True):
-        parameter.data = values
 
 
 def _random_update(weight_OI: torch.Tensor, scale: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
