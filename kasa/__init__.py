@@ -20,8 +20,11 @@ from kasa.audit import OutputShares, observe_dropped
 from kasa.calibration import InputSums, StoredCovariances, observe_inputs, save_sums
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
-from kasa.errors import AdapterFileError, KasaError, SpectrumError, TargetError
+from kasa.errors import AdapterFileError, InterchangeError, KasaError, SpectrumError, TargetError
 from kasa.layer import KasaLayer
+from kasa.lora_export import export_lora, lora_rank, vllm_rank
+from kasa.merge import merge
+from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from kasa.regulariser import Penalty, penalty
 from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
@@ -34,6 +37,7 @@ __all__ = [
     "BottomTriplets",
     "CheckpointWeights",
     "InputSums",
+    "InterchangeError",
     "KasaConfig",
     "KasaError",
     "KasaLayer",
@@ -55,10 +59,16 @@ __all__ = [
     "detach",
     "disabled",
     "dropped_rank",
+    "export_lora",
+    "export_peft_kasa",
     "find_targets",
     "frozen_factors",
+    "import_peft_kasa",
+    "learned_singular_values",
     "load_spectra",
     "load_tensors",
+    "lora_rank",
+    "merge",
     "observe_dropped",
     "observe_inputs",
     "penalty",
@@ -68,5 +78,6 @@ __all__ = [
     "save_spectra",
     "save_sums",
     "trainable_parameters",
+    "vllm_rank",
     "weight_digest",
 ]
