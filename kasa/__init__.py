@@ -7,19 +7,23 @@ loss = task_loss + penalty(layers.values(), "authors").weighted(config)
 """
 
 from kasa.adapter import (
+    activate,
     adapted_layers,
+    adapter_names,
     attach,
     detach,
     disabled,
+    fold,
     frozen_factors,
     load_tensors,
     trainable_parameters,
+    unfold,
 )
 from kasa.adapter_file import SavedAdapter, attach_saved, check_base, read_adapter, save_adapter
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
 from kasa.errors import AdapterFileError, KasaError, SpectrumError, TargetError
-from kasa.layer import KasaLayer
+from kasa.layer import KasaLayer, KasaUpdate
 from kasa.regulariser import Penalty, penalty
 from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
@@ -34,6 +38,7 @@ __all__ = [
     "KasaConfig",
     "KasaError",
     "KasaLayer",
+    "KasaUpdate",
     "Penalty",
     "SavedAdapter",
     "Spectra",
@@ -41,7 +46,9 @@ __all__ = [
     "Target",
     "TargetError",
     "Truncation",
+    "activate",
     "adapted_layers",
+    "adapter_names",
     "attach",
     "attach_saved",
     "bottom_triplets",
@@ -51,6 +58,7 @@ __all__ = [
     "disabled",
     "dropped_rank",
     "find_targets",
+    "fold",
     "frozen_factors",
     "learned_singular_values",
     "load_spectra",
@@ -60,5 +68,6 @@ __all__ = [
     "save_adapter",
     "save_spectra",
     "trainable_parameters",
+    "unfold",
     "weight_digest",
 ]
