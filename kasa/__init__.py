@@ -7,13 +7,17 @@ loss = task_loss + penalty(layers.values(), "authors").weighted(config)
 """
 
 from kasa.adapter import (
+    activate,
     adapted_layers,
+    adapter_names,
     attach,
     detach,
     disabled,
+    fold,
     frozen_factors,
     load_tensors,
     trainable_parameters,
+    unfold,
 )
 from kasa.adapter_file import SavedAdapter, attach_saved, check_base, read_adapter, save_adapter
 from kasa.audit import OutputShares, observe_dropped
@@ -21,7 +25,7 @@ from kasa.calibration import InputSums, StoredCovariances, observe_inputs, save_
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
 from kasa.errors import AdapterFileError, InterchangeError, KasaError, SpectrumError, TargetError
-from kasa.layer import KasaLayer
+from kasa.layer import KasaLayer, KasaUpdate
 from kasa.lora_export import export_lora, lora_rank, vllm_rank
 from kasa.merge import merge
 from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
@@ -41,6 +45,7 @@ __all__ = [
     "KasaConfig",
     "KasaError",
     "KasaLayer",
+    "KasaUpdate",
     "OutputShares",
     "Penalty",
     "SavedAdapter",
@@ -50,7 +55,9 @@ __all__ = [
     "Target",
     "TargetError",
     "Truncation",
+    "activate",
     "adapted_layers",
+    "adapter_names",
     "attach",
     "attach_saved",
     "bottom_triplets",
@@ -62,6 +69,7 @@ __all__ = [
     "export_lora",
     "export_peft_kasa",
     "find_targets",
+    "fold",
     "frozen_factors",
     "import_peft_kasa",
     "learned_singular_values",
@@ -78,6 +86,7 @@ __all__ = [
     "save_spectra",
     "save_sums",
     "trainable_parameters",
+    "unfold",
     "vllm_rank",
     "weight_digest",
 ]

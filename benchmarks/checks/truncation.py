@@ -81,8 +81,7 @@ def spectra_of(model: nn.Module, targets: list[Target], rank: int, sums: InputSu
 
 def weight_of(model: nn.Module, target: Target) -> torch.Tensor:
     """A target's weight as out x in."""
-    weight = model.get_submodule(target.name).weight.detach()
-    assert isinstance(weight, torch.Tensor)
+    weight = model.get_parameter(f"{target.name}.weight").detach()
     return weight.T if target.transposed else weight
 
 

@@ -79,7 +79,9 @@ def lost_shares(layers: list[LayerFacts]) -> Markup | None:
     axes.set_xscale("log")
     axes.set_xlim(min(shares) / 2, max(shares) * 2)
     _name_rows(axes, shown)
-    return inline_svg(figure, "lost-shares", f"Share of output lost by {shown[0].name} and {len(shown) - 1} more layers")
+    return inline_svg(
+        figure, "lost-shares", f"Share of output lost by {shown[0].name} and {len(shown) - 1} more layers"
+    )
 
 
 def relative(value: float, layer: LayerFacts) -> float:
