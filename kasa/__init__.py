@@ -72,7 +72,6 @@ __all__ = [
     "fold",
     "frozen_factors",
     "import_peft_kasa",
-    "learned_singular_values",
     "load_spectra",
     "load_tensors",
     "lora_rank",
