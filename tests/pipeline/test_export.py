@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import mlflow
 import pytest
 import torch
 from peft import PeftModel
@@ -183,8 +186,16 @@ def test_an_import_without_prompting_takes_prompts_as_they_are(kasa: Kasa, base:
     assert Prompting.load(Path("back")) == Prompting()
 
 
-def test_a_registered_model(kasa: Kasa, base: Path, adapter: Path, tmp_path: Path) -> None:
-    tracking = Tracking(tmp_path / "work", "tests")
+@pytest.fixture
+def tracking(tmp_path: Path) -> Iterator[Tracking]:
+    """A store of its own; what MLflow then remembers for the whole process is undone."""
+    with patch.dict(os.environ):
+        yield Tracking(tmp_path / "work", "tests")
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+
+
+def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter: Path) -> None:
     settings = {"base_name": "gone", "base_folder": str(base), "precision": "fp32", "max_new_tokens": 1, "versions": {}}
     code = Path(generation.__file__).with_name("served_model.py")
     run = tracking.start_run("register", {})
