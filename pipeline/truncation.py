@@ -1,12 +1,13 @@
 """What the spectra and audit stages run on the cluster: real text through the base, to see what truncation may take.
 
-Samples go through the model one at a time: unpadded, so that every position counts.
+Only samples of one length share a pass: nothing is padded, so that every position counts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from pipeline.prepare.stage import load_prepared
 # The layers that lose the largest share of their output are truncated one at a time, to see what each costs alone.
 WORST_LAYERS = 5
 AUDIT_JSON = "audit.json"
+PASS_TOKENS = 1024
+
+TokenIds = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ def calibrate_shard(shard: CalibrationShard) -> None:
     rewrite_journal(shard.journal, keep=lambda record: False)
     model = _load(shard.base_folder, shard.precision)
     with observe_inputs(model, shard.targets) as sums:
-        for row in rows:
-            language_loss(model, [samples[row]])
-            append_journal(shard.journal, [{"tokens": len(samples[row]["input_ids"])}])
+        for batch in equal_length_batches([samples[row]["input_ids"] for row in rows]):
+            language_loss(model, batch)
+            append_journal(shard.journal, [{"tokens": sum(map(len, batch))}])
     save_sums(shard.out, sums)
 
 
@@ -85,24 +89,24 @@ def audit_truncation(job: AuditJob) -> dict[str, Any]:
     truncated alone. Writes all of it to `audit.json`; returns what is not per layer."""
     torch.set_num_threads(1)
     heldout = load_prepared(job.prepared).heldout
-    samples = [heldout[row] for row in first_rows(heldout, job.tokens)]
+    texts = [heldout[row]["input_ids"] for row in first_rows(heldout, job.tokens)]
     model = _load(job.base_folder, job.precision)
     spectra, _ = load_spectra(job.spectra)
 
     def loss_of(targets: Sequence[Target]) -> float:
         attach(model, targets, job.config, spectra)
         try:
-            return _counted(job, language_loss(model, samples))
+            return _counted(job, language_loss(model, texts))
         finally:
             detach(model)
 
     with observe_dropped(model, dropped_parts(job.targets, job.config, spectra)) as observed:
-        base_loss = _counted(job, language_loss(model, samples))
+        base_loss = _counted(job, language_loss(model, texts))
     shares = observed.shares()
     truncated_loss = loss_of(job.targets)
     by_share = sorted((t for t in job.targets if t.name in shares), key=lambda target: -shares[target.name])
     facts = {
-        "tokens": sum(len(sample["input_ids"]) for sample in samples),
+        "tokens": sum(map(len, texts)),
         "base_loss": base_loss,
         "truncated_loss": truncated_loss,
         "worst": [{"name": target.name, "loss": loss_of([target])} for target in by_share[:WORST_LAYERS]],
@@ -129,16 +133,28 @@ def first_rows(samples: Any, tokens: int) -> range:
     return range(len(samples))
 
 
+def equal_length_batches(texts: Sequence[TokenIds]) -> list[list[TokenIds]]:
+    """The texts, longest first, in batches of one length and about `PASS_TOKENS` tokens at most."""
+    by_length: defaultdict[int, list[TokenIds]] = defaultdict(list)
+    for text in texts:
+        by_length[len(text)].append(text)
+    batches = []
+    for length in sorted(by_length, reverse=True):
+        size = max(1, PASS_TOKENS // length)
+        batches += [by_length[length][start : start + size] for start in range(0, len(by_length[length]), size)]
+    return batches
+
+
 @torch.inference_mode()
-def language_loss(model: nn.Module, samples: Iterable[Any]) -> float:
-    """Mean cross entropy in nats over every token of the samples, prompt and completion alike."""
+def language_loss(model: nn.Module, texts: Sequence[TokenIds]) -> float:
+    """Mean cross entropy in nats over every token of the texts but each one's first."""
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
-    for sample in samples:
-        batch = collate([{"input_ids": sample["input_ids"], "labels": sample["input_ids"]}]).to(device)
+    total, labels = 0.0, 0
+    for texts_BT in equal_length_batches(texts):
+        batch = collate([{"input_ids": text, "labels": text} for text in texts_BT]).to(device)
         total += float(label_losses(model, batch).sum())
-        tokens += len(sample["input_ids"]) - 1
-    return total / max(tokens, 1)
+        labels += len(texts_BT) * (len(texts_BT[0]) - 1)
+    return total / max(labels, 1)
 
 
 def _load(folder: Path, precision: str) -> nn.Module:

@@ -44,7 +44,7 @@ def truncation(setting: Setting) -> Measurement:
     for name, (known, unknown) in text_sets(setting.workspace).items():
         calibration[name] = token_rows(known, tokenizer, CALIBRATION_TOKENS)
         heldout[name] = token_rows(unknown, tokenizer, HELDOUT_TOKENS)
-    base_losses = {name: text_loss(model, rows) for name, rows in heldout.items()}
+    base_losses = {name: language_loss(model, rows) for name, rows in heldout.items()}
     by_weight = spectra_of(model, targets, max(RANKS))
     details: dict[str, Any] = {
         "base": base_losses,
@@ -65,7 +65,7 @@ def truncation(setting: Setting) -> Measurement:
 def input_sums(model: nn.Module, targets: list[Target], rows: TokenRows) -> InputSums:
     """The covariances of the layers' inputs over rows of text."""
     with observe_inputs(model, targets) as sums:
-        text_loss(model, rows)
+        language_loss(model, rows)
     return sums
 
 
@@ -98,14 +98,9 @@ def truncated_loss(
     """Loss of the base with the rule's part of every target dropped."""
     attach(model, targets, KasaConfig(rank=1, truncation=rule, dropped_rank=rank), spectra)
     try:
-        return text_loss(model, rows)
+        return language_loss(model, rows)
     finally:
         detach(model)
-
-
-def text_loss(model: nn.Module, rows: TokenRows) -> float:
-    """Mean loss over all tokens but each row's first."""
-    return language_loss(model, [{"input_ids": row} for row in rows])
 
 
 def _base(setting: Setting) -> BaseModel:
