@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kasa.adapter import adapted_layers, attach, load_tensors
+from kasa.adapter import DEFAULT, install, load_tensors
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
 from kasa.errors import AdapterFileError
 from kasa.folders import read_tensor_folder, write_tensor_folder
-from kasa.layer import FROZEN
-from kasa.targets import Target
+from kasa.layer import FROZEN, TRAINABLE, KasaUpdate
+from kasa.targets import Target, as_target, is_within
+from kasa.truncation import dropped_rank
 
 ADAPTER_JSON = "adapter.json"
 
@@ -29,8 +30,9 @@ class SavedAdapter:
         targets: the adapted modules.
         base: where the base model came from, for people to read.
         weight_digests: layer name -> digest of the base weight the adapter belongs to.
-        tensors: `LAYER.a`, `LAYER.d`, `LAYER.b`, trained, fp32.
+        tensors: `LAYER.a`, `LAYER.d`, `LAYER.b`, trained, fp32; and the parameters of `trained_modules`.
         dropped: `LAYER.dropped_left`, `LAYER.dropped_right`, fp32; empty when nothing is dropped.
+        trained_modules: modules trained whole, by the names that `kasa.attach` took.
     """
 
     config: KasaConfig
@@ -39,6 +41,7 @@ class SavedAdapter:
     weight_digests: dict[str, str]
     tensors: dict[str, torch.Tensor]
     dropped: dict[str, torch.Tensor]
+    trained_modules: tuple[str, ...] = ()
 
 
 def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
@@ -50,6 +53,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
         "config": dataclasses.asdict(adapter.config),
         "targets": [dataclasses.asdict(target) for target in adapter.targets],
         "weight_digests": adapter.weight_digests,
+        "trained_modules": adapter.trained_modules,
     }
     write_tensor_folder(folder, ADAPTER_JSON, facts, {**adapter.tensors, **adapter.dropped})
 
@@ -70,26 +74,31 @@ def read_adapter(folder: Path) -> SavedAdapter:
             weight_digests=facts["weight_digests"],
             tensors={name: tensor for name, tensor in tensors.items() if name not in dropped},
             dropped=dropped,
+            trained_modules=tuple(facts.get("trained_modules", ())),
         )
     except (KeyError, TypeError) as error:
         raise AdapterFileError(f"{folder / ADAPTER_JSON} is damaged or of another version: {error}") from None
 
 
-def attach_saved(model: nn.Module, adapter: SavedAdapter) -> None:
-    """Attach a saved adapter to its base model; no SVD is done.
+def attach_saved(model: nn.Module, adapter: SavedAdapter, name: str = DEFAULT) -> None:
+    """Attach a saved adapter to its base model and activate it; no SVD is done, and `adapter` stays the caller's own.
 
     Raises:
-        AdapterFileError: the model has no such modules, or they are of another shape.
-        TargetError: the model already carries an adapter.
+        AdapterFileError: the model has no such modules, they are of another shape, or the tensors are not the adapter's.
+        TargetError: the model already carries an adapter of that name.
     """
+    remaining = {**adapter.tensors, **adapter.dropped}
+    updates = {}
     for target in adapter.targets:
         _check_module(model, target)
-    attach(model, adapter.targets, dataclasses.replace(adapter.config, truncation="none"))
-    for name, layer in adapted_layers(model).items():
-        for attribute in FROZEN:
-            if (tensor := adapter.dropped.get(f"{name}.{attribute}")) is not None:
-                setattr(layer, attribute, nn.Parameter(tensor.to(layer.a.device), requires_grad=False))
-    load_tensors(model, adapter.tensors)
+        a, d, b, *dropped = (_taken(remaining, key, shape) for key, shape in _shapes(target, adapter.config).items())
+        updates[target] = KasaUpdate(a, d, b, (dropped[0], dropped[1]) if dropped else None, adapter.config)
+    for key in remaining:
+        if not is_within(key.rpartition(".")[0], adapter.trained_modules):
+            raise AdapterFileError(f"the adapter holds a tensor {key}, which belongs to none of its modules")
+    install(model, name, updates, adapter.trained_modules)
+    if remaining:
+        load_tensors(model, {**adapter.tensors}, name)
 
 
 def check_base(adapter: SavedAdapter, base_folder: Path) -> None:
@@ -113,11 +122,30 @@ def _check_module(model: nn.Module, target: Target) -> None:
         raise AdapterFileError(
             f"the model has no module {target.name}; the adapter belongs to another architecture"
         ) from None
-    shape = (
-        getattr(module, "out_features", getattr(module, "nf", None)),
-        getattr(module, "in_features", getattr(module, "nx", None)),
-    )
-    if shape != (target.out_features, target.in_features):
+    found = as_target(target.name, module)
+    if found is None:
+        raise AdapterFileError(f"{target.name} is a {type(module).__name__}, which cannot carry an adapter")
+    if (found.out_features, found.in_features) != (target.out_features, target.in_features):
         raise AdapterFileError(
-            f"{target.name} is {shape[0]} x {shape[1]}, the adapter's is {target.out_features} x {target.in_features}"
+            f"{target.name} is {found.out_features} x {found.in_features}, "
+            f"the adapter's is {target.out_features} x {target.in_features}"
         )
+
+
+def _shapes(target: Target, config: KasaConfig) -> dict[str, tuple[int, ...]]:
+    """What a file holds for one target."""
+    trainable = ((config.rank, target.in_features), (config.rank,), (target.out_features, config.rank))
+    dropped = dropped_rank(target, config.truncation, config.dropped_rank)
+    frozen = ((target.out_features, dropped), (dropped, target.in_features)) if dropped else ()
+    attributes = TRAINABLE + FROZEN[: len(frozen)]
+    return {
+        f"{target.name}.{attribute}": shape for attribute, shape in zip(attributes, trainable + frozen, strict=True)
+    }
+
+
+def _taken(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = tensors.pop(name, None)
+    if tensor is None or tensor.shape != shape:
+        found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+        raise AdapterFileError(f"the adapter's tensor {name} is {found}; it should be of shape {shape}")
+    return tensor.clone()

@@ -1,71 +1,93 @@
-"""The adapted layer: W x + s B (d * (A x)) - U_d S_d (V_d^T x). The base module and its weight are never touched.
+"""The adapted layer: W x + s B (d * (A x)) - U_d S_d (V_d^T x). One base module carries any number of updates.
 
-Legend: O = out features, I = in features, R = adapter rank, D = dropped rank.
+Legend: O = out features, I = in features, R = adapter rank, D = dropped rank, N = positions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from kasa.config import KasaConfig
+from kasa.errors import KasaError
 from kasa.targets import Target
 
-# The trainable tensors of a layer and the frozen ones, by attribute name.
+# The trainable tensors of an update and the frozen ones, by attribute name.
 TRAINABLE = ("a", "d", "b")
 FROZEN = ("dropped_left", "dropped_right")
 
 
-class KasaLayer(nn.Module):
-    """A frozen base module with a KaSA update beside it.
+class KasaUpdate(nn.Module):
+    """What one adapter adds to one layer's output: s B (d * (A x)) - U_d S_d (V_d^T x).
 
     Args:
-        base: the module that is adapted; anything with a forward from (..., I) to (..., O).
-        target: its name and shape.
-        config: rank, scale, dropout.
-        dropped: (U_d S_d of shape (O, D), V_d^T of shape (D, I)), or None to drop nothing.
-
-    The trainable tensors start as the paper has them (A kaiming uniform, d standard normal, B zero), so that the layer
-    starts as the truncated base exactly.
+        a_RI, d_R, b_OR: the trainable tensors; they are taken over, not copied.
+        dropped: (U_d S_d of shape (O, D), V_d^T of shape (D, I)), or None to drop nothing; taken over likewise.
+        config: scale and dropout.
     """
 
     def __init__(
-        self, base: nn.Module, target: Target, config: KasaConfig, dropped: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        a_RI: torch.Tensor,
+        d_R: torch.Tensor,
+        b_OR: torch.Tensor,
+        dropped: tuple[torch.Tensor, torch.Tensor] | None,
+        config: KasaConfig,
     ) -> None:
         super().__init__()
-        self.base = base
-        self.target = target
         self.scale = config.scale
-        self.enabled = True
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.a = nn.Parameter(torch.empty(config.rank, target.in_features))
-        self.d = nn.Parameter(torch.empty(config.rank))
-        self.b = nn.Parameter(torch.zeros(target.out_features, config.rank))
+        self.dropout = config.dropout
+        self.a = nn.Parameter(a_RI)
+        self.d = nn.Parameter(d_R)
+        self.b = nn.Parameter(b_OR)
         left, right = dropped if dropped is not None else (None, None)
         # Parameters, not buffers: ZeRO-3 partitions parameters only.
         self.dropped_left = _frozen(left)
         self.dropped_right = _frozen(right)
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw A and d anew from `generator` and set B to zero."""
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5), generator=generator)
-        nn.init.normal_(self.d, generator=generator)
-        nn.init.zeros_(self.b)
+    @classmethod
+    def fresh(
+        cls,
+        target: Target,
+        config: KasaConfig,
+        dropped: tuple[torch.Tensor, torch.Tensor] | None,
+        generator: torch.Generator,
+    ) -> KasaUpdate:
+        """The paper's start: A kaiming uniform, d standard normal, B zero, so that the layer is the truncated base."""
+        a_RI = torch.empty(config.rank, target.in_features)
+        nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+        d_R = torch.empty(config.rank).normal_(generator=generator)
+        return cls(a_RI, d_R, torch.zeros(target.out_features, config.rank), dropped, config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., I) -> (..., O)."""
-        y = self.base(x)
-        if not self.enabled:
-            return y
+    def forward(self, x: torch.Tensor, y: torch.Tensor, base_is_truncated: bool = False) -> torch.Tensor:
+        """y plus the update of x: (..., I), (..., O) -> (..., O), in y's type.
+
+        Both products run through one pair of skinny matrices, [A; V_d^T] and [s B diag(d) | -U_d S_d].
+        """
         # Without autocast the adapter may be kept in another type than the activations.
-        z = x if torch.is_autocast_enabled(x.device.type) else x.to(self.a.dtype)
-        update = functional.linear(functional.linear(self.dropout(z), self.a) * (self.scale * self.d), self.b)
-        if self.dropped_left is not None and self.dropped_right is not None:
-            update = update - functional.linear(functional.linear(z, self.dropped_right), self.dropped_left)
-        return y + update.to(y.dtype)
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.a.dtype)
+        up = self.b * (self.scale * self.d)
+        if self.dropped_left is None or self.dropped_right is None or base_is_truncated:
+            down = functional.linear(self._drop_inputs(x), self.a)
+        else:
+            up = torch.cat([up, -self.dropped_left], dim=1)
+            if self.training and self.dropout:
+                learned = functional.linear(self._drop_inputs(x), self.a)
+                down = torch.cat([learned, functional.linear(x, self.dropped_right)], dim=-1)
+            else:
+                down = functional.linear(x, torch.cat([self.a, self.dropped_right]))
+        if y.dtype != down.dtype:
+            return y + functional.linear(down, up).to(y.dtype)
+        sum_NO = torch.addmm(y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1]), up.t())
+        return sum_NO.view(y.shape)
+
+    def _drop_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(x, self.dropout, self.training)
 
     def extra_repr(self) -> str:
         """Shapes for `print(model)`."""
@@ -73,5 +95,98 @@ class KasaLayer(nn.Module):
         return f"rank={self.d.shape[0]}, scale={self.scale:g}, dropped_rank={dropped}"
 
 
+class KasaLayer(nn.Module):
+    """A frozen base module with KaSA updates beside it, of which at most one is active.
+
+    Args:
+        base: the module that is adapted; anything with a forward from (..., I) to (..., O).
+        target: its name and shape.
+
+    Attributes:
+        updates: adapter name -> its update of this layer.
+        active: the name of the adapter in force, or None: the base alone.
+        folded: whether the dropped part is to be taken out of the base weight itself, see `fold`.
+    """
+
+    def __init__(self, base: nn.Module, target: Target) -> None:
+        super().__init__()
+        self.base = base
+        self.target = target
+        self.updates = nn.ModuleDict()
+        self.active: str | None = None
+        self.folded = False
+        self._whole_weight: torch.Tensor | None = None
+
+    @property
+    def update(self) -> KasaUpdate | None:
+        """The active update."""
+        return None if self.active is None else self.updates[self.active]  # type: ignore[return-value]
+
+    # Some transformers models (T5, for one) look at the weight of a linear module.
+    @property
+    def weight(self) -> Any:
+        """The base's weight."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias."""
+        return self.base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., I) -> (..., O)."""
+        y = self.base(x)
+        update = self.update
+        return y if update is None else update(x, y, self._whole_weight is not None)
+
+    def switch(self, name: str | None) -> None:
+        """Make adapter `name` the active one; where it has no update of this layer, or for None, the base alone."""
+        folded = self.folded
+        self.unfold()
+        self.active = name if name is not None and name in self.updates else None
+        if folded:
+            self.fold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put a truncated copy in the base weight's place, until `unfold`; the whole weight is kept beside it.
+
+        Raises:
+            KasaError: the weight is quantised or partitioned.
+        """
+        self.folded = True
+        update = self.update
+        if self._whole_weight is not None or update is None or update.dropped_left is None:
+            return
+        assert update.dropped_right is not None
+        weight = self.base.weight
+        dropped_OI = update.dropped_left @ update.dropped_right
+        dropped = dropped_OI.t() if self.target.transposed else dropped_OI
+        if not torch.is_tensor(weight) or weight.shape != dropped.shape or not weight.is_floating_point():
+            self.folded = False
+            raise KasaError(
+                f"{self.target.name} is a {type(self.base).__name__} without a plain weight, so nothing can be folded "
+                "into it; leave the adapter as it is: the residual form works on any base"
+            )
+        self._whole_weight = weight.data
+        weight.data = (weight - dropped).to(weight.dtype)
+
+    def unfold(self) -> None:
+        """Put the whole base weight back, the very tensor that `fold` took away."""
+        self.folded = False
+        if self._whole_weight is not None:
+            self.base.weight.data = self._whole_weight
+            self._whole_weight = None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> KasaLayer:
+        # A change of device or type has to reach the whole weight too.
+        folded = self.folded
+        self.unfold()
+        super()._apply(fn, recurse)
+        if folded:
+            self.fold()
+        return self
+
+
 def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
-    return None if tensor is None else nn.Parameter(tensor.clone(), requires_grad=False)
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

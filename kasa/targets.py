@@ -32,27 +32,30 @@ class Target:
         return min(self.out_features, self.in_features)
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Target]:
+def find_targets(model: nn.Module, targets: str | Sequence[str], trained_modules: Sequence[str] = ()) -> list[Target]:
     """The modules selected by `targets`, in the model's own order.
 
     Args:
         model: any transformers model, also on the meta device.
         targets: `all-linear` (every linear module but the output head), names (a module matches by its last name or
             by a dotted suffix), or one regular expression `re:...` on the full name.
+        trained_modules: modules that are to be trained whole, named likewise; nothing in them is selected.
 
     Raises:
         TargetError: a name or expression matches nothing, or only modules that cannot carry an adapter.
     """
-    candidates = {target.name: target for target in _linear_modules(model)}
+    candidates = {
+        target.name: target for target in _linear_modules(model) if not is_within(target.name, trained_modules)
+    }
     if targets == ALL_LINEAR:
         return list(candidates.values())
     if isinstance(targets, str) and targets.startswith(REGEX_PREFIX):
         return _by_expression(candidates, targets.removeprefix(REGEX_PREFIX))
     wanted = [targets] if isinstance(targets, str) else list(targets)
     for name in wanted:
-        if not any(_is_suffix(name, candidate) for candidate in candidates):
+        if not any(is_suffix(name, candidate) for candidate in candidates):
             raise TargetError(_unmatched(name, model, candidates))
-    return [target for target in candidates.values() if any(_is_suffix(name, target.name) for name in wanted)]
+    return [target for target in candidates.values() if any(is_suffix(name, target.name) for name in wanted)]
 
 
 def check_rank(targets: Sequence[Target], rank: int, key: str) -> None:
@@ -69,17 +72,47 @@ def check_rank(targets: Sequence[Target], rank: int, key: str) -> None:
             )
 
 
+def as_target(name: str, module: nn.Module) -> Target | None:
+    """The module as a target, or None if it cannot carry an adapter.
+
+    Quantised linear modules (bitsandbytes, GPTQ, HQQ) pack their weight in other shapes; all state their features.
+    """
+    if isinstance(known := getattr(module, "target", None), Target):
+        return known
+    # Its owner, torch's MultiheadAttention, reads the weight and never calls the module.
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return None
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return Target(name, module.nf, module.nx, transposed=True)  # type: ignore[arg-type]
+    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(features[0], int) and isinstance(features[1], int) and not any(True for _ in module.children()):
+        return Target(name, features[0], features[1])
+    return None
+
+
+def is_suffix(name: str, full_name: str) -> bool:
+    """Whether `name` is a module's full name or a dotted end of it."""
+    return full_name == name or full_name.endswith("." + name)
+
+
+def is_within(full_name: str, names: Sequence[str]) -> bool:
+    """Whether a module or one that holds it has one of the names, each a full name or a dotted end of it."""
+    parts = full_name.split(".")
+    return any(is_suffix(name, ".".join(parts[:end])) for name in names for end in range(1, len(parts) + 1))
+
+
 def _linear_modules(model: nn.Module) -> list[Target]:
     output_head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
     head = output_head() if output_head else None
-    found = []
+    found: list[Target] = []
+    inside = ""
     for name, module in model.named_modules():
-        if module is head:
+        if module is head or (inside and name.startswith(inside)):
             continue
-        if isinstance(module, nn.Linear):
-            found.append(Target(name, module.out_features, module.in_features))
-        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-            found.append(Target(name, module.nf, module.nx, transposed=True))
+        if target := as_target(name, module):
+            found.append(target)
+            # An adapted layer stands for the module inside it.
+            inside = name + "."
     return found
 
 
@@ -97,7 +130,7 @@ def _by_expression(candidates: dict[str, Target], expression: str) -> list[Targe
 
 
 def _unmatched(name: str, model: nn.Module, candidates: dict[str, Target]) -> str:
-    other = next((type(m).__name__ for n, m in model.named_modules() if n and _is_suffix(name, n)), None)
+    other = next((type(m).__name__ for n, m in model.named_modules() if n and is_suffix(name, n)), None)
     if other:
         return f"adapter.targets: {name!r} is a {other}, which cannot carry an adapter; linear modules are {_examples(candidates)}"
     short_names = sorted({candidate.rsplit(".", 1)[-1] for candidate in candidates})
@@ -106,7 +139,3 @@ def _unmatched(name: str, model: nn.Module, candidates: dict[str, Target]) -> st
 
 def _examples(candidates: dict[str, Target]) -> str:
     return ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in candidates)) or "absent"
-
-
-def _is_suffix(name: str, full_name: str) -> bool:
-    return full_name == name or full_name.endswith("." + name)

@@ -57,9 +57,10 @@ def test_the_layer_is_the_merged_weight(
     attach(model, find_targets(model, "all-linear"), config, spectra)
     trained(model)
     layer = adapted_layers(model.to(dtype))[name]
-    a, d, b = layer.a.double(), layer.d.double(), layer.b.double()
+    update = layer.update
+    a, d, b = update.a.double(), update.d.double(), update.b.double()
     base = weight_of(layer.base).double()
-    merged = base - layer.dropped_left.double() @ layer.dropped_right.double() + 9.0 / 6 * b @ torch.diag(d) @ a
+    merged = base - update.dropped_left.double() @ update.dropped_right.double() + 9.0 / 6 * b @ torch.diag(d) @ a
     expected = functional.linear(inputs(name, dtype).double(), merged, layer.base.bias.double())
     error = (layer(inputs(name, dtype)).double() - expected).abs().max() / expected.abs().max()
     assert error <= tolerance
@@ -71,8 +72,9 @@ def test_a_trained_layer_is_a_plain_lora_of_rank_r_plus_dropped_on_the_untouched
 ) -> None:
     layer = attach(model.double(), find_targets(model, name), config, spectra)[name].double()
     trained(model)
-    up = torch.cat([layer.scale * layer.b * layer.d, -layer.dropped_left], dim=1)
-    down = torch.cat([layer.a, layer.dropped_right])
+    update = layer.update
+    up = torch.cat([update.scale * update.b * update.d, -update.dropped_left], dim=1)
+    down = torch.cat([update.a, update.dropped_right])
     assert up.shape[1] == down.shape[0] == config.rank + config.dropped_rank
     x = inputs(name, torch.float64)
     torch.testing.assert_close(layer(x), layer.base(x) + x @ down.T @ up.T, rtol=0, atol=1e-12)
@@ -82,10 +84,11 @@ def test_the_paper_start(model, spectra) -> None:
     config = KasaConfig(rank=6, dropped_rank=6)
     layers = attach(model, find_targets(model, "all-linear"), config, spectra, seed=3)
     for layer in layers.values():
-        assert layer.a.abs().max() <= 1 / math.sqrt(layer.a.shape[1])  # kaiming uniform with a = sqrt 5
-        assert layer.a.abs().max() > 0.8 / math.sqrt(layer.a.shape[1])
-        assert not layer.b.any()
-    d = torch.cat([layer.d.detach() for layer in layers.values()])
+        a, b = layer.update.a, layer.update.b
+        assert a.abs().max() <= 1 / math.sqrt(a.shape[1])  # kaiming uniform with a = sqrt 5
+        assert a.abs().max() > 0.8 / math.sqrt(a.shape[1])
+        assert not b.any()
+    d = torch.cat([layer.update.d.detach() for layer in layers.values()])
     assert 0.5 < d.std() < 1.6
 
 
@@ -106,12 +109,12 @@ def test_disabled_ends_with_an_error_too_and_nests(model, spectra, config) -> No
         with disabled(model):
             with disabled(model):
                 pass
-            assert not any(layer.enabled for layer in layers.values())
+            assert not any(layer.active for layer in layers.values())
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail_inside()
-    assert all(layer.enabled for layer in layers.values())
+    assert all(layer.active == "default" for layer in layers.values())
 
 
 def test_detach_puts_the_same_objects_back(model, spectra, config) -> None:
@@ -176,7 +179,7 @@ def test_dropout_touches_the_update_alone_and_only_in_training(model, spectra) -
 def test_bf16_base_with_fp32_adapter_keeps_the_base_type(model, spectra, config) -> None:
     layer = attach(model.bfloat16(), find_targets(model, "wide"), config, spectra)["wide"]
     trained(model)
-    assert layer.a.dtype == torch.float32
+    assert layer.update.a.dtype == torch.float32
     assert layer(inputs("wide", torch.bfloat16)).dtype == torch.bfloat16
 
 

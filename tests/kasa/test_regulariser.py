@@ -4,7 +4,15 @@ import pytest
 import torch
 from shapes import weight_of
 
-from kasa import KasaConfig, attach, find_targets, learned_singular_values, penalty, trainable_parameters
+from kasa import (
+    KasaConfig,
+    adapted_layers,
+    attach,
+    find_targets,
+    penalty,
+    product_singular_values,
+    trainable_parameters,
+)
 
 
 def plain_reference(tensors: dict[str, torch.Tensor], names: list[str], convention: str):
@@ -31,7 +39,7 @@ def adapted(model, spectra, config):
 
 @pytest.mark.parametrize("convention", ["authors", "paper"])
 def test_values_and_gradients(adapted, convention) -> None:
-    layers = [module for module in adapted.modules() if hasattr(module, "dropped_left")]
+    layers = list(adapted_layers(adapted).values())
     config = KasaConfig(regulariser=convention, singular_value_weight=0.3, orthogonality_weight=0.7)
     ours = penalty(layers, convention)
     ours.weighted(config).backward()
@@ -55,23 +63,24 @@ def test_the_start_has_finite_gradients(model, spectra, config, convention) -> N
 
 
 def test_the_conventions_differ_as_documented(adapted) -> None:
-    layers = [module for module in adapted.modules() if hasattr(module, "dropped_left")]
+    layers = list(adapted_layers(adapted).values())
     paper, authors = penalty(layers, "paper"), penalty(layers, "authors")
     assert paper.singular_value.item() == pytest.approx(len(layers) * authors.singular_value.item(), rel=1e-6)
     assert authors.orthogonality.item() > 1.01 * paper.orthogonality.item() / len(layers)
 
 
 def test_bf16_tensors_are_penalised_in_fp32(adapted) -> None:
-    layers = [module.bfloat16() for module in adapted.modules() if hasattr(module, "dropped_left")]
+    layers = list(adapted_layers(adapted.bfloat16()).values())
     found = penalty(layers, "authors")
     assert found.singular_value.dtype == found.orthogonality.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["square", "tall", "wide", "conv"])
-def test_learned_singular_values_are_those_of_the_dense_update(adapted, name) -> None:
+def test_product_singular_values_are_those_of_the_dense_update(adapted, name) -> None:
     layer = adapted.get_submodule(name)
-    a, d, b = layer.a.detach(), layer.d.detach(), layer.b.detach()
-    found = learned_singular_values(a, d, b, layer.scale)
-    dense = layer.scale * b.double() @ torch.diag(d.double()) @ a.double()
+    update = layer.update
+    a, d, b = update.a.detach(), update.d.detach(), update.b.detach()
+    found = product_singular_values(update.scale * b * d, a)
+    dense = update.scale * b.double() @ torch.diag(d.double()) @ a.double()
     assert dense.shape == weight_of(layer.base).shape
     torch.testing.assert_close(torch.tensor(found).double(), torch.linalg.svdvals(dense)[:6], rtol=1e-6, atol=1e-9)
