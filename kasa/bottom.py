@@ -33,7 +33,7 @@ class Operand:
     """A matrix of shape (K, L), K <= L, whose products are computed in fp64 whatever it is stored in."""
 
     def __init__(self, short_KL: torch.Tensor) -> None:
-        on_cpu = short_KL.device.type == "cpu"
+        on_cpu = _on_cpu(short_KL)
         self._stored_KL = short_KL.double() if on_cpu else short_KL
         self._width = short_KL.shape[1] if on_cpu else CHUNK
 
@@ -86,7 +86,7 @@ def spectral_radius(gram_KK: torch.Tensor, steps: int = 12) -> float:
 
 def by_eigensolver(gram_KK: torch.Tensor, rank: int) -> torch.Tensor:
     """The bottom `rank` eigenvectors as (K, R), by LAPACK; none can be missed."""
-    if gram_KK.device.type != "cpu":
+    if not _on_cpu(gram_KK):
         return torch.linalg.eigh(gram_KK).eigenvectors[:, :rank]
     vectors = scipy.linalg.eigh(gram_KK.numpy(), subset_by_index=[0, rank - 1], check_finite=False)[1]
     return torch.from_numpy(vectors)
@@ -176,7 +176,7 @@ def is_complete(gram_KK: torch.Tensor, basis_KR: torch.Tensor, values_R: torch.T
 
 def cholesky(matrix_KK: torch.Tensor) -> torch.Tensor | None:
     """The lower factor, or None for a matrix that is not positive definite."""
-    if matrix_KK.device.type == "cpu":
+    if _on_cpu(matrix_KK):
         # scipy's is a third faster than torch's; the transpose of a symmetric matrix is in the order LAPACK wants.
         factor, info = scipy.linalg.lapack.dpotrf(matrix_KK.numpy().T, lower=1, clean=1)
         return None if info else torch.from_numpy(factor)
@@ -207,9 +207,14 @@ def _orthonormal_rest(image_KB: torch.Tensor, basis_NK: torch.Tensor) -> tuple[t
     return second_KB, second_BB @ first_BB
 
 
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether numpy and scipy compute, which need half the time of torch for what is symmetric."""
+    return tensor.device.type == "cpu"
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right. On the CPU by numpy, which also computes half of a matrix times its transpose only (dsyrk)."""
-    if left.device.type == "cpu":
+    if _on_cpu(left):
         return torch.from_numpy(left.numpy() @ right.numpy())
     return left @ right
 
