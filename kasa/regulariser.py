@@ -58,13 +58,9 @@ def penalty(layers: Iterable[KasaLayer], convention: Regulariser) -> Penalty:
 
 @dataclass(frozen=True)
 class _Group:
-    """Matrices of one shape: where they stand among the inputs, their values, and 2 (G - I) / n of each.
-
-    `slope` is None for the vectors d.
-    """
+    """Matrices of one shape: where they stand among the inputs, and 2 (G - I) / n of each; None for the vectors d."""
 
     indices: list[int]
-    values: torch.Tensor
     slope_LRR: torch.Tensor | None = None
     rows: bool = False
 
@@ -76,36 +72,38 @@ class _Regularisers(torch.autograd.Function):
     def forward(ctx: Any, convention: Regulariser, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         count = len(tensors) // 3
         first = tensors[0]
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        # Not the stacks: memory of that size is slower to come by than a second copy into it.
+        ctx.save_for_backward(*tensors)
         ctx.groups = groups = []
         squares, norms = [], []
         with torch.autocast(first.device.type, enabled=False):
             for indices in _by_shape(tensors, 2 * count, 3 * count):
                 vectors = _stacked(tensors, indices)
                 squares.append(vectors.square().sum().to(first.device))
-                groups.append(_Group(indices, vectors))
+                groups.append(_Group(indices))
             for rows, start in ((True, 0), (False, count)):
                 for indices in _by_shape(tensors, start, start + count):
                     matrices = _stacked(tensors, indices)
                     norms_L, slope_LRR = _norms(matrices, rows, convention)
                     norms.append(norms_L.sum().to(first.device))
-                    groups.append(_Group(indices, matrices, slope_LRR, rows))
+                    groups.append(_Group(indices, slope_LRR, rows))
         return torch.stack(squares).sum(), torch.stack(norms).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         outer_square, outer_norm = outer
-        gradients: list[torch.Tensor | None] = [None] * len(ctx.dtypes)
+        tensors = ctx.saved_tensors
+        gradients: list[torch.Tensor | None] = [None] * len(tensors)
         with torch.autocast(outer_square.device.type, enabled=False):
             for group in ctx.groups:
-                device = group.values.device
+                values = _stacked(tensors, group.indices)
                 if group.slope_LRR is None:
-                    product = group.values * (2 * outer_square.to(device))
+                    product = values * (2 * outer_square.to(values.device))
                 else:
-                    slope_LRR = group.slope_LRR * outer_norm.to(device)
-                    product = slope_LRR @ group.values if group.rows else group.values @ slope_LRR
-                product = product.to(ctx.dtypes[group.indices[0]])
+                    slope_LRR = group.slope_LRR * outer_norm.to(values.device)
+                    product = slope_LRR @ values if group.rows else values @ slope_LRR
+                product = product.to(tensors[group.indices[0]].dtype)
                 for index, gradient in zip(group.indices, product.unbind(), strict=True):
                     gradients[index] = gradient
         return None, *gradients
