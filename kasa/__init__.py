@@ -20,29 +20,38 @@ from kasa.adapter import (
     unfold,
 )
 from kasa.adapter_file import SavedAdapter, attach_saved, check_base, read_adapter, save_adapter
+from kasa.audit import OutputShares, observe_dropped
+from kasa.calibration import InputSums, StoredCovariances, observe_inputs, save_sums
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
-from kasa.errors import AdapterFileError, KasaError, SpectrumError, TargetError
+from kasa.errors import AdapterFileError, InterchangeError, KasaError, SpectrumError, TargetError
 from kasa.layer import KasaLayer, KasaUpdate
+from kasa.lora_export import export_lora, lora_rank, vllm_rank
+from kasa.merge import merge
+from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from kasa.regulariser import Penalty, penalty
 from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
 from kasa.targets import Target, check_rank, find_targets
 from kasa.truncation import Truncation, dropped_rank
-from kasa.update import learned_singular_values
+from kasa.update import product_singular_values
 
 __all__ = [
     "AdapterFileError",
     "BottomTriplets",
     "CheckpointWeights",
+    "InputSums",
+    "InterchangeError",
     "KasaConfig",
     "KasaError",
     "KasaLayer",
     "KasaUpdate",
+    "OutputShares",
     "Penalty",
     "SavedAdapter",
     "Spectra",
     "SpectrumError",
+    "StoredCovariances",
     "Target",
     "TargetError",
     "Truncation",
@@ -57,17 +66,26 @@ __all__ = [
     "detach",
     "disabled",
     "dropped_rank",
+    "export_lora",
+    "export_peft_kasa",
     "find_targets",
     "fold",
     "frozen_factors",
-    "learned_singular_values",
+    "import_peft_kasa",
     "load_spectra",
     "load_tensors",
+    "lora_rank",
+    "merge",
+    "observe_dropped",
+    "observe_inputs",
     "penalty",
+    "product_singular_values",
     "read_adapter",
     "save_adapter",
     "save_spectra",
+    "save_sums",
     "trainable_parameters",
     "unfold",
+    "vllm_rank",
     "weight_digest",
 ]

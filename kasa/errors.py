@@ -22,6 +22,10 @@ class AdapterFileError(KasaError):
     """An adapter folder is incomplete, damaged, or made for another base."""
 
 
+class InterchangeError(KasaError):
+    """An adapter cannot be written in the wanted format or place, or a foreign folder cannot be taken over as it is."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """A hint naming the candidates closest to `name`, for the end of an error message; empty where none is close."""
     close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)

@@ -10,7 +10,7 @@ checked against the weight itself; where the check fails, a full fp64 SVD takes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
@@ -22,17 +22,25 @@ from kasa.errors import SpectrumError
 # Of the largest singular value. Rounding in the fp64 Gram route stays two orders below it on real weights.
 RESIDUAL_LIMIT = 1e-9
 
+# What is added to a covariance's diagonal, relative to its mean. Fewer tokens than features, or a feature that is always
+# zero, leave directions without any energy: anything could be dropped there, though other text may need it.
+SHRINKAGE = 0.01
+
 
 @dataclass(frozen=True)
 class BottomTriplets:
-    """The R smallest singular triplets of a weight, smallest first, so that a prefix serves every smaller rank.
+    """The R smallest singular triplets of W, or of W L under a covariance C' = L L^T of the layer's input, smallest first,
+    so that a prefix serves every smaller rank.
+
+    With M = W or W L, and its triplets (u, s, v), the part of the weight that is dropped is the sum of s u (v^T L^-1). That
+    is U U^T W in either case, and of all parts whose removal lowers the rank by R it changes the layer's output least.
 
     Attributes:
-        left_OR: left singular vectors, columns of unit length.
-        singular_values_R: ascending.
-        right_RI: right singular vectors, rows of unit length.
-        largest: the weight's largest singular value (spectral norm).
-        residual: max over triplets of ||W v - s u|| and ||W^T u - s v||, relative to `largest`.
+        left_OR: left singular vectors u, columns of unit length.
+        singular_values_R: of M, ascending.
+        right_RI: v^T, rows of unit length; under a covariance v^T L^-1, rows of any length.
+        largest: the largest singular value (spectral norm) of M.
+        residual: max over triplets of ||M v - s u|| and ||M^T u - s v||, relative to `largest`.
         method: `gram` or `svd`.
     """
 
@@ -52,27 +60,70 @@ class BottomTriplets:
 Spectra = Mapping[str, BottomTriplets]
 
 
-def bottom_triplets(weight_OI: torch.Tensor, rank: int, name: str = "weight") -> BottomTriplets:
+def bottom_triplets(
+    weight_OI: torch.Tensor, rank: int, name: str = "weight", covariance_II: torch.Tensor | None = None
+) -> BottomTriplets:
     """The `rank` smallest singular triplets of `weight_OI`, computed in fp64 and returned in fp32.
 
     Args:
         weight_OI: any floating type, square, tall or wide.
         rank: R, between 1 and K.
         name: names the weight in errors.
+        covariance_II: C, the mean of x x^T over inputs x of the layer, any floating type. It weights the spectrum: the
+            triplets are those of W L with L L^T = C / mean(diag C) + 0.01 I (`SHRINKAGE`). None, or a covariance of
+            zeros, weights nothing.
 
     Raises:
-        SpectrumError: the weight is not a floating matrix, has NaN or Inf, or `rank` is out of range.
+        SpectrumError: the weight is not a floating matrix, has NaN or Inf, or `rank` is out of range; the covariance is
+            not a symmetric floating matrix of the weight's width, has NaN or Inf, or has negative eigenvalues.
     """
     smaller_side = _check(weight_OI, rank, name)
     # numpy has no bfloat16; every storage type up to fp32 is exact in fp64.
-    matrix = weight_OI.detach().cpu().to(torch.float64).numpy()
+    matrix = _float64(weight_OI)
+    root_II = None if covariance_II is None else _covariance_root(covariance_II, weight_OI.shape[1], name)
+    if root_II is not None:
+        matrix = matrix @ root_II
     # The iterative solver behind the spectral norm wants a few dimensions and something other than zero.
     triplets = _by_gram(matrix, rank) if smaller_side > 8 and matrix.any() else _by_svd(matrix, rank)
     if triplets.residual > RESIDUAL_LIMIT:
         triplets = _by_svd(matrix, rank)
     if triplets.residual > RESIDUAL_LIMIT:
         raise SpectrumError(f"{name}: singular triplets miss the weight by {triplets.residual:.1e} of its norm")
-    return triplets
+    if root_II is None:
+        return triplets
+    right_RI = scipy.linalg.solve_triangular(root_II, _float64(triplets.right_RI).T, trans="T", lower=True).T
+    return replace(triplets, right_RI=_float32(right_RI))
+
+
+def _covariance_root(covariance_II: torch.Tensor, width: int, name: str) -> np.ndarray | None:
+    """L of shape (I, I), lower triangular, with L L^T the shrunk covariance; None for a covariance of zeros."""
+    if covariance_II.shape != (width, width) or not covariance_II.is_floating_point():
+        raise SpectrumError(
+            f"{name}: need a floating point covariance of {width} x {width}, the weight's inputs, "
+            f"not {covariance_II.dtype} of shape {tuple(covariance_II.shape)}"
+        )
+    if not torch.isfinite(covariance_II).all():
+        raise SpectrumError(f"{name}: the covariance of its inputs holds NaN or Inf")
+    covariance = _float64(covariance_II)
+    if not covariance.any():
+        return None
+    mean = float(np.trace(covariance)) / width
+    if mean <= 0:
+        raise SpectrumError(f"{name}: the covariance of its inputs has negative eigenvalues")
+    ridge = SHRINKAGE * np.eye(width)
+    try:
+        return scipy.linalg.cholesky(covariance / mean + ridge, lower=True, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        rounding = width * torch.finfo(covariance_II.dtype).eps
+        return scipy.linalg.cholesky(_without_negative(covariance / mean, rounding, name) + ridge, lower=True)
+
+
+def _without_negative(covariance: np.ndarray, rounding: float, name: str) -> np.ndarray:
+    """The covariance with eigenvalues that are negative by no more than `rounding`, of the largest, set to zero."""
+    values, vectors = scipy.linalg.eigh(covariance, check_finite=False)
+    if values[0] < -rounding * values[-1]:
+        raise SpectrumError(f"{name}: the covariance of its inputs has negative eigenvalues")
+    return (vectors * np.maximum(values, 0.0)) @ vectors.T
 
 
 def _check(weight_OI: torch.Tensor, rank: int, name: str) -> int:
@@ -130,6 +181,10 @@ def _certified(
         residual=float(max(forward, backward) / largest) if largest else 0.0,
         method=method,
     )
+
+
+def _float64(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().to(torch.float64).numpy()
 
 
 def _float32(array: np.ndarray) -> torch.Tensor:

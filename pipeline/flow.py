@@ -1,18 +1,15 @@
-"""The architecture in one file: five stages, each named by what it makes.
+"""The architecture in one file: six stages, each named by what it does.
 
-    base ──┬── prepare ──┐
-           │             ├── train ── evaluate ── register ── report
-           └── spectra ──┘
+    base + data ── prepare ── spectra ── audit ── train ── evaluate ── register ── report
 
-Spectra depend on the base alone, so they are computed beside the data. Every stage is content-addressed
-(`pipeline.keys`), so what is unchanged is reused, and each is an MLflow run under the run's parent (`pipeline.context`).
+Spectra look at the training text, unless `adapter.truncation` says otherwise; then they depend on the base alone. Every
+stage is content-addressed (`pipeline.keys`), so what is unchanged is reused, and each is an MLflow run under the run's
+parent (`pipeline.context`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from pipeline.context import RunContext, check_workspace, close_context, open_co
 from pipeline.prepare.sources import DataSources, resolve_sources
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.report.gather import environment_tags, use_commands, write_report
+from pipeline.stages.audit import audit
 from pipeline.stages.evaluate import Evaluation, evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Registration, register
@@ -71,15 +69,19 @@ def run(recipe: Recipe, bars: ProgressBars) -> RunResult:
         bars.showing(),
     ):
         context.tracking.log_parameters(context.parent_run, recipe_values(recipe))
-        prepared, decomposed = _side_by_side(
-            context,
-            lambda: prepare(context, base, sources),
-            lambda: spectra(context, base, targets),
-        )
+        prepared = prepare(context, base, sources)
+        decomposed = spectra(context, base, targets, prepared)
+        audited = audit(context, base, targets, prepared, decomposed)
         adapter = train(context, base, targets, prepared, decomposed)
         evaluation = evaluate(context, base, prepared, adapter)
         registration = register(context, base, sources, prepared, adapter, evaluation)
-        artifacts = {"prepare": prepared, "spectra": decomposed, "train": adapter, "evaluate": evaluation.artifact}
+        artifacts = {
+            "prepare": prepared,
+            "spectra": decomposed,
+            "audit": audited,
+            "train": adapter,
+            "evaluate": evaluation.artifact,
+        }
         report = write_report(context, artifacts, evaluation, registration)
     close_context(context)
     return _result(context, artifacts, evaluation, registration, report, time.perf_counter() - started)
@@ -99,22 +101,6 @@ def _find_inputs(recipe: Recipe) -> tuple[BaseModel, DataSources]:
     assert sources is not None
     assert base is not None
     return base, sources
-
-
-def _side_by_side(context: RunContext, *stages: Callable[[], Artifact]) -> list[Artifact]:
-    """Run stages at once; the first failure stops the others and is raised."""
-    with ThreadPoolExecutor(len(stages)) as pool:
-        futures: list[Future[Artifact]] = [pool.submit(stage) for stage in stages]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:
-            context.cancelled.set()
-            raise
-        failed = [future for future in done if future.exception()]
-        if failed:
-            context.cancelled.set()
-            failed[0].result()
-        return [future.result() for future in futures]
 
 
 def _result(

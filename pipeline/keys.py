@@ -12,10 +12,11 @@ from kasa import Target
 from pipeline.artifacts import StageKey, code_digest, package_versions
 from pipeline.recipe import Recipe
 
-PREPARE, SPECTRA, TRAIN, EVALUATE, REGISTER = STAGES = ("prepare", "spectra", "train", "evaluate", "register")
+STAGES = ("prepare", "spectra", "audit", "train", "evaluate", "register")
+PREPARE, SPECTRA, AUDIT, TRAIN, EVALUATE, REGISTER = STAGES
 
 # Settings that decide where and how fast, not what.
-_DATA_PLACES = {"train", "heldout"}
+_DATA_PLACES = {"train", "heldout", "calibration"}
 _TRAIN_MECHANICS = {
     "workers",
     "gpu",
@@ -44,15 +45,39 @@ def prepare_key(recipe: Recipe, sources_digest: str, base_digest: str) -> StageK
     )
 
 
-def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target]) -> StageKey:
-    """The base's bytes, which weights, and how many triplets."""
+def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], prepared: str) -> StageKey:
+    """The base's bytes, which weights, how many triplets, and the calibration text where the rule looks at one."""
+    settings: dict[str, object] = {"rank": recipe.spectra_rank, "targets": [target.name for target in targets]}
+    inputs, code = {"base": base_digest}, ["kasa.spectra", "kasa.spectra_file", "kasa.checkpoint", "kasa.folders"]
+    if recipe.calibrated:
+        settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
+        inputs["prepared"] = prepared
+        code += ["kasa.calibration", "pipeline.truncation"]
     return StageKey(
         SPECTRA,
         {
-            "settings": {"rank": recipe.spectra_rank, "targets": [target.name for target in targets]},
-            "inputs": {"base": base_digest},
-            "code": code_digest(["kasa.spectra", "kasa.spectra_file", "kasa.checkpoint", "kasa.folders"]),
+            "settings": settings,
+            "inputs": inputs,
+            "code": code_digest(code),
             "versions": package_versions(["torch", "numpy", "scipy"]),
+        },
+    )
+
+
+def audit_key(recipe: Recipe, prepared: str, spectra: str) -> StageKey:
+    """What is dropped, and the held-out text."""
+    return StageKey(
+        AUDIT,
+        {
+            "settings": {
+                "truncation": recipe.adapter.truncation,
+                "dropped_rank": recipe.dropped_rank,
+                "tokens": recipe.spectra.audit_tokens,
+                "precision": recipe.train.precision,
+            },
+            "inputs": {"prepared": prepared, "spectra": spectra},
+            "code": code_digest(["kasa.audit", "kasa.layer", "kasa.truncation", "pipeline.truncation"]),
+            "versions": package_versions(["torch", "transformers"]),
         },
     )
 

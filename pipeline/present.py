@@ -14,6 +14,7 @@ from rich.table import Table
 from pipeline.doctor import Finding
 from pipeline.dry_run import RunPlan
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRICS
+from pipeline.export import Exported
 from pipeline.flow import RunResult
 from pipeline.recipe import recipe_values
 
@@ -141,3 +142,25 @@ def show_findings(findings: Sequence[Finding]) -> None:
         _out.print(f"{marks[finding.status]} {finding.name:<{width}}  {escape(finding.detail)}")
         if finding.remedy:
             _out.print(f"     {'':<{width}}  -> {escape(finding.remedy)}")
+
+
+def exported_json(exported: Exported) -> dict[str, Any]:
+    """An export as one JSON object."""
+    return {**dataclasses.asdict(exported), "out": str(exported.out)}
+
+
+def show_exported(exported: Exported) -> None:
+    """What was written, how far it is from the adapter where that was measured, and what to type next."""
+    rank = f", rank {exported.rank}" if exported.rank else ""
+    dtypes = ", ".join(exported.dtypes)
+    _out.print(f"{escape(str(exported.out))}: {exported.format}{rank}, {dtypes}, {_bytes(exported.size)}")
+    if exported.logits:
+        largest, scale = exported.logits.largest, exported.logits.largest_logit
+        _out.print(f"largest logit difference from the adapter {largest:.2g}, of logits up to {scale:.3g} (fp32)")
+    for note in exported.notes:
+        _out.print(f"note: {escape(note)}")
+    _out.print(f"\n  {escape(exported.command)}")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kasa.errors import nearest
+from kasa.truncation import Truncation
 from pipeline.errors import RecipeError
 
 TokenizedForm = Literal["auto", "prompt-completion", "alpaca", "chat", "completion"]
@@ -49,6 +50,10 @@ class DataSettings(Section):
         description="Files, globs, folders, `hub:NAME[:SPLIT]` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
     )
     heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
+    calibration: StrList = Field(
+        default_factory=list,
+        description="Text that `adapter.truncation: activation` looks at, in the form of `train`; empty: `train` itself.",
+    )
     form: TokenizedForm = Field(
         "auto", description="How rows are read; `auto` decides by the columns of the first row."
     )
@@ -96,11 +101,13 @@ class AdapterSettings(Section):
         "all-linear",
         description="`all-linear`, module names such as `[q_proj, v_proj]`, or a regular expression `re:...` on full names.",
     )
-    truncation: Literal["weight", "none"] = Field(
-        "weight",
-        description="`weight`: drop the smallest singular triplets of each weight (the paper's rule); `none`: drop nothing.",
+    truncation: Truncation = Field(
+        "activation",
+        description="What is dropped from each base weight. `activation`: what matters least to the layer's output for the "
+        "calibration text; `weight`: the smallest singular triplets (the paper's rule); `authors`: as `weight`, but wide "
+        "weights stay whole (the authors' code); `none`: nothing.",
     )
-    truncation_rank: int | None = Field(None, ge=1, description="How many triplets are dropped; default: `rank`.")
+    truncation_rank: int | None = Field(None, ge=1, description="The rank of what is dropped; default: `rank`.")
     regulariser: Literal["paper", "authors"] = Field(
         "authors",
         description="`paper`: r x r Gram matrices, summed over layers. `authors`: in x in and out x out, averaged over "
@@ -111,12 +118,21 @@ class AdapterSettings(Section):
 
 
 class SpectraSettings(Section):
-    """The singular triplets computed from the base weights."""
+    """The singular triplets computed from the base weights, and what dropping them costs."""
 
     rank: int | None = Field(
         None,
         ge=1,
         description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops.",
+    )
+    calibration_tokens: int = Field(
+        8192, ge=1, description="How much of the calibration text `adapter.truncation: activation` looks at."
+    )
+    audit_tokens: int = Field(
+        2048, ge=1, description="How much held-out text the loss of the truncated base is measured on."
+    )
+    warn_above: float = Field(
+        0.1, ge=0, description="Warn when truncation costs the base more than this many nats per token."
     )
 
 
@@ -230,6 +246,11 @@ class Recipe(Section):
         if self.adapter.truncation == "none":
             return 0
         return self.adapter.truncation_rank or self.adapter.rank
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the spectra depend on text."""
+        return self.adapter.truncation == "activation"
 
     @property
     def spectra_rank(self) -> int:

@@ -41,6 +41,20 @@ def ui_command(workspace: Path, mlflow: str) -> str:
     return f"{mlflow} ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri}"
 
 
+def open_registry(workspace: Path) -> Tracking:
+    """The tracking store of finished runs, to read models from.
+
+    Raises:
+        ModelError: the workspace has none.
+    """
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (workspace / "mlflow.db").exists():
+        raise ModelError(
+            f"{workspace} holds no MLflow database; name the workspace of the run with --workspace, "
+            "or the server with MLFLOW_TRACKING_URI"
+        )
+    return Tracking(workspace)
+
+
 @dataclass(frozen=True)
 class ModelVersion:
     """A version in the registry, with the tags it was given."""
@@ -246,6 +260,21 @@ class Tracking:
             return self._mlflow.pyfunc.load_model(uri)
         except MlflowException as error:
             raise ModelError(f"{uri} cannot be loaded from {self.uri}: {str(error).splitlines()[0]}") from error
+
+    def fetch_files(self, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """Copy the files of a registered model into `folder`; returns where they lie and the model's configuration.
+
+        Raises:
+            ModelError: no such model, or it cannot be fetched.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+            flavors = self._mlflow.models.Model.load(str(files)).flavors
+        except (MlflowException, OSError) as error:
+            raise ModelError(f"{uri} cannot be fetched from {self.uri}: {str(error).splitlines()[0]}") from error
+        return files, dict(flavors.get("python_function", {}).get("config") or {})
 
     @contextmanager
     def open_run(self, run_id: str) -> Iterator[None]:

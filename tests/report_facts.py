@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from pipeline.report.facts import Difference, LayerFacts, ReportFacts, SampleFacts, StageFacts
+from pipeline.report.facts import Difference, LayerFacts, ReportFacts, SampleFacts, StageFacts, TruncationFacts
 
 MODULES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 REVIEWS = [
@@ -62,6 +62,7 @@ def layer_facts(blocks: int = 30) -> list[LayerFacts]:
                     sorted((learned * (0.62 + 0.1 * chance.random()) ** i for i in range(8)), reverse=True),
                     sorted((dropped * (0.9 - 0.04 * chance.random()) ** i for i in range(8)), reverse=True),
                     largest,
+                    1e-6 * (1 + place) * (1 + chance.random()),
                 )
             )
     return layers
@@ -97,12 +98,22 @@ def full_facts(**changes: Any) -> ReportFacts:
             "loss": Difference(-2.6413, -2.7521, -2.5288),
         },
         "heldout_rows": 400,
+        "truncation": TruncationFacts(
+            rule="activation",
+            rank=8,
+            tokens=2051,
+            base_loss=3.4879,
+            truncated_loss=3.4823,
+            worst=[("model.layers.1.self_attn.v_proj", 3.4891), ("model.layers.0.mlp.up_proj", 3.4874)],
+            warning=None,
+        ),
         "training": training_records(80),
         "layers": layer_facts(),
         "samples": samples(),
         "stages": [
             StageFacts("prepare_dataset", "computed", 2.31, "3f9c2a" * 10 + "d41d", "9f3d8c1ab24e4d0c8e0b7a61f2c5d934"),
             StageFacts("compute_spectra", "reused", 14.8, "b07e11" * 10 + "8c2f", "01c7e6d5b3a94f2e8d7c6b5a49382716"),
+            StageFacts("audit", "computed", 11.2, "5d1c77" * 10 + "7b3e", "1d2c3b4a5f6e7d8c9b0a1f2e3d4c5b6a"),
             StageFacts("train_adapter", "computed", 212.4, "c4551d" * 10 + "09aa", "7e6d5c4b3a2918f7e6d5c4b3a2918f70"),
             StageFacts("evaluate", "computed", 96.2, "77ab90" * 10 + "f00d", "5a4b3c2d1e0f9a8b7c6d5e4f3a2b1c0d"),
             StageFacts("register", "computed", 1.05, "e19d3b" * 10 + "4b1d", "2b1c0d9e8f7a6b5c4d3e2f1a0b9c8d7e"),

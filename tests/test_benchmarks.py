@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import readme
 from benchmarks.__main__ import main
-from benchmarks.checks import all_checks, demo, spectra
+from benchmarks.checks import all_checks, demo, interchange, spectra
 from benchmarks.core import (
     RESULTS,
     ROOT,
@@ -238,7 +238,8 @@ def test_a_check_must_say_what_it_measures() -> None:
 
 def test_the_project_has_its_checks() -> None:
     names = [one.name for one in all_checks()]
-    assert {"demo-gain", "demo-time", "demo-again", "spectra-model"} <= set(names)
+    expected = {"demo-gain", "demo-time", "demo-again", "spectra-model", "parity", "export-lora", "export-merged"}
+    assert expected <= set(names)
 
 
 def test_committed_records_belong_to_checks() -> None:
@@ -259,7 +260,7 @@ def test_committed_records_belong_to_checks() -> None:
 def _result(folder: Path, status: str, low: float = 0.012) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps({"facts": {"rows": 400}}), encoding="utf-8")
-    stages = ("prepare", "spectra", "train", "evaluate", "register")
+    stages = ("prepare", "spectra", "audit", "train", "evaluate", "register")
     return {
         "stages": dict.fromkeys(stages, status),
         "seconds": {**dict.fromkeys(stages, 1.0), "total": 5.0},
@@ -345,6 +346,36 @@ def test_the_spectra_ratio_needs_all_weights() -> None:
     timed = {"svd_seconds": 90.0, "triplets_seconds": 30.0, "weights": 210}
     assert spectra.ratio_of(timed) == Measurement(3.0, timed)
     assert spectra.ratio_of({**timed, "weights": 30}).flaws == ("30 weights, not 210",)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (64, 40), (40, 64)])
+def test_parity_of_one_layer(shape: tuple[int, int]) -> None:
+    layer = interchange.layer_differences(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    measurement = interchange.parity_of({"layer": layer})
+    assert judge(interchange.parity, measurement)[1], measurement
+    assert 0 < layer["fp64"] < layer["fp64_with_another_svd"] < layer["fp32"] < layer["peft_to_reference"]
+
+
+def test_parity_is_judged_by_the_worst_layer_and_both_references() -> None:
+    good = {"peft": 1e-6, "fp32": 1e-7, "fp64": 1e-15, "peft_to_reference": 1e-6}
+    measurement = interchange.parity_of({"one": good, "two": {**good, "peft": 3e-6, "fp32": 2e-5}})
+    assert measurement.measured == 3e-6
+    assert measurement.flaws == ("2.0e-05 from the fp64 reference in fp32, not 1e-05",)
+    assert not judge(interchange.parity, measurement)[1]
+
+
+def test_an_export_is_judged_on_a_sane_model_with_all_weights() -> None:
+    sane = {"fp32": 1e-6, "adapter_changes_logits": 0.4}
+    rules = {"activation": sane, "weight": {"fp32": 1e-4, "adapter_changes_logits": 1.2}}
+    assert judge(interchange.export_lora, interchange.export_of(rules, 210)) == (1e-6, True)
+    assert interchange.export_of(rules, 30).flaws == ("30 weights, not 210",)
+    dead = {**rules, "activation": {"fp32": 0.0, "adapter_changes_logits": 1e-7}}
+    assert interchange.export_of(dead, 210).flaws == ("the adapter changes the logits by 1.0e-07 only",)
+
+
+def test_a_difference_is_relative_to_the_largest_value() -> None:
+    theirs = [torch.tensor([1.0, -8.0]), torch.tensor([2.0])]
+    assert interchange.difference([torch.tensor([1.0, -7.0]), torch.tensor([4.0])], theirs) == 0.25
 
 
 # The figures in the README.

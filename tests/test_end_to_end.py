@@ -136,7 +136,7 @@ def parents(client: Any) -> list[Any]:
 
 
 def assert_recorded_once(bench: Bench, workspace: str, result: dict[str, Any]) -> None:
-    """One parent with five children, all finished, and every step of the loss exactly once."""
+    """One parent with a child for each stage, all finished, and every step of the loss exactly once."""
     client = bench.mlflow(workspace)
     children = runs_under(client, result["run_id"])
     assert sorted(run.data.tags["kasa.stage"] for run in children) == sorted(STAGES)
@@ -170,7 +170,11 @@ def test_the_same_run_again_makes_nothing_new(bench: Bench, first: dict[str, Any
 
 def test_another_learning_rate_trains_again_and_only_that(bench: Bench, first: dict[str, Any]) -> None:
     changed = bench.run("workspace", "train.learning_rate=0.01")
-    assert changed["stages"] == dict.fromkeys(STAGES, "computed") | {"prepare": "reused", "spectra": "reused"}
+    assert changed["stages"] == dict.fromkeys(STAGES, "computed") | {
+        "prepare": "reused",
+        "spectra": "reused",
+        "audit": "reused",
+    }
     assert changed["model"]["version"] != first["model"]["version"]
     assert adapter_bytes(changed, bench) != adapter_bytes(first, bench)
     assert_recorded_once(bench, "workspace", changed)
@@ -235,5 +239,9 @@ def test_a_killed_driver_is_resumed_in_the_same_mlflow_runs(bench: Bench, first:
     assert result["run_id"] == interrupted.info.run_id
     assert len(parents(bench.mlflow("killed-driver"))) == 1
     assert_recorded_once(bench, "killed-driver", result)
-    assert result["stages"] == dict.fromkeys(STAGES, "computed") | {"prepare": "reused", "spectra": "reused"}
+    assert result["stages"] == dict.fromkeys(STAGES, "computed") | {
+        "prepare": "reused",
+        "spectra": "reused",
+        "audit": "reused",
+    }
     assert adapter_bytes(result, bench) == adapter_bytes(first, bench)

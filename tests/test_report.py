@@ -74,7 +74,8 @@ def rendered(facts: ReportFacts, folder: Path) -> tuple[str, Page]:
 def test_full_report_has_everything_in_the_readers_order(tmp_path: Path) -> None:
     _, page = rendered(full_facts(), tmp_path)
     wanted = ["Promoted", "the whole interval lies above zero", "48.0%", "89.0%", "84.2%", "+41.0", "+35.2 to +46.5",
-              "models:/quickstart@champion", "kasa ask", "Base and adapted", "18.41", "80 optimizer steps",
+              "models:/quickstart@champion", "kasa ask", "Base and adapted", "18.41", "from 3.488 to 3.482", "Layers that lose most",
+              "model.layers.1.self_attn.v_proj gives a loss of 3.489", "80 optimizer steps",
               "What each layer learned", "self_attn.q_proj", "All values of 210 weights", "a sometimes tedious film.",
               "2,041", "movie-reviews.jsonl:977: empty completion", "train_adapter", "3 min 32 s",
               "7e6d5c4b3a2918f7e6d5c4b3a2918f70", "thinkpad", "2.60.0", "deepspeed: cpu_zero2"]  # fmt: skip
@@ -89,8 +90,8 @@ def test_page_loads_nothing_and_every_chart_is_labelled_with_ids_of_its_own(tmp_
     text, page = rendered(full_facts(), tmp_path)
     assert page.loaded == []
     assert not re.search(r"@import|@font-face|url\((?!['\"]?#)", text)
-    # The gate, 2 intervals, 5 training charts, 7 module types, 5 stages.
-    assert len(page.labels) == 1 + 2 + 5 + 7 + 5
+    # The gate, 2 intervals, the lost shares, 5 training charts, 7 module types, 6 stages.
+    assert len(page.labels) == 1 + 2 + 1 + 5 + 7 + 6
     assert all(page.labels)
     assert len(page.ids) == len(set(page.ids))
     assert set(re.findall(r'href="#([^"]+)"', text)) <= set(page.ids)
@@ -150,7 +151,7 @@ def test_html_in_the_facts_stays_text(tmp_path: Path) -> None:
         title=attack,
         verdict=attack,
         samples=[SampleFacts(attack, attack, {"base": attack, attack: "no"})],
-        layers=[LayerFacts(attack, [0.1], [0.01], 1.0)],
+        layers=[LayerFacts(attack, [0.1], [0.01], 1.0, 0.1)],
         metrics={"base": {"accuracy": 0.5, attack: 1.0}, "adapted": {"accuracy": 0.6, attack: 2.0}},
         differences={"accuracy": Difference(0.1, 0.0, 0.2), attack: Difference(1.0, 0.5, 1.5)},
         dataset={attack: {attack: [attack]}},
@@ -235,12 +236,12 @@ def test_layers_are_grouped_by_module_type() -> None:
 
 def test_stacks_with_the_same_modules_stay_apart() -> None:
     names = ["encoder.block.0.q", "decoder.block.0.q"]
-    panels = layer_panels([LayerFacts(name, [0.1], [0.1], 1.0) for name in names])
+    panels = layer_panels([LayerFacts(name, [0.1], [0.1], 1.0, 0.0) for name in names])
     assert [panel.title for panel in panels] == ["encoder.block.q", "decoder.block.q"]
 
 
 def test_other_layer_names_fall_back_to_a_list_of_the_most_learned(tmp_path: Path) -> None:
-    layers = [LayerFacts(f"head_{i}", [0.001 * (i + 1)], [0.0005], 1.0) for i in range(60)]
+    layers = [LayerFacts(f"head_{i}", [0.001 * (i + 1)], [0.0005], 1.0, 0.0) for i in range(60)]
     text, page = rendered(full_facts(layers=layers), tmp_path)
     assert "The 40 of 60 weights that learned most" in page.text
     drawn = re.findall(r"<text[^>]*>(head_\d+)</text>", text)
@@ -249,7 +250,7 @@ def test_other_layer_names_fall_back_to_a_list_of_the_most_learned(tmp_path: Pat
 
 @pytest.mark.parametrize("blocks", [1, 30])
 def test_layers_that_learned_or_lost_nothing_are_drawn(blocks: int, tmp_path: Path) -> None:
-    layers = [LayerFacts(f"model.layers.{i}.q_proj", [0.0] * 8, [], 3.0) for i in range(blocks)]
+    layers = [LayerFacts(f"model.layers.{i}.q_proj", [0.0] * 8, [], 3.0, 0.0) for i in range(blocks)]
     _, page = rendered(full_facts(layers=layers), tmp_path)
     assert f"q_proj: largest learned and largest dropped singular value in {blocks} blocks" in page.labels
 

@@ -40,7 +40,7 @@ def demo_time(setting: Setting) -> Measurement:
 
 @check(bar=60, direction="at most", unit="s")
 def demo_again(setting: Setting) -> Measurement:
-    """The quickstart again right after: all five stages reused."""
+    """The quickstart again right after: all stages reused."""
     _cold_run(setting)
     result, seconds = _run_quickstart(_cold_workspace(setting))
     return Measurement(seconds, _times(result), flaws=unlike(result, "reused"))

@@ -1,4 +1,4 @@
-"""What `data.train` and `data.heldout` stand for: concrete local files, known by the digest of their bytes."""
+"""What `data.train`, `data.heldout` and `data.calibration` stand for: concrete local files, known by the digest of their bytes."""
 
 from __future__ import annotations
 
@@ -39,15 +39,19 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class DataSources:
-    """The files of both sides; `heldout` is empty where it is to be split off from `train`."""
+    """The files of all sides; `heldout` is empty where it is to be split off from `train`, `calibration` where `train`
+    serves for it."""
 
     train: tuple[SourceFile, ...]
-    heldout: tuple[SourceFile, ...]
+    heldout: tuple[SourceFile, ...] = ()
+    calibration: tuple[SourceFile, ...] = ()
 
     @property
     def digest(self) -> str:
         """sha256 over the contents: the same wherever the files lie, in any order, whenever they were written."""
-        sides = [sorted((file.kind, file.sha256) for file in side) for side in (self.train, self.heldout)]
+        sides = [
+            sorted((file.kind, file.sha256) for file in side) for side in (self.train, self.heldout, self.calibration)
+        ]
         return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
 
 
@@ -61,7 +65,8 @@ def resolve_sources(settings: DataSettings, workspace: Path, fetch: bool = True)
         WorkspaceError: what was fetched cannot be stored.
     """
     sides: list[tuple[SourceFile, ...]] = []
-    for key, entries in (("data.train", settings.train), ("data.heldout", settings.heldout)):
+    for side in ("train", "heldout", "calibration"):
+        key, entries = f"data.{side}", getattr(settings, side)
         paths: dict[Path, None] = {}
         for entry in entries:
             found = _resolve(entry, key, workspace, fetch)
@@ -71,7 +76,7 @@ def resolve_sources(settings: DataSettings, workspace: Path, fetch: bool = True)
         sides.append(tuple(SourceFile(path, _sha256(path)) for path in paths))
     if not sides[0]:
         raise DataError("data.train names no source; give a file, a pattern, a folder, hub:NAME or embedded:NAME")
-    return DataSources(train=sides[0], heldout=sides[1])
+    return DataSources(*sides)
 
 
 def _resolve(entry: str, key: str, workspace: Path, fetch: bool) -> list[Path] | None:

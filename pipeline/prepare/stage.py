@@ -1,6 +1,7 @@
 """The prepare stage: files in, two tokenised splits out.
 
     out/train, out/heldout   Hugging Face datasets on disk (columns: see `COLUMNS`)
+    out/calibration          another one, where `data.calibration` names a source
     out/prompting.json       how prompts are written (`pipeline.prompting`)
     out/rejected.jsonl       every unusable row with its reason
     out/summary.json         counts; written last
@@ -58,6 +59,11 @@ class PreparedDataset:
     def heldout(self) -> Dataset:
         """The held-out split."""
         return self._load("heldout")
+
+    @cached_property
+    def calibration(self) -> Dataset:
+        """The text that truncation looks at: its own source, or the training split."""
+        return self._load("calibration") if (self.folder / "calibration").exists() else self.train
 
     @cached_property
     def prompting(self) -> Prompting:
@@ -137,15 +143,17 @@ def prepare_dataset(
         )
     tokenizer = load_tokenizer(tokenizer_folder)
     form, train, rejected = _read(sources.train, settings)
-    _, heldout, heldout_rejected = _read(sources.heldout, settings.model_copy(update={"form": form}))
-    rejected += heldout_rejected
-    rows_read = len(train) + len(heldout) + len(rejected)
+    same_form = settings.model_copy(update={"form": form})
+    _, heldout, heldout_rejected = _read(sources.heldout, same_form)
+    _, calibration, calibration_rejected = _read(sources.calibration, same_form)
+    rejected += heldout_rejected + calibration_rejected
+    rows_read = len(train) + len(heldout) + len(calibration) + len(rejected)
     _check_rejected(rejected, rows_read, settings)  # before the minutes that tokenising may take
 
     prompting = Prompting.from_settings(settings, tokenizer, form)
-    sides: list[list[Tokenised]] = [[], []]
-    done, total = 0, len(train) + len(heldout)
-    for side, samples in zip(sides, (train, heldout), strict=True):
+    sides: list[list[Tokenised]] = [[], [], []]
+    done, total = 0, len(train) + len(heldout) + len(calibration)
+    for side, samples in zip(sides, (train, heldout, calibration), strict=True):
         for sample in samples:
             result = _tokenise(sample, prompting, tokenizer, settings.max_tokens)
             if isinstance(result, Rejection):
@@ -163,6 +171,8 @@ def prepare_dataset(
         out.mkdir(parents=True, exist_ok=True)
         _write_split(split.train, out / "train")
         _write_split(split.heldout, out / "heldout")
+        if sides[2]:
+            _write_split(sides[2], out / "calibration")
         prompting.save(out)
         lines = [json.dumps({"source": row.location, "reason": row.reason}, ensure_ascii=False) for row in rejected]
         out.joinpath("rejected.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -22,13 +22,36 @@ class LayerFacts:
     """What one adapted weight learned, beside what it lost.
 
     `learned` are the singular values of the update s * B diag(d) A, `dropped` those cut from the base weight, both in
-    the weight's own units and descending; `largest` is the base weight's largest singular value.
+    the weight's own units and descending; `largest` is the base weight's largest singular value. `output_share` is how
+    much of the energy of the layer's output the truncation takes, for held-out text.
     """
 
     name: str
     learned: list[float]
     dropped: list[float]
     largest: float
+    output_share: float
+
+
+@dataclass(frozen=True)
+class TruncationFacts:
+    """What the truncation costs before training: mean losses in nats over `tokens` held-out tokens.
+
+    `worst` has the layers that lose the largest share of their output, each with the loss when it alone is truncated.
+    """
+
+    rule: str
+    rank: int
+    tokens: int
+    base_loss: float
+    truncated_loss: float
+    worst: list[tuple[str, float]]
+    warning: str | None
+
+    @property
+    def cost(self) -> float:
+        """The rise of the loss in nats per token."""
+        return self.truncated_loss - self.base_loss
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,7 @@ class ReportFacts:
     metrics: dict[str, dict[str, float]]
     differences: dict[str, Difference]
     heldout_rows: int
+    truncation: TruncationFacts
     training: list[dict[str, float]]
     layers: list[LayerFacts]
     samples: list[SampleFacts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -13,19 +14,21 @@ from typing import Any
 
 import yaml
 
-from kasa import learned_singular_values, load_spectra, read_adapter
+from kasa import dropped_rank, load_spectra, product_singular_values, read_adapter
 from pipeline.artifacts import Artifact, package_versions
 from pipeline.context import RunContext
 from pipeline.journal import read_journal
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import recipe_values
-from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts
+from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts, TruncationFacts
 from pipeline.report.render import render_report
+from pipeline.stages.audit import truncation_warning
 from pipeline.stages.evaluate import Evaluation
 from pipeline.stages.register import Registration
 from pipeline.stages.spectra import FOLDER as SPECTRA
 from pipeline.tracking import ui_command
 from pipeline.training.worker import ADAPTER, JOURNAL
+from pipeline.truncation import AUDIT_JSON
 
 _PACKAGES = ("kasa-pipeline", "torch", "deepspeed", "ray", "mlflow", "transformers", "datasets", "numpy", "scipy")
 
@@ -94,6 +97,7 @@ def _facts(
         metrics=evaluation.metrics,
         differences=evaluation.differences["base"],
         heldout_rows=len(prepared.heldout),
+        truncation=_truncation(context, artifacts["audit"]),
         training=records,
         layers=_layers(artifacts),
         samples=_samples(prepared.heldout, evaluation),
@@ -107,23 +111,38 @@ def _facts(
     )
 
 
+def _truncation(context: RunContext, audited: Artifact) -> TruncationFacts:
+    facts = audited.facts
+    return TruncationFacts(
+        rule=context.recipe.adapter.truncation,
+        rank=context.recipe.dropped_rank,
+        tokens=facts["tokens"],
+        base_loss=facts["base_loss"],
+        truncated_loss=facts["truncated_loss"],
+        worst=[(layer["name"], layer["loss"]) for layer in facts["worst"]],
+        warning=truncation_warning(context.recipe, facts),
+    )
+
+
 def _layers(artifacts: Mapping[str, Artifact]) -> list[LayerFacts]:
     adapter = read_adapter(artifacts["train"].folder / ADAPTER)
     spectra, _ = load_spectra(artifacts["spectra"].folder / SPECTRA)
-    return [
-        LayerFacts(
-            name=target.name,
-            learned=learned_singular_values(
-                a_RI=adapter.tensors[f"{target.name}.a"],
-                d_R=adapter.tensors[f"{target.name}.d"],
-                b_OR=adapter.tensors[f"{target.name}.b"],
-                scale=adapter.config.scale,
-            ),
-            dropped=spectra[target.name].singular_values_R[: adapter.config.dropped_rank].flip(0).tolist(),
-            largest=spectra[target.name].largest,
+    shares = json.loads((artifacts["audit"].folder / AUDIT_JSON).read_text(encoding="utf-8"))["shares"]
+    config = adapter.config
+    layers = []
+    for target in adapter.targets:
+        a_RI, d_R, b_OR = (adapter.tensors[f"{target.name}.{part}"] for part in ("a", "d", "b"))
+        dropped = spectra[target.name].dropped_factors(dropped_rank(target, config.truncation, config.dropped_rank))
+        layers.append(
+            LayerFacts(
+                name=target.name,
+                learned=product_singular_values(config.scale * b_OR * d_R, a_RI),
+                dropped=product_singular_values(*dropped),
+                largest=spectra[target.name].largest,
+                output_share=shares.get(target.name, 0.0),
+            )
         )
-        for target in adapter.targets
-    ]
+    return layers
 
 
 def _samples(heldout: Any, evaluation: Evaluation) -> list[SampleFacts]:

@@ -14,6 +14,7 @@ from pipeline.report.svg import COLOURS, inline_svg, new_figure
 
 MAX_PANELS = 16
 MAX_NAMED_ROWS = 40
+MAX_LOST_ROWS = 10
 # Half an axis unit apart at most: the two marks of one layer must not be taken for two layers.
 OFFSET = 0.17
 
@@ -66,6 +67,23 @@ def layer_figures(layers: list[LayerFacts]) -> list[LayerFigure]:
     return [LayerFigure(panel.title, _panel_chart(panel, limits, f"layers-{i}")) for i, panel in enumerate(panels)]
 
 
+def lost_shares(layers: list[LayerFacts]) -> Markup | None:
+    """The layers that lose the largest share of their output to the truncation, a dot each; None where none does."""
+    shown = sorted((layer for layer in layers if layer.output_share > 0), key=lambda layer: -layer.output_share)
+    shown = shown[:MAX_LOST_ROWS]
+    if not shown:
+        return None
+    figure, axes = new_figure(720, 40 + 18 * len(shown))
+    shares = [layer.output_share for layer in shown]
+    axes.plot(shares, range(len(shown)), "o", color=COLOURS["base"], markersize=6, markeredgewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlim(min(shares) / 2, max(shares) * 2)
+    _name_rows(axes, shown)
+    return inline_svg(
+        figure, "lost-shares", f"Share of output lost by {shown[0].name} and {len(shown) - 1} more layers"
+    )
+
+
 def relative(value: float, layer: LayerFacts) -> float:
     """A singular value as a share of the base weight's largest."""
     return value / layer.largest if layer.largest > 0 else 0.0
@@ -113,14 +131,18 @@ def _named_rows(layers: list[LayerFacts], limits: tuple[float, float]) -> LayerF
                     markersize=6,
                     markeredgewidth=0,
                 )
-    axes.set_yticks(range(len(shown)), [layer.name for layer in shown])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(limits)
-    _share_ticks(axes, "x")
-    axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.8)
+    _name_rows(axes, shown)
     title = "Weights" if len(shown) == len(layers) else f"The {len(shown)} of {len(layers)} weights that learned most"
     return LayerFigure(title, inline_svg(figure, "layers", f"{title}: largest learned and dropped singular value"))
+
+
+def _name_rows(axes: Axes, layers: list[LayerFacts]) -> None:
+    axes.set_yticks(range(len(layers)), [layer.name for layer in layers])
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    _share_ticks(axes, "x")
+    axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.8)
 
 
 def _limits(layers: list[LayerFacts]) -> tuple[float, float]:

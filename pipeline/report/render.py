@@ -12,7 +12,7 @@ from markupsafe import Markup
 from pipeline.report import charts, formats
 from pipeline.report.comparison import compare
 from pipeline.report.facts import ReportFacts, SampleFacts
-from pipeline.report.layer_charts import layer_figures, layer_panels, relative
+from pipeline.report.layer_charts import layer_figures, layer_panels, lost_shares, relative
 
 SHORT_ANSWER = 40
 REJECTED_SHOWN = 500
@@ -39,6 +39,7 @@ def render_report(facts: ReportFacts, out: Path) -> None:
             comparison=compare(facts),
             training=_training_figures(facts.training) if facts.training else None,
             layer_figures=layer_figures(facts.layers),
+            lost_shares=lost_shares(facts.layers),
             layers_in_panels=bool(layer_panels(facts.layers)),
             stage_bars=_stage_bars(facts),
             rejected_shown=REJECTED_SHOWN,

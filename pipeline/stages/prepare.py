@@ -38,7 +38,6 @@ def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artif
         tail = JournalTail(progress)
 
         def show() -> None:
-            context.check_cancelled()
             for record in tail.new_records()[-1:]:
                 context.bars.update("prepare", record["done"], record["total"], "rows")
 

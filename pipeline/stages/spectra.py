@@ -1,4 +1,7 @@
-"""Stage 2: base weights -> their smallest singular triplets, one weight a Ray task, resumed weight by weight."""
+"""Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
+
+With `adapter.truncation: activation` the calibration text is run through the base first.
+"""
 
 from __future__ import annotations
 
@@ -10,54 +13,115 @@ from typing import Any
 
 import torch
 
-from kasa import BottomTriplets, CheckpointWeights, Target, bottom_triplets, load_spectra, save_spectra, weight_digest
+from kasa import (
+    BottomTriplets,
+    CheckpointWeights,
+    StoredCovariances,
+    Target,
+    bottom_triplets,
+    load_spectra,
+    save_spectra,
+    weight_digest,
+)
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
 from pipeline.cluster import Resources, run_tasks
 from pipeline.context import RunContext
+from pipeline.journal import JournalTail
 from pipeline.keys import spectra_key
+from pipeline.prepare.stage import load_prepared
+from pipeline.truncation import CalibrationShard, calibrate_shard, first_rows
 
 FOLDER = "spectra"
 
 
 @dataclass(frozen=True)
 class _Piece:
+    """One weight; `calibration` holds the folders with the covariances of its input, and is empty without them."""
+
     base: Path
     target: Target
     rank: int
+    calibration: tuple[Path, ...]
     out: Path
 
 
-def spectra(context: RunContext, base: BaseModel, targets: Sequence[Target]) -> Artifact:
+def spectra(context: RunContext, base: BaseModel, targets: Sequence[Target], prepared: Artifact) -> Artifact:
     """Make the spectra of all target weights under `spectra/`; facts: how many, the worst residual, the methods."""
-    rank = context.recipe.spectra_rank
+    recipe = context.recipe
 
     def make(folder: Path) -> dict[str, Any]:
-        pieces = [_Piece(base.folder, target, rank, folder / "pieces" / target.name) for target in targets]
+        calibration = _calibrate(context, base, targets, prepared, folder) if recipe.calibrated else ()
+        pieces = [
+            _Piece(base.folder, target, recipe.spectra_rank, calibration, folder / "pieces" / target.name)
+            for target in targets
+        ]
         missing = [piece for piece in pieces if not piece.out.exists()]
         done = len(pieces) - len(missing)
 
-        def show(*_: object) -> None:
+        def show(*result: object) -> None:
             nonlocal done
-            done += bool(_)
-            context.check_cancelled()
+            done += bool(result)
             context.bars.update("spectra", done, len(pieces), "weights")
 
         run_tasks(_decompose, missing, Resources(), on_result=show, while_waiting=show)
-        return _combine(pieces, folder)
+        facts = _combine(pieces, folder)
+        shutil.rmtree(folder / "calibration", ignore_errors=True)
+        return facts
 
     def publish(run_id: str, artifact: Artifact) -> None:
-        context.tracking.log_parameters(run_id, {"rank": rank, "base": base.name, "base_digest": base.digest})
+        settings = {"rank": recipe.spectra_rank, "base": base.name, "base_digest": base.digest}
+        context.tracking.log_parameters(run_id, {**settings, "spectra": recipe.spectra.model_dump(mode="json")})
         context.tracking.log_metrics(run_id, {name: artifact.facts[name] for name in ("weights", "worst_residual")})
         context.log_artifact(run_id, artifact.folder / FOLDER, "spectra")
 
-    return context.run_stage(spectra_key(context.recipe, base.digest, targets), make, publish)
+    return context.run_stage(spectra_key(recipe, base.digest, targets, prepared.key), make, publish)
+
+
+def _calibrate(
+    context: RunContext, base: BaseModel, targets: Sequence[Target], prepared: Artifact, folder: Path
+) -> tuple[Path, ...]:
+    """Run the calibration text through the base, shared out over the training workers; the folders of their sums."""
+    recipe = context.recipe
+    count = recipe.train.workers
+    parts = [folder / "calibration" / f"part-{index}-of-{count}" for index in range(count)]
+    shards = [
+        CalibrationShard(
+            base_folder=base.folder,
+            prepared=prepared.folder.resolve(),
+            precision=recipe.train.precision,
+            targets=tuple(targets),
+            tokens=recipe.spectra.calibration_tokens,
+            index=index,
+            count=count,
+            out=part.resolve(),
+            journal=part.with_suffix(".jsonl").resolve(),
+        )
+        for index, part in enumerate(parts)
+        if not part.exists()
+    ]
+    samples = load_prepared(prepared.folder).calibration
+    tokens = sum(
+        len(ids) for ids in samples[: len(first_rows(samples, recipe.spectra.calibration_tokens))]["input_ids"]
+    )
+    tails = [JournalTail(part.with_suffix(".jsonl")) for part in parts]
+    seen = 0
+
+    def show() -> None:
+        nonlocal seen
+        seen += sum(record["tokens"] for tail in tails for record in tail.new_records())
+        context.bars.update("calibrate", min(seen, tokens), tokens, "tokens")
+
+    run_tasks(calibrate_shard, shards, Resources(1, recipe.train.gpu), while_waiting=show)
+    show()
+    return tuple(part.resolve() for part in parts)
 
 
 def _decompose(piece: _Piece) -> None:
     torch.set_num_threads(1)
     weight = CheckpointWeights(piece.base).weight(piece.target)
-    triplets = bottom_triplets(weight, piece.rank, piece.target.name)
+    covariance = StoredCovariances(piece.calibration).covariance(piece.target.name) if piece.calibration else None
+    triplets = bottom_triplets(weight, piece.rank, piece.target.name, covariance)
     save_spectra(piece.out, {piece.target.name: triplets}, {piece.target.name: weight_digest(weight)})
 
 

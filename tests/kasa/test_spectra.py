@@ -132,3 +132,112 @@ def test_saved_spectra_come_back_whole(tmp_path) -> None:
     for name, triplets in found.items():
         for field in dataclasses.fields(triplets):
             np.testing.assert_array_equal(getattr(loaded[name], field.name), getattr(triplets, field.name))
+
+
+# Weighted by the covariance of the layer's input.
+
+
+def covariance_of(tokens_TI: torch.Tensor) -> torch.Tensor:
+    return tokens_TI.T @ tokens_TI / len(tokens_TI)
+
+
+def tokens(kind: str, width: int) -> torch.Tensor:
+    """Inputs of very different energy by direction."""
+    generator = torch.Generator().manual_seed(9)
+    count = 7 if kind == "few tokens" else 4 * width
+    scales = torch.logspace(0, -2, width, dtype=torch.float64)
+    mixed = torch.randn(count, width, generator=generator, dtype=torch.float64) * scales
+    mixed = mixed @ torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+    if kind == "dead features":
+        mixed[:, ::3] = 0
+    return mixed
+
+
+def shrunk(covariance: torch.Tensor) -> torch.Tensor:
+    covariance = covariance.double()
+    return covariance / covariance.diagonal().mean() + spectra.SHRINKAGE * torch.eye(len(covariance))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("inputs", ["many tokens", "few tokens", "dead features"])
+@pytest.mark.parametrize("kind", ["random", "rank deficient", "zero", "constant", "badly scaled"])
+def test_the_weighted_cut_changes_the_output_least(kind: str, inputs: str, shape: tuple[int, int]) -> None:
+    weight = weight_with_values(spectrum(kind, min(shape)), shape).float()
+    covariance = covariance_of(tokens(inputs, shape[1]))
+    weighting = shrunk(covariance)
+    weighted = torch.linalg.svd(weight.double() @ torch.linalg.cholesky(weighting))
+    longest = bottom_triplets(weight, 5, covariance_II=covariance)
+    for rank in range(1, 6):
+        left_OR, right_RI = (factor.double() for factor in longest.dropped_factors(rank))
+        dropped = left_OR @ right_RI
+        output_energy = (dropped @ weighting @ dropped.T).trace()
+        least = weighted.S[-rank:].square().sum()
+        assert output_energy <= least * (1 + 1e-5) + (1e-8 * weighted.S[0]) ** 2
+        # Removing it takes the rank down: no cut of less output energy does (Eckart-Young).
+        kept = torch.linalg.svdvals((weight.double() - dropped) @ torch.linalg.cholesky(weighting))
+        assert kept[-rank:].max() <= 1e-6 * weighted.S[-rank] + 1e-8 * weighted.S[0]
+
+
+def test_the_weighted_dropped_part_is_a_projection_of_the_weight() -> None:
+    weight = torch.randn(33, 48, generator=torch.Generator().manual_seed(3))
+    found = bottom_triplets(weight, 5, covariance_II=covariance_of(tokens("many tokens", 48)))
+    left = found.left_OR
+    torch.testing.assert_close(left.T @ left, torch.eye(5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.matmul(*found.dropped_factors(5)), left @ left.T @ weight, rtol=0, atol=1e-5)
+
+
+def test_the_weighted_cut_is_another_than_the_plain_one() -> None:
+    weight, covariance = torch.randn(24, 24), covariance_of(tokens("many tokens", 24))
+    plain, weighted = (
+        torch.matmul(*bottom_triplets(weight, 4, covariance_II=c).dropped_factors(4)).double()
+        for c in (None, covariance)
+    )
+    weighting = shrunk(covariance)
+    assert (weighted @ weighting @ weighted.T).trace() < 0.9 * (plain @ weighting @ plain.T).trace()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e6])
+def test_equal_inputs_give_the_plain_cut(scale: float, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    plain = bottom_triplets(weight, 4)
+    equal = bottom_triplets(weight, 4, covariance_II=scale * torch.eye(shape[1]))
+    torch.testing.assert_close(
+        torch.matmul(*equal.dropped_factors(4)), torch.matmul(*plain.dropped_factors(4)), rtol=0, atol=1e-5
+    )
+    growth = (1 + spectra.SHRINKAGE) ** 0.5 if scale else 1.0
+    torch.testing.assert_close(equal.singular_values_R, growth * plain.singular_values_R)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.2)], ids=str
+)
+def test_a_covariance_may_have_any_floating_type(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight, covariance = torch.randn(24, 40, generator=generator), covariance_of(tokens("few tokens", 40))
+    # Seven tokens for 40 features: rounding to bf16 makes some of the zero eigenvalues clearly negative.
+    assert torch.linalg.eigvalsh(covariance.bfloat16().double()).min() < -spectra.SHRINKAGE * covariance.trace() / 40
+    weighting = shrunk(covariance)
+    least = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(weighting))[-4:].square().sum()
+    dropped = torch.matmul(*bottom_triplets(weight, 4, covariance_II=covariance.to(dtype)).dropped_factors(4)).double()
+    assert (dropped @ weighting @ dropped.T).trace() <= (1 + tolerance) * least
+
+
+@pytest.mark.parametrize(
+    ("covariance", "says"),
+    [
+        (torch.full((6, 6), float("nan")), "NaN or Inf"),
+        (torch.full((6, 6), float("inf")), "NaN or Inf"),
+        (torch.eye(4), "6 x 6"),
+        (torch.eye(6, dtype=torch.int64), "torch.int64"),
+        (-torch.eye(6), "negative"),
+        (torch.diag(torch.tensor([1.0, 1, 1, 1, 1, -3])), "negative"),
+        (torch.diag(torch.tensor([1.0, 1, 1, -1, -1, -1])), "negative"),
+    ],
+    ids=["nan", "inf", "other width", "int", "negative", "indefinite", "no energy in all"],
+)
+def test_what_is_no_covariance_is_refused_by_name(covariance: torch.Tensor, says: str) -> None:
+    with pytest.raises(SpectrumError) as caught:
+        bottom_triplets(torch.ones(4, 6), 2, "model.layers.3.mlp.up_proj", covariance)
+    assert str(caught.value).startswith("model.layers.3.mlp.up_proj: ")
+    assert says in str(caught.value)

@@ -7,20 +7,22 @@ from pipeline import keys
 from pipeline.recipe import Recipe
 
 TARGETS = [Target("q", 8, 8), Target("v", 4, 8)]
-ALL = {"prepare", "spectra", "train", "evaluate", "register"}
+ALL = set(keys.STAGES)
 
 
 def chain(recipe: Recipe, sources: str = "s", base: str = "b", targets=TARGETS, registry: str = "r") -> dict[str, str]:
     """The key of each stage, one made from another as in `pipeline.stages`."""
     prepare = keys.prepare_key(recipe, sources, base).key
-    spectra = keys.spectra_key(recipe, base, targets).key
+    spectra = keys.spectra_key(recipe, base, targets, prepare).key
+    audit = keys.audit_key(recipe, prepare, spectra).key
     train = keys.train_key(recipe, prepare, spectra).key
     evaluate = keys.evaluation_key(recipe, prepare, base, train).key
     register = keys.register_key(recipe, train, evaluate, registry).key
-    return dict(zip(keys.STAGES, (prepare, spectra, train, evaluate, register), strict=True))
+    return dict(zip(keys.STAGES, (prepare, spectra, audit, train, evaluate, register), strict=True))
 
 
-FROM_TRAIN = ALL - {"prepare", "spectra"}
+FROM_TRAIN = {"train", "evaluate", "register"}
+WEIGHT = {"adapter.truncation": "weight"}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,12 @@ FROM_TRAIN = ALL - {"prepare", "spectra"}
         ({"train.seed": 1}, FROM_TRAIN),
         ({"train.batch_size": 8}, FROM_TRAIN),
         ({"train.epochs": 2}, FROM_TRAIN),
-        ({"train.precision": "fp32"}, FROM_TRAIN),
+        ({"train.precision": "fp32"}, ALL - {"prepare"}),
+        ({"adapter.truncation": "weight"}, ALL - {"prepare"}),
+        ({"adapter.truncation_rank": 4, "spectra.rank": 8}, ALL - {"prepare", "spectra"}),
+        ({"spectra.calibration_tokens": 100}, ALL - {"prepare"}),
+        ({"spectra.audit_tokens": 100}, {"audit"}),
+        ({"spectra.warn_above": 1.0}, set()),
         ({"adapter.alpha": 8}, FROM_TRAIN),
         ({"adapter.regulariser": "paper"}, FROM_TRAIN),
         ({"train.workers": 2}, set()),
@@ -44,12 +51,12 @@ FROM_TRAIN = ALL - {"prepare", "spectra"}
         ({"evaluate.batch_size": 2}, set()),
         ({"workspace": "elsewhere"}, set()),
         ({"data.train": "moved.jsonl"}, set()),
-        ({"adapter.rank": 4, "spectra.rank": 8}, FROM_TRAIN),
+        ({"adapter.rank": 4, "spectra.rank": 8}, ALL - {"prepare", "spectra"}),
         ({"adapter.rank": 4}, ALL - {"prepare"}),
         ({"spectra.rank": 16}, ALL - {"prepare"}),
-        ({"data.prompt_template": "Q: {prompt}"}, ALL - {"spectra"}),
-        ({"data.max_tokens": 64}, ALL - {"spectra"}),
-        ({"data.split_seed": 1}, ALL - {"spectra"}),
+        ({"data.prompt_template": "Q: {prompt}"}, ALL),
+        ({"data.max_tokens": 64}, ALL),
+        ({"data.split_seed": 1}, ALL),
         ({"evaluate.max_new_tokens": 8}, {"evaluate", "register"}),
         ({"evaluate.metric": "loss"}, {"register"}),
         ({"register.model": "other"}, {"register"}),
@@ -64,7 +71,7 @@ def test_a_change_makes_what_depends_on_it_anew(recipe, changes, stages) -> None
 @pytest.mark.parametrize(
     ("inputs", "stages"),
     [
-        ({"sources": "other rows"}, ALL - {"spectra"}),
+        ({"sources": "other rows"}, ALL),
         ({"base": "other weights"}, ALL),
         ({"targets": TARGETS[:1]}, ALL - {"prepare"}),
         ({"registry": "other"}, {"register"}),
@@ -73,6 +80,22 @@ def test_a_change_makes_what_depends_on_it_anew(recipe, changes, stages) -> None
 )
 def test_a_change_of_an_input_too(recipe, inputs, stages) -> None:
     before, after = chain(recipe()), chain(recipe(), **inputs)
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"data.max_tokens": 64}, ALL - {"spectra"}),
+        ({"train.precision": "fp32"}, ALL - {"prepare", "spectra"}),
+        ({"spectra.calibration_tokens": 100}, set()),
+        ({"adapter.truncation": "authors"}, ALL - {"prepare", "spectra"}),
+        ({"adapter.truncation": "none", "spectra.rank": 8}, ALL - {"prepare", "spectra"}),
+    ],
+    ids=str,
+)
+def test_spectra_of_the_weights_alone_do_not_depend_on_text(recipe, changes, stages) -> None:
+    before, after = chain(recipe(WEIGHT)), chain(recipe(WEIGHT | changes))
     assert {stage for stage in before if before[stage] != after[stage]} == stages
 
 

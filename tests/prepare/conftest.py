@@ -60,10 +60,10 @@ def settings() -> Callable[..., DataSettings]:
     return lambda **values: DataSettings(**({"train": "data.jsonl"} | values))
 
 
-def sources_of(train: Path, heldout: Path | None = None) -> DataSources:
+def sources_of(train: Path, heldout: Path | None = None, calibration: Path | None = None) -> DataSources:
     """Sources of one file a side."""
 
     def side(path: Path | None) -> tuple[SourceFile, ...]:
         return () if path is None else (SourceFile(path, hashlib.sha256(path.read_bytes()).hexdigest()),)
 
-    return DataSources(side(train), side(heldout))
+    return DataSources(side(train), side(heldout), side(calibration))

@@ -54,6 +54,22 @@ def test_the_splits_hold_what_training_and_evaluation_need(
     assert summary["train_tokens"] == sum(map(len, prepared.train["input_ids"]))
 
 
+def test_calibration_text_is_a_split_of_its_own_or_the_training_split(
+    tmp_path: Path, settings: Make, chat_folder: Path
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", ROWS)
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "bad film", "completion": "good film"}] * 2)
+    prepare(settings(), sources_of(train), chat_folder, tmp_path / "plain")
+    plain = load_prepared(tmp_path / "plain")
+    assert plain.calibration["input_ids"] == plain.train["input_ids"]
+    assert sources_of(train).digest != sources_of(train, calibration=other).digest
+    prepare(settings(), sources_of(train, calibration=other), chat_folder, tmp_path / "named")
+    named = load_prepared(tmp_path / "named")
+    assert named.calibration["prompt"] == ["bad film", "bad film"]
+    assert named.train["input_ids"] == plain.train["input_ids"]
+    assert named.heldout["input_ids"] == plain.heldout["input_ids"]
+
+
 def test_the_same_rows_in_another_order_give_the_same_splits(tmp_path: Path, settings: Make, chat_folder: Path) -> None:
     contents = []
     for name, rows in (("a", ROWS), ("b", ROWS[::-1])):

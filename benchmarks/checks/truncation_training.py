@@ -1,0 +1,270 @@
+"""What each truncation rule comes to after training, with LoRA beside it: the evidence for the default.
+
+Every arm sees the same rows in the same order with the same schedule and rank; only the adapter differs. Each pair of
+task and seed runs in a process of its own with one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.checks.truncation import spectra_of
+from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
+from benchmarks.texts import review_rows, text_sets, token_rows
+from kasa import KasaConfig, KasaError, attach, find_targets, observe_inputs, penalty, trainable_parameters
+from pipeline.base_model import find_base, load_base
+from pipeline.language_model import collate, label_losses
+from pipeline.prepare.stage import load_tokenizer
+from pipeline.recipe import BaseSettings
+from pipeline.training.batches import learning_rate
+
+ARMS = ("lora", "none", "weight", "authors", "activation")
+SEEDS = (0, 1, 2)
+RANK, ALPHA, PEAK_RATE, BATCH = 8, 16.0, 5e-4, 16
+# Two-sided 95% points of Student's t for the number of seeds less one.
+T95 = {2: 4.303, 3: 3.182, 4: 2.776}
+PROCESSES = 2
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A base with rows to learn from and rows held out; `losses` gives one loss for each label of a batch."""
+
+    model: nn.Module
+    train: Sequence[Sample]
+    heldout: Sequence[Sample]
+    losses: Callable[[nn.Module, Sequence[Sample]], torch.Tensor]
+    head: tuple[str, ...] = ()
+
+
+@check(bar=0, direction="more than", unit="nats", judges="lower end of the 95% interval over seeds")
+def truncation_training(setting: Setting) -> Measurement:
+    """Held-out loss after training that dropping by weight loses against dropping by activation, least of three tasks."""
+    jobs = [(task, seed) for seed in SEEDS for task in TASKS]
+    results: dict[str, list[dict[str, float]]] = {task: [] for task in TASKS}
+    for (task, _), losses in zip(jobs, _run_jobs(setting.workspace, jobs), strict=True):
+        results[task].append(losses)
+    advantages = {task: advantage(runs, "weight") for task, runs in results.items()}
+    least = min(advantages, key=lambda task: advantages[task]["low"])
+    details = {
+        "heldout_loss": {
+            task: {arm: [round(run[arm], 4) for run in runs] for arm in ("base", *ARMS)}
+            for task, runs in results.items()
+        },
+        "activation_against": {
+            task: {arm: advantage(runs, arm) for arm in ARMS if arm != "activation"} for task, runs in results.items()
+        },
+        "seeds": len(SEEDS),
+        "rank": RANK,
+        "task_of_the_figure": least,
+    }
+    return Measurement(advantages[least]["mean"], details, judged=advantages[least]["low"])
+
+
+def advantage(runs: Sequence[dict[str, float]], arm: str) -> dict[str, float]:
+    """By how much `activation` ends lower than `arm`: paired mean over seeds with its 95% t interval."""
+    differences = [run[arm] - run["activation"] for run in runs]
+    mean = statistics.fmean(differences)
+    half = T95[len(runs) - 1] * statistics.stdev(differences) / len(runs) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def run_arms(workspace: Path, task_name: str, seed: int) -> dict[str, float]:
+    """Held-out loss of the base, and of each arm after training."""
+    torch.set_num_threads(1)
+    losses: dict[str, float] = {}
+    for arm in ARMS:
+        started = time.perf_counter()
+        torch.manual_seed(seed)
+        task = TASKS[task_name](workspace)
+        losses.setdefault("base", heldout_loss(task))
+        _train(task, arm, seed)
+        losses[arm] = heldout_loss(task)
+        print(
+            f"{task_name} seed {seed} {arm}: {losses[arm]:.4f} ({time.perf_counter() - started:.0f} s)", file=sys.stderr
+        )
+    return losses
+
+
+@torch.inference_mode()
+def heldout_loss(task: Task) -> float:
+    """Mean loss over all held-out labels."""
+    task.model.eval()
+    batches = [task.losses(task.model, task.heldout[i : i + BATCH]) for i in range(0, len(task.heldout), BATCH)]
+    return float(torch.cat(batches).mean())
+
+
+def _train(task: Task, arm: str, seed: int) -> None:
+    model, regulariser = _adapted(task, arm, seed)
+    order = list(task.train)
+    random.Random(seed).shuffle(order)
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
+    model.train()
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(batches), PEAK_RATE, 0.06, "linear")
+        (task.losses(model, batch).mean() + regulariser()).backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _adapted(task: Task, arm: str, seed: int) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """The model with the arm's adapter in place, and the arm's regulariser."""
+    targets = [target for target in find_targets(task.model, "all-linear") if target.name not in task.head]
+    if arm == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = [target.name for target in targets]
+        inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=names), task.model)
+        _train_head(task)
+        return task.model, lambda: torch.zeros(())
+    config = KasaConfig(rank=RANK, alpha=ALPHA, truncation=arm, dropped_rank=RANK)  # type: ignore[arg-type]
+    sums = None
+    if arm == "activation":
+        with observe_inputs(task.model, targets) as sums, torch.inference_mode():
+            for sample in task.train[:128]:
+                task.losses(task.model, [sample])
+    spectra = None if arm == "none" else spectra_of(task.model, targets, RANK, sums)
+    layers = attach(task.model, targets, config, spectra, seed)
+    _train_head(task)
+    assert trainable_parameters(task.model)
+    return task.model, lambda: penalty(layers.values(), config.regulariser).weighted(config)
+
+
+def _train_head(task: Task) -> None:
+    for name in task.head:
+        task.model.get_submodule(name).requires_grad_(True)
+
+
+def _language_losses(model: nn.Module, samples: Sequence[Sample]) -> torch.Tensor:
+    batch = collate(samples)
+    return label_losses(model, batch)[batch.labels_BK >= 0]
+
+
+def _smollm2(workspace: Path) -> tuple[nn.Module, Any]:
+    folder = _folder(BaseSettings(), workspace)
+    return load_base(folder, "fp32"), load_tokenizer(folder)
+
+
+def _folder(settings: BaseSettings, workspace: Path) -> Path:
+    try:
+        base = find_base(settings, workspace)
+    except KasaError as error:
+        raise CannotRunError(str(error)) from None
+    assert base is not None
+    return base.folder
+
+
+def _shuffled_reviews(workspace: Path) -> list[dict[str, str]]:
+    rows = review_rows(workspace)
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def smollm2_reviews(workspace: Path) -> Task:
+    """Grouped-query attention; the label is the one word that judges a review."""
+    model, tokenizer = _smollm2(workspace)
+
+    def sample(row: dict[str, str]) -> Sample:
+        prompt = tokenizer(f"Review: {row['prompt']}\nSentiment (positive or negative):")["input_ids"]
+        answer = tokenizer(f" {row['completion']}")["input_ids"]
+        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+    rows = [sample(row) for row in _shuffled_reviews(workspace)[:600]]
+    return Task(model, rows[:400], rows[400:], _language_losses)
+
+
+def smollm2_reference(workspace: Path) -> Task:
+    """Grouped-query attention; every token of Python's language reference is a label."""
+    model, tokenizer = _smollm2(workspace)
+    known, unknown = text_sets(workspace)["python reference"]
+    train, heldout = (
+        [{"input_ids": row, "labels": row} for row in token_rows(texts, tokenizer, limit)]
+        for texts, limit in ((known, 12288), (unknown, 4096))
+    )
+    return Task(model, train, heldout, _language_losses)
+
+
+def minilm_reviews(workspace: Path) -> Task:
+    """An encoder with full multi-head attention and a new classification head, which every arm trains."""
+    from transformers import AutoModelForSequenceClassification
+
+    with _quiet():
+        folder = _folder(BaseSettings(model="embedded:all-minilm-l6-v2"), workspace)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+
+    def losses(model: nn.Module, samples: Sequence[Sample]) -> torch.Tensor:
+        encoded = tokenizer([row["prompt"] for row in samples], padding=True, return_tensors="pt")
+        labels = torch.tensor([row["completion"] == "positive" for row in samples]).long()
+        return functional.cross_entropy(model(**encoded).logits, labels, reduction="none")
+
+    rows = _shuffled_reviews(workspace)[:3000]
+    return Task(model, rows[:2000], rows[2000:], losses, head=("classifier",))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A head that is missing from the checkpoint is what we want, and no reason for a table of warnings."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+TASKS: dict[str, Callable[[Path], Task]] = {
+    "SmolLM2-135M, movie reviews": smollm2_reviews,
+    "SmolLM2-135M, Python reference": smollm2_reference,
+    "MiniLM-L6 encoder, movie reviews": minilm_reviews,
+}
+
+
+def _run_jobs(workspace: Path, jobs: Sequence[tuple[str, int]]) -> list[dict[str, float]]:
+    """Results of `run_arms` for each job, some side by side."""
+    _shuffled_reviews(workspace)  # what is fetched is fetched before the processes would do so at once
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    waiting = list(enumerate(jobs))
+    running: dict[int, subprocess.Popen[str]] = {}
+    results: dict[int, dict[str, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < PROCESSES:
+            index, (task, seed) = waiting.pop(0)
+            command = [sys.executable, "-m", "benchmarks.checks.truncation_training", str(workspace), task, str(seed)]
+            environment = {**os.environ, **threads}
+            running[index] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for index, process in list(running.items()):
+            if process.poll() is not None:
+                output = running.pop(index).communicate()[0]
+                if process.returncode:
+                    raise RuntimeError(f"{jobs[index]} ended with exit code {process.returncode}")
+                results[index] = json.loads(output)
+        time.sleep(0.2)
+    return [results[index] for index in range(len(jobs))]
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_arms(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))

@@ -1,0 +1,166 @@
+"""What the spectra and audit stages run on the cluster: real text through the base, to see what truncation may take.
+
+Only samples of one length share a pass: nothing is padded, so that every position counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kasa import (
+    KasaConfig,
+    Spectra,
+    Target,
+    attach,
+    detach,
+    dropped_rank,
+    load_spectra,
+    observe_dropped,
+    observe_inputs,
+    save_sums,
+)
+from pipeline.base_model import load_base
+from pipeline.journal import append_journal, rewrite_journal
+from pipeline.language_model import collate, label_losses
+from pipeline.prepare.stage import load_prepared
+
+# The layers that lose the largest share of their output are truncated one at a time, to see what each costs alone.
+WORST_LAYERS = 5
+AUDIT_JSON = "audit.json"
+PASS_TOKENS = 1024
+
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True)
+class CalibrationShard:
+    """One worker's part of the calibration text: the rows `index`, `index + count`, ... of the first `tokens` tokens."""
+
+    base_folder: Path
+    prepared: Path
+    precision: str
+    targets: tuple[Target, ...]
+    tokens: int
+    index: int
+    count: int
+    out: Path
+    journal: Path
+
+
+@dataclass(frozen=True)
+class AuditJob:
+    """What an audit compares: the base, and the base truncated as `config` says, on the first held-out `tokens` tokens."""
+
+    base_folder: Path
+    prepared: Path
+    precision: str
+    spectra: Path
+    targets: tuple[Target, ...]
+    config: KasaConfig
+    tokens: int
+    out: Path
+    journal: Path
+
+
+def calibrate_shard(shard: CalibrationShard) -> None:
+    """Sum up the layers' inputs over the shard's rows, and save the sums."""
+    torch.set_num_threads(1)
+    samples = load_prepared(shard.prepared).calibration
+    rows = first_rows(samples, shard.tokens)[shard.index :: shard.count]
+    rewrite_journal(shard.journal, keep=lambda record: False)
+    model = _load(shard.base_folder, shard.precision)
+    with observe_inputs(model, shard.targets) as sums:
+        for batch in equal_length_batches([samples[row]["input_ids"] for row in rows]):
+            language_loss(model, batch)
+            append_journal(shard.journal, [{"tokens": sum(map(len, batch))}])
+    save_sums(shard.out, sums)
+
+
+def audit_truncation(job: AuditJob) -> dict[str, Any]:
+    """Losses of the base and of the truncated base, the share of its output that each layer loses, and the worst layers
+    truncated alone. Writes all of it to `audit.json`; returns what is not per layer."""
+    torch.set_num_threads(1)
+    heldout = load_prepared(job.prepared).heldout
+    texts = [heldout[row]["input_ids"] for row in first_rows(heldout, job.tokens)]
+    model = _load(job.base_folder, job.precision)
+    spectra, _ = load_spectra(job.spectra)
+
+    def loss_of(targets: Sequence[Target]) -> float:
+        attach(model, targets, job.config, spectra)
+        try:
+            return _counted(job, language_loss(model, texts))
+        finally:
+            detach(model)
+
+    with observe_dropped(model, dropped_parts(job.targets, job.config, spectra)) as observed:
+        base_loss = _counted(job, language_loss(model, texts))
+    shares = observed.shares()
+    truncated_loss = loss_of(job.targets)
+    by_share = sorted((t for t in job.targets if t.name in shares), key=lambda target: -shares[target.name])
+    facts = {
+        "tokens": sum(map(len, texts)),
+        "base_loss": base_loss,
+        "truncated_loss": truncated_loss,
+        "worst": [{"name": target.name, "loss": loss_of([target])} for target in by_share[:WORST_LAYERS]],
+    }
+    (job.out / AUDIT_JSON).write_text(json.dumps({**facts, "shares": shares}, indent=1), encoding="utf-8")
+    return facts
+
+
+def dropped_parts(
+    targets: Sequence[Target], config: KasaConfig, spectra: Spectra
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The factor pairs of all layers that lose something."""
+    ranks = {target.name: dropped_rank(target, config.truncation, config.dropped_rank) for target in targets}
+    return {name: spectra[name].dropped_factors(rank) for name, rank in ranks.items() if rank}
+
+
+def first_rows(samples: Any, tokens: int) -> range:
+    """The first rows that together have at least `tokens` tokens, or all of them."""
+    total = 0
+    for row, ids in enumerate(samples["input_ids"]):
+        total += len(ids)
+        if total >= tokens:
+            return range(row + 1)
+    return range(len(samples))
+
+
+def equal_length_batches(texts: Sequence[TokenIds]) -> list[list[TokenIds]]:
+    """The texts, longest first, in batches of one length and about `PASS_TOKENS` tokens at most."""
+    by_length: defaultdict[int, list[TokenIds]] = defaultdict(list)
+    for text in texts:
+        by_length[len(text)].append(text)
+    batches = []
+    for length in sorted(by_length, reverse=True):
+        size = max(1, PASS_TOKENS // length)
+        batches += [by_length[length][start : start + size] for start in range(0, len(by_length[length]), size)]
+    return batches
+
+
+@torch.inference_mode()
+def language_loss(model: nn.Module, texts: Sequence[TokenIds]) -> float:
+    """Mean cross entropy in nats over every token of the texts but each one's first."""
+    device = next(model.parameters()).device
+    total, labels = 0.0, 0
+    for texts_BT in equal_length_batches(texts):
+        batch = collate([{"input_ids": text, "labels": text} for text in texts_BT]).to(device)
+        total += float(label_losses(model, batch).sum())
+        labels += len(texts_BT) * (len(texts_BT[0]) - 1)
+    return total / max(labels, 1)
+
+
+def _load(folder: Path, precision: str) -> nn.Module:
+    return load_base(folder, precision).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _counted(job: AuditJob, loss: float) -> float:
+    append_journal(job.journal, [{"loss": loss}])
+    return loss
