@@ -229,8 +229,10 @@ def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     """Where each module stands, as (parent, attribute): some models use one module in several places."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
-        for attribute, child in parent.named_children():
-            places.setdefault(child, []).append((parent, attribute))
+        # Not named_children, which tells of each child once.
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, attribute))
     return places
 
 

@@ -116,6 +116,7 @@ class KasaLayer(nn.Module):
         self.active: str | None = None
         self.folded = False
         self._whole_weight: torch.Tensor | None = None
+        self.training = base.training
 
     @property
     def update(self) -> KasaUpdate | None:

@@ -26,6 +26,9 @@ from kasa.config import KasaConfig, Regulariser
 from kasa.errors import KasaError
 from kasa.layer import KasaLayer
 
+# A stack of this size stays in the cache of a CPU core from product to product.
+_CACHE_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class Penalty:
@@ -56,81 +59,70 @@ def penalty(layers: Iterable[KasaLayer], convention: Regulariser) -> Penalty:
     return Penalty(singular_value / layer_count, orthogonality / layer_count)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Matrices of one shape: where they stand among the inputs, their values, and 2 (G - I) / n of each.
-
-    `slope` is None for the vectors d.
-    """
-
-    indices: list[int]
-    values: torch.Tensor
-    slope_LRR: torch.Tensor | None = None
-    rows: bool = False
-
-
 class _Regularisers(torch.autograd.Function):
     """(convention, every A, every B, every d) -> (sum of squares of d, sum of norms)."""
 
     @staticmethod
     def forward(ctx: Any, convention: Regulariser, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        count = len(tensors) // 3
-        first = tensors[0]
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        ctx.groups = groups = []
+        count, device = len(tensors) // 3, tensors[0].device
+        # Not the stacks: memory of that size is slower to come by than a second copy into it.
+        ctx.save_for_backward(*tensors)
+        ctx.rows = _batches(tensors, 0, count)
+        ctx.columns = _batches(tensors, count, 2 * count)
+        ctx.vectors = _batches(tensors, 2 * count, 3 * count)
         squares, norms = [], []
-        with torch.autocast(first.device.type, enabled=False):
-            for indices in _by_shape(tensors, 2 * count, 3 * count):
-                vectors = _stacked(tensors, indices)
-                squares.append(vectors.square().sum().to(first.device))
-                groups.append(_Group(indices, vectors))
-            for rows, start in ((True, 0), (False, count)):
-                for indices in _by_shape(tensors, start, start + count):
-                    matrices = _stacked(tensors, indices)
-                    norms_L, slope_LRR = _norms(matrices, rows, convention)
-                    norms.append(norms_L.sum().to(first.device))
-                    groups.append(_Group(indices, matrices, slope_LRR, rows))
-        return torch.stack(squares).sum(), torch.stack(norms).sum()
+        ctx.deviations = []
+        with torch.autocast(device.type, enabled=False):
+            for batch in ctx.rows + ctx.columns:
+                matrices = _stacked(tensors, batch)
+                gram_LRR = matrices @ matrices.mT if batch[0] < count else matrices.mT @ matrices
+                gram_LRR.diagonal(dim1=1, dim2=2).sub_(1)
+                ctx.deviations.append(gram_LRR)
+                excess = abs(matrices.shape[1] - matrices.shape[2]) if convention == "authors" else 0
+                norms.append((gram_LRR.square().sum(dim=(1, 2)) + excess).to(device))
+            for batch in ctx.vectors:
+                squares.append(_stacked(tensors, batch).square().sum().to(device))
+            ctx.norms = torch.cat(norms).sqrt_()
+        return torch.stack(squares).sum(), ctx.norms.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         outer_square, outer_norm = outer
-        gradients: list[torch.Tensor | None] = [None] * len(ctx.dtypes)
-        with torch.autocast(outer_square.device.type, enabled=False):
-            for group in ctx.groups:
-                device = group.values.device
-                if group.slope_LRR is None:
-                    product = group.values * (2 * outer_square.to(device))
-                else:
-                    slope_LRR = group.slope_LRR * outer_norm.to(device)
-                    product = slope_LRR @ group.values if group.rows else group.values @ slope_LRR
-                product = product.to(ctx.dtypes[group.indices[0]])
-                for index, gradient in zip(group.indices, product.unbind(), strict=True):
-                    gradients[index] = gradient
+        tensors = ctx.saved_tensors
+        gradients: list[torch.Tensor | None] = [None] * len(tensors)
+        with torch.autocast(outer_norm.device.type, enabled=False):
+            factors = torch.where(ctx.norms > 0, 2 * outer_norm / ctx.norms, 0.0)
+            factors_L = factors.split([len(batch) for batch in ctx.rows + ctx.columns])
+            for index, batch in enumerate(ctx.rows + ctx.columns):
+                matrices = _stacked(tensors, batch)
+                slope_LRR = ctx.deviations[index] * factors_L[index].to(matrices)[:, None, None]
+                product = slope_LRR @ matrices if index < len(ctx.rows) else matrices @ slope_LRR
+                _spread(product.to(tensors[batch[0]].dtype), batch, gradients)
+            for batch in ctx.vectors:
+                vectors = _stacked(tensors, batch)
+                _spread((vectors * (2 * outer_square).to(vectors)).to(tensors[batch[0]].dtype), batch, gradients)
         return None, *gradients
 
 
-def _by_shape(tensors: Sequence[torch.Tensor], start: int, end: int) -> Iterable[list[int]]:
-    groups: dict[Any, list[int]] = {}
+def _batches(tensors: Sequence[torch.Tensor], start: int, end: int) -> list[list[int]]:
+    """Indices of tensors that can be stacked; on a CPU no more of them than its cache holds."""
+    by_kind: dict[Any, list[int]] = {}
     for index in range(start, end):
         tensor = tensors[index]
-        groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
-    return groups.values()
+        by_kind.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
+    batches = []
+    for (shape, dtype, device), indices in by_kind.items():
+        size = max(1, _CACHE_BYTES // (shape.numel() * dtype.itemsize)) if device.type == "cpu" else len(indices)
+        batches += [indices[first : first + size] for first in range(0, len(indices), size)]
+    return batches
 
 
-def _stacked(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
-    stacked = torch.stack([tensors[index] for index in indices])
+def _stacked(tensors: Sequence[torch.Tensor], batch: Sequence[int]) -> torch.Tensor:
+    stacked = torch.stack([tensors[index] for index in batch])
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
 
-def _norms(matrices: torch.Tensor, rows: bool, convention: Regulariser) -> tuple[torch.Tensor, torch.Tensor]:
-    """n of each matrix, shape (L,), and 2 (G - I) / n, shape (L, R, R)."""
-    gram_LRR = matrices @ matrices.mT if rows else matrices.mT @ matrices
-    gram_LRR.diagonal(dim1=1, dim2=2).sub_(1)
-    squares_L = gram_LRR.square().sum(dim=(1, 2))
-    if convention == "authors":
-        squares_L += abs(matrices.shape[1] - matrices.shape[2])
-    norms_L = squares_L.sqrt()
-    factors_L = torch.where(norms_L > 0, 2 / norms_L, 0.0)
-    return norms_L, gram_LRR.mul_(factors_L[:, None, None])
+def _spread(product: torch.Tensor, batch: Sequence[int], gradients: list[torch.Tensor | None]) -> None:
+    for index, gradient in zip(batch, product.unbind(), strict=True):
+        gradients[index] = gradient

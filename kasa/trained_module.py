@@ -28,6 +28,7 @@ class TrainedModule(nn.Module):
         self.name = name
         self.updates = nn.ModuleDict()
         self.active: str | None = None
+        self.training = base.training
 
     @property
     def module(self) -> nn.Module:

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from kasa import trainable_parameters
+
 WIDTHS = {"square": (24, 24), "tall": (24, 40), "wide": (40, 24), "conv": (24, 36)}
 
 
@@ -21,3 +23,11 @@ class Shapes(nn.Module):
 def weight_of(module: nn.Module) -> torch.Tensor:
     """W as out x in."""
     return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+
+
+def randomise(model: nn.Module, name: str | None = None, scale: float = 1.0) -> None:
+    """Give B (and all else that trains) values as after training: with B = 0 most mistakes do not show."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in trainable_parameters(model, name).values():
+        values = scale * torch.randn(parameter.shape, generator=generator)
+        parameter.data = values.to(parameter)
