@@ -21,7 +21,7 @@ from kasa.adapter import (
 )
 from kasa.adapter_file import SavedAdapter, attach_saved, check_base, read_adapter, save_adapter
 from kasa.audit import OutputShares, observe_dropped
-from kasa.calibration import InputSums, StoredCovariances, observe_inputs, save_sums
+from kasa.calibration import CalibrationSums, StoredCalibration, observe_layers, save_sums
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
 from kasa.errors import AdapterFileError, InterchangeError, KasaError, SpectrumError, TargetError
@@ -34,14 +34,16 @@ from kasa.regulariser import Penalty, penalty
 from kasa.spectra import BottomTriplets, Spectra, bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
 from kasa.targets import Target, check_rank, find_targets
-from kasa.truncation import Truncation, dropped_rank
+from kasa.truncation import CALIBRATED, Truncation, dropped_rank
 from kasa.update import product_singular_values
+from kasa.weighting import Weighting
 
 __all__ = [
+    "CALIBRATED",
     "AdapterFileError",
     "BottomTriplets",
+    "CalibrationSums",
     "CheckpointWeights",
-    "InputSums",
     "InterchangeError",
     "KasaConfig",
     "KasaError",
@@ -53,11 +55,12 @@ __all__ = [
     "SavedAdapter",
     "Spectra",
     "SpectrumError",
-    "StoredCovariances",
+    "StoredCalibration",
     "Target",
     "TargetError",
     "Truncation",
     "WeightSource",
+    "Weighting",
     "activate",
     "adapted_layers",
     "adapter_names",
@@ -81,7 +84,7 @@ __all__ = [
     "lora_rank",
     "merge",
     "observe_dropped",
-    "observe_inputs",
+    "observe_layers",
     "penalty",
     "product_singular_values",
     "read_adapter",

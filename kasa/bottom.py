@@ -8,7 +8,7 @@ large K, block Lanczos on the inverse through one Cholesky factorisation, whose 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,18 +39,19 @@ class Operand:
 
     def gram(self) -> torch.Tensor:
         """(K, K), the matrix times its transpose."""
-        return _sum(_product(part, part.T) for part in self._parts())
+        return _sum(_product(part, part.T) for part in self.parts())
 
     def rows(self, basis_KR: torch.Tensor) -> torch.Tensor:
         """(R, L): basis^T times the matrix."""
-        return torch.cat([_product(basis_KR.T, part) for part in self._parts()], dim=1)
+        return torch.cat([_product(basis_KR.T, part) for part in self.parts()], dim=1)
 
     def columns(self, rows_RL: torch.Tensor) -> torch.Tensor:
         """(K, R): the matrix times rows^T."""
-        pairs = zip(self._parts(), rows_RL.split(self._width, dim=1), strict=True)
+        pairs = zip(self.parts(), rows_RL.split(self._width, dim=1), strict=True)
         return _sum(_product(part, rows.T) for part, rows in pairs)
 
-    def _parts(self) -> Iterator[torch.Tensor]:
+    def parts(self) -> Iterator[torch.Tensor]:
+        """Pieces of columns in fp64, in order."""
         return (part.double() for part in self._stored_KL.split(self._width, dim=1))
 
 
@@ -62,17 +63,27 @@ def _sum(parts: Iterator[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def spectral_radius(gram_KK: torch.Tensor, steps: int = 12) -> float:
-    """The largest eigenvalue within a few percent, from below: Lanczos from a fixed start.
+def gram_norm(gram_KK: torch.Tensor) -> float:
+    """The largest eigenvalue of a Gram matrix, within a few percent from below."""
+    return _spectral_radius(lambda vector_K1: _product(gram_KK, vector_K1), _random(gram_KK, 1))
+
+
+def spectral_norm(operand: Operand) -> float:
+    """The largest singular value of a matrix whose Gram matrix is not at hand, within a few percent from below."""
+    start_K1 = _random(next(operand.parts()), 1)
+    return _spectral_radius(lambda vector_K1: operand.columns(operand.rows(vector_K1)), start_K1) ** 0.5
+
+
+def _spectral_radius(apply: Callable[[torch.Tensor], torch.Tensor], start_K1: torch.Tensor, steps: int = 12) -> float:
+    """The largest eigenvalue of a positive semidefinite matrix, given by its product with a vector, by Lanczos.
 
     Without orthogonalisation against older vectors: its loss repeats eigenvalues that are found, and invents none.
     """
-    vector_K1 = _random(gram_KK, 1)
-    vector_K1 /= vector_K1.norm()
+    vector_K1 = start_K1 / start_K1.norm()
     older_K1, beta = torch.zeros_like(vector_K1), 0.0
     alphas, betas = [], []
-    for _ in range(min(steps, len(gram_KK))):
-        next_K1 = _product(gram_KK, vector_K1)
+    for _ in range(min(steps, len(start_K1))):
+        next_K1 = apply(vector_K1)
         alphas.append(float(_product(vector_K1.T, next_K1)))
         next_K1 -= alphas[-1] * vector_K1 + beta * older_K1
         beta = float(next_K1.norm())

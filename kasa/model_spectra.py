@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import nn
 from kasa.errors import SpectrumError
 from kasa.spectra import BottomTriplets, bottom_triplets
 from kasa.targets import Target
+from kasa.weighting import Weighting
 
 
 class WeightSource(Protocol):
@@ -67,7 +68,7 @@ def compute_spectra(
     targets: Sequence[Target],
     rank: int,
     workers: int = 1,
-    covariances: Mapping[str, torch.Tensor] | None = None,
+    weighting: Callable[[str], Weighting] | None = None,
     on_result: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, BottomTriplets]:
     """The `rank` smallest singular triplets of every target's weight, by name, in the order of the targets.
@@ -78,17 +79,16 @@ def compute_spectra(
         rank: R; see `kasa.spectra.bottom_triplets`.
         workers: threads, each with one weight in work. More than one pays where the linear algebra libraries use one
             thread each (`OMP_NUM_THREADS=1`, set before they are loaded).
-        covariances: of the inputs, by target name, to weight the spectra; a target that is missing is not weighted.
+        weighting: gives the weighting of a target by its name, as `CalibrationSums.weighting` does; None weights nothing.
         on_result: called in this thread with (name, done, of all) as results come, in any order. What it raises ends the
             computation.
 
     Raises:
         SpectrumError: a weight cannot be read or decomposed.
     """
-    covariances = covariances or {}
 
     def one(target: Target) -> BottomTriplets:
-        return bottom_triplets(source.weight(target), rank, target.name, covariances.get(target.name))
+        return bottom_triplets(source.weight(target), rank, target.name, weighting and weighting(target.name))
 
     found: dict[str, BottomTriplets] = {}
     # The number of threads that torch uses is a setting of the calling thread.

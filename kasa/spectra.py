@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kasa.bottom import LANCZOS_FROM, Operand, by_eigensolver, by_lanczos, is_complete, spectral_radius
+from kasa.bottom import LANCZOS_FROM, Operand, by_eigensolver, by_lanczos, gram_norm, is_complete, spectral_norm
 from kasa.errors import SpectrumError
-from kasa.weighting import covariance_root
+from kasa.weighting import Weighting
 
 RESIDUAL_LIMIT = 1e-9
 # Of the dropped energy, for what was found through a Gram matrix: together with as much for what may have been missed
@@ -28,30 +28,31 @@ NOTHING = 1e-12
 
 @dataclass(frozen=True)
 class BottomTriplets:
-    """The R smallest singular triplets of W, or of W L under a covariance C' = L L^T of the layer's input, smallest first,
-    so that a prefix serves every smaller rank.
+    """The R smallest singular triplets of W, or of M = K^T W L under a weighting (`kasa.weighting`), smallest first, so that
+    a prefix serves every smaller rank.
 
-    With M = W or W L, and its triplets (u, s, v), the part of the weight that is dropped is the sum of s u (v^T L^-1). That
-    is U U^T W in either case, and of all parts whose removal lowers the rank by R it changes the layer's output least.
+    With M's triplets (u, s, v), the part of the weight that is dropped is the sum of s (K^-T u) (v^T L^-1). Of all parts
+    whose removal lowers the rank by R it is the smallest as the weighting counts: with K = I it changes the layer's
+    output least, with K and L both, the loss.
 
-    The Frobenius norm of the dropped part (of M) exceeds the least possible by no more than 1e-6 of itself or 1e-12 of
-    `largest`. What that rests on, by method:
+    The Frobenius norm of the dropped part of M exceeds the least possible by no more than 1e-6 of itself or 1e-12 of M's
+    largest singular value. What that rests on, by method:
 
     - `lanczos`: block Lanczos on the inverse. Its residuals bound how far the sum of s^2 is above that of the R singular
       values nearest by; that no smaller one was missed is proved by a Cholesky factorisation, up to the rounding of the
       Gram matrix (`kasa.bottom.is_complete`).
     - `eigensolver`: LAPACK's eigensolver and the same residuals. That it misses none is taken on trust.
-    - `svd`: a full fp64 SVD, taken on trust. For what the others cannot do: a dropped part too small beside `largest`
+    - `svd`: a full fp64 SVD, taken on trust. For what the others cannot do: a dropped part too small beside the largest
       for a Gram matrix, which squares the ratio.
 
     Attributes:
-        left_OR: left singular vectors u, columns of unit length.
+        left_OR: left singular vectors u, columns of unit length; K^-T u under a weighting.
         singular_values_R: of M, ascending.
-        right_RI: v^T, rows of unit length; under a covariance v^T L^-1, rows of any length.
-        largest: the largest singular value (spectral norm) of M, to two digits.
-        residual: max over triplets of s ||M v - s u|| (K = O) or s ||M^T u - s v|| (K = I), relative to `largest` and the
-            norm of all s; 0 for a dropped part below 1e-12 of `largest`. The residual of the other side vanishes by
-            construction. Measured before storing in fp32.
+        right_RI: v^T, rows of unit length; v^T L^-1 under a weighting.
+        largest: the largest singular value (spectral norm) of W, to two digits.
+        residual: max over triplets of s ||M v - s u|| (M wide) or s ||M^T u - s v|| (M tall), relative to M's largest
+            singular value and the norm of all s; 0 for a dropped part below 1e-12 of M's largest. The residual of the other
+            side vanishes by construction. Measured before storing in fp32.
         orthogonality: max deviation of the vectors' inner products on the shorter side from the identity.
         method: `lanczos`, `eigensolver` or `svd`.
     """
@@ -74,7 +75,7 @@ Spectra = Mapping[str, BottomTriplets]
 
 
 def bottom_triplets(
-    weight_OI: torch.Tensor, rank: int, name: str = "weight", covariance_II: torch.Tensor | None = None
+    weight_OI: torch.Tensor, rank: int, name: str = "weight", weighting: Weighting | None = None
 ) -> BottomTriplets:
     """The `rank` smallest singular triplets of `weight_OI`, computed in fp64 where the weight is, returned in fp32 on the CPU.
 
@@ -82,26 +83,29 @@ def bottom_triplets(
         weight_OI: any floating type, square, tall or wide, on the CPU or a CUDA device.
         rank: R, between 1 and K.
         name: names the weight in errors.
-        covariance_II: C, the mean of x x^T over inputs x of the layer, any floating type. It weights the spectrum: the
-            triplets are those of W L with L L^T = C / mean(diag C) + 0.01 I (`kasa.weighting`). None, or a covariance of
-            zeros, weights nothing.
+        weighting: weights the spectrum; None, or a weighting of zeros, weights nothing.
 
     Raises:
-        SpectrumError: the weight is not a floating matrix, has NaN or Inf, or `rank` is out of range; the covariance is
-            not a symmetric floating matrix of the weight's width, has NaN or Inf, or has negative eigenvalues.
+        SpectrumError: the weight is not a floating matrix, has NaN or Inf, or `rank` is out of range; the weighting
+            has another shape, NaN, Inf or negative eigenvalues.
     """
     _check(weight_OI, rank, name)
     matrix_OI = weight_OI.detach()
-    root_II = None if covariance_II is None else covariance_root(covariance_II, weight_OI, name)
-    if root_II is not None:
-        matrix_OI = matrix_OI.double() @ root_II
+    left_root_OO, right_root_II = (None, None) if weighting is None else weighting.roots(weight_OI, name)
+    if right_root_II is not None:
+        matrix_OI = matrix_OI.double() @ right_root_II
+    if left_root_OO is not None:
+        matrix_OI = left_root_OO.T @ matrix_OI.double()
     tall = matrix_OI.shape[0] > matrix_OI.shape[1]
     short = _short_triplets(matrix_OI.T if tall else matrix_OI, rank, name)
     left_OR, right_RI = (short.right_RI.T, short.left_OR.T) if tall else (short.left_OR, short.right_RI)
-    if root_II is not None:
-        right_RI = torch.linalg.solve_triangular(root_II, right_RI, upper=False, left=False)
+    if right_root_II is not None:
+        right_RI = torch.linalg.solve_triangular(right_root_II, right_RI, upper=False, left=False)
+    if left_root_OO is not None:
+        left_OR = torch.linalg.solve_triangular(left_root_OO.T, left_OR, upper=True)
     return replace(
         short,
+        largest=short.largest if weighting is None else spectral_norm(Operand(weight_OI.detach())),
         left_OR=_stored(left_OR),
         singular_values_R=_stored(short.singular_values_R),
         right_RI=_stored(right_RI),
@@ -125,7 +129,7 @@ def _short_triplets(short_KL: torch.Tensor, rank: int, name: str) -> BottomTripl
     # NaN and Inf anywhere reach the diagonal; a search through the weight itself would cost more than its conversion.
     if not torch.isfinite(gram_KK.trace()):
         raise SpectrumError(f"{name}: the weight holds NaN or Inf; the checkpoint is damaged")
-    largest = spectral_radius(gram_KK) ** 0.5
+    largest = gram_norm(gram_KK) ** 0.5
     triplets = None
     if len(gram_KK) >= LANCZOS_FROM:
         triplets = _by_lanczos(operand, gram_KK, rank, largest)

@@ -1,9 +1,14 @@
-"""The covariance of a layer's input as a weighting of its spectrum (SVD-LLM, arXiv 2403.07378; CorDA, arXiv 2406.05223).
+"""What weights a spectrum besides the weight itself: what flows into a layer, and how the loss feels its output.
+
+The input's side is whitened SVD (SVD-LLM, arXiv 2403.07378; CorDA, arXiv 2406.05223); both sides together are the
+Kronecker-factored curvature of the loss (K-FAC, arXiv 1503.05671), in which a cut of rank R costs least.
 
 Legend: O = out features, I = in features.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -15,42 +20,57 @@ from kasa.errors import SpectrumError
 SHRINKAGE = 0.01
 
 
-def covariance_root(covariance_II: torch.Tensor, weight_OI: torch.Tensor, name: str) -> torch.Tensor | None:
-    """L of shape (I, I), lower triangular, fp64, with L L^T = C / mean(diag C) + 0.01 I; None for a covariance of zeros.
+@dataclass(frozen=True)
+class Weighting:
+    """How much each direction counts at a layer's input and at its output. Factors make no difference.
 
-    Raises:
-        SpectrumError: C is not a floating matrix of the weight's width, has NaN or Inf, or has eigenvalues that are
-            negative beyond the rounding of its type.
+    Attributes:
+        inputs_II: mean of x x^T over inputs x, any floating type.
+        gradients_OO: mean of g g^T over the loss's gradients g at the output; None counts all outputs alike.
     """
-    width = weight_OI.shape[1]
-    if covariance_II.shape != (width, width) or not covariance_II.is_floating_point():
+
+    inputs_II: torch.Tensor
+    gradients_OO: torch.Tensor | None = None
+
+    def roots(self, weight_OI: torch.Tensor, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(K, L), lower triangular, fp64, on the weight's device: K K^T the shrunk second moment of the gradients, L L^T
+        that of the inputs, C / mean(diag C) + 0.01 I. None for one that is absent or zero.
+
+        Raises:
+            SpectrumError: one is not a floating matrix of the weight's height or width, has NaN or Inf, or has eigenvalues
+                that are negative beyond the rounding of its type.
+        """
+        height, width = weight_OI.shape
+        inputs = _root(self.inputs_II, width, "inputs", weight_OI.device, name)
+        if self.gradients_OO is None:
+            return None, inputs
+        return _root(self.gradients_OO, height, "output gradients", weight_OI.device, name), inputs
+
+
+def _root(covariance: torch.Tensor, side: int, of_what: str, device: torch.device, name: str) -> torch.Tensor | None:
+    if covariance.shape != (side, side) or not covariance.is_floating_point():
         raise SpectrumError(
-            f"{name}: need a floating point covariance of {width} x {width}, the weight's inputs, "
-            f"not {covariance_II.dtype} of shape {tuple(covariance_II.shape)}"
+            f"{name}: need a floating point covariance of {side} x {side} for the weight's {of_what}, "
+            f"not {covariance.dtype} of shape {tuple(covariance.shape)}"
         )
-    mean = float(covariance_II.diagonal().double().mean())
-    if not torch.isfinite(covariance_II).all():
-        raise SpectrumError(f"{name}: the covariance of its inputs holds NaN or Inf")
-    if not covariance_II.any():
+    if not torch.isfinite(covariance).all():
+        raise SpectrumError(f"{name}: the covariance of its {of_what} holds NaN or Inf")
+    if not covariance.any():
         return None
+    mean = float(covariance.diagonal().double().mean())
     if mean <= 0:
-        raise SpectrumError(f"{name}: the covariance of its inputs has negative eigenvalues")
-    scaled_II = covariance_II.detach().to(weight_OI.device, torch.float64) / mean
-    root_II = cholesky(_shrunk(scaled_II))
-    if root_II is None:
-        rounding = width * torch.finfo(covariance_II.dtype).eps
-        root_II = cholesky(_shrunk(_without_negative(scaled_II, rounding, name)))
-    assert root_II is not None
-    return root_II
+        raise SpectrumError(f"{name}: the covariance of its {of_what} has negative eigenvalues")
+    scaled = covariance.detach().to(device, torch.float64) / mean
+    root = cholesky(_shrunk(scaled))
+    if root is None:
+        values, vectors = torch.linalg.eigh(scaled)
+        # Negative eigenvalues up to the rounding of the type in which the sums were made are none.
+        if values[0] < -side * torch.finfo(covariance.dtype).eps * values[-1]:
+            raise SpectrumError(f"{name}: the covariance of its {of_what} has negative eigenvalues")
+        root = cholesky(_shrunk((vectors * values.clamp(min=0)) @ vectors.T))
+    assert root is not None
+    return root
 
 
-def _shrunk(scaled_II: torch.Tensor) -> torch.Tensor:
-    return scaled_II + SHRINKAGE * torch.eye(len(scaled_II), dtype=scaled_II.dtype, device=scaled_II.device)
-
-
-def _without_negative(scaled_II: torch.Tensor, rounding: float, name: str) -> torch.Tensor:
-    """The covariance with eigenvalues that are negative by no more than `rounding`, of the largest, set to zero."""
-    values_I, vectors_II = torch.linalg.eigh(scaled_II)
-    if values_I[0] < -rounding * values_I[-1]:
-        raise SpectrumError(f"{name}: the covariance of its inputs has negative eigenvalues")
-    return (vectors_II * values_I.clamp(min=0)) @ vectors_II.T
+def _shrunk(scaled: torch.Tensor) -> torch.Tensor:
+    return scaled + SHRINKAGE * torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kasa.errors import nearest
-from kasa.truncation import Truncation
+from kasa.truncation import CALIBRATED, Truncation
 from pipeline.errors import RecipeError
 
 TokenizedForm = Literal["auto", "prompt-completion", "alpaca", "chat", "completion"]
@@ -52,7 +52,7 @@ class DataSettings(Section):
     heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
     calibration: StrList = Field(
         default_factory=list,
-        description="Text that `adapter.truncation: activation` looks at, in the form of `train`; empty: `train` itself.",
+        description="Text that `adapter.truncation` looks at, in the form of `train`; empty: `train` itself.",
     )
     form: TokenizedForm = Field(
         "auto", description="How rows are read; `auto` decides by the columns of the first row."
@@ -102,9 +102,9 @@ class AdapterSettings(Section):
         description="`all-linear`, module names such as `[q_proj, v_proj]`, or a regular expression `re:...` on full names.",
     )
     truncation: Truncation = Field(
-        "activation",
-        description="What is dropped from each base weight. `activation`: what matters least to the layer's output for the "
-        "calibration text; `weight`: the smallest singular triplets (the paper's rule); `authors`: as `weight`, but wide "
+        "loss",
+        description="What is dropped from each base weight. `loss`: what matters least to the base's loss on the "
+        "calibration text; `activation`: what matters least to the layer's output there; `weight`: the smallest singular triplets (the paper's rule); `authors`: as `weight`, but wide "
         "weights stay whole (the authors' code); `none`: nothing.",
     )
     truncation_rank: int | None = Field(None, ge=1, description="The rank of what is dropped; default: `rank`.")
@@ -126,7 +126,7 @@ class SpectraSettings(Section):
         description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops.",
     )
     calibration_tokens: int = Field(
-        8192, ge=1, description="How much of the calibration text `adapter.truncation: activation` looks at."
+        8192, ge=1, description="How much of the calibration text the rules `loss` and `activation` look at."
     )
     audit_tokens: int = Field(
         2048, ge=1, description="How much held-out text the loss of the truncated base is measured on."
@@ -250,7 +250,7 @@ class Recipe(Section):
     @property
     def calibrated(self) -> bool:
         """Whether the spectra depend on text."""
-        return self.adapter.truncation == "activation"
+        return self.adapter.truncation in CALIBRATED
 
     @property
     def spectra_rank(self) -> int:

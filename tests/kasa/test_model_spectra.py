@@ -5,7 +5,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kasa import CheckpointWeights, ModelWeights, SpectrumError, Target, bottom_triplets, compute_spectra, find_targets
+from kasa import (
+    CheckpointWeights,
+    ModelWeights,
+    SpectrumError,
+    Target,
+    Weighting,
+    bottom_triplets,
+    compute_spectra,
+    find_targets,
+)
 
 
 def test_a_model_and_its_checkpoint_have_the_same_spectra(model, tmp_path) -> None:
@@ -30,16 +39,17 @@ def test_threads_and_their_number_change_nothing(model) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_covariances_weight_the_layers_they_are_given_for(model) -> None:
+def test_a_weighting_is_asked_for_by_name(model) -> None:
     targets = find_targets(model, "all-linear")
-    covariance = torch.diag(torch.linspace(1, 100, 40))
-    found = compute_spectra(ModelWeights(model), targets, 4, covariances={"wide": covariance})
-    weights = ModelWeights(model)
+    widths = {target.name: target.in_features for target in targets}
+    found = compute_spectra(ModelWeights(model), targets, 4, weighting=lambda name: weighting(widths[name]))
     for target in targets:
-        expected = bottom_triplets(
-            weights.weight(target), 4, covariance_II=covariance if target.name == "wide" else None
-        )
+        expected = bottom_triplets(ModelWeights(model).weight(target), 4, weighting=weighting(target.in_features))
         assert torch.equal(found[target.name].right_RI, expected.right_RI)
+
+
+def weighting(width: int) -> Weighting:
+    return Weighting(torch.diag(torch.linspace(1, 100, width)))
 
 
 def test_progress_is_told_and_may_stop(model) -> None:
