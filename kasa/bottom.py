@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg.lapack
 import torch
+
+from kasa import lapack
 
 # From this K on, two factorisations and the iterations take less than the reduction to tridiagonal form.
 LANCZOS_FROM = 1024
@@ -97,10 +98,9 @@ def _spectral_radius(apply: Callable[[torch.Tensor], torch.Tensor], start_K1: to
 
 def by_eigensolver(gram_KK: torch.Tensor, rank: int) -> torch.Tensor:
     """The bottom `rank` eigenvectors as (K, R), by LAPACK; none can be missed."""
-    if not _on_cpu(gram_KK):
-        return torch.linalg.eigh(gram_KK).eigenvectors[:, :rank]
-    vectors = scipy.linalg.eigh(gram_KK.numpy(), subset_by_index=[0, rank - 1], check_finite=False)[1]
-    return torch.from_numpy(vectors)
+    if _on_cpu(gram_KK):
+        return lapack.bottom_eigenvectors(gram_KK, rank)
+    return torch.linalg.eigh(gram_KK).eigenvectors[:, :rank]
 
 
 def by_lanczos(gram_KK: torch.Tensor, rank: int) -> torch.Tensor | None:
@@ -188,9 +188,7 @@ def is_complete(gram_KK: torch.Tensor, basis_KR: torch.Tensor, values_R: torch.T
 def cholesky(matrix_KK: torch.Tensor) -> torch.Tensor | None:
     """The lower factor, or None for a matrix that is not positive definite."""
     if _on_cpu(matrix_KK):
-        # scipy's is a third faster than torch's; the transpose of a symmetric matrix is in the order LAPACK wants.
-        factor, info = scipy.linalg.lapack.dpotrf(matrix_KK.numpy().T, lower=1, clean=1)
-        return None if info else torch.from_numpy(factor)
+        return lapack.cholesky(matrix_KK)
     lower_KK, info = torch.linalg.cholesky_ex(matrix_KK)
     return None if int(info) else lower_KK
 

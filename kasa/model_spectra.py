@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from kasa.errors import SpectrumError
@@ -67,7 +70,7 @@ def compute_spectra(
     source: WeightSource,
     targets: Sequence[Target],
     rank: int,
-    workers: int = 1,
+    workers: int | None = None,
     weighting: Callable[[str], Weighting] | None = None,
     on_result: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, BottomTriplets]:
@@ -77,8 +80,9 @@ def compute_spectra(
         source: gives the weights.
         targets: which weights.
         rank: R; see `kasa.spectra.bottom_triplets`.
-        workers: threads, each with one weight in work. More than one pays where the linear algebra libraries use one
-            thread each (`OMP_NUM_THREADS=1`, set before they are loaded).
+        workers: threads, each with one weight in work; default: one for each core this process may use. With more than
+            one, the linear algebra libraries compute in one thread each until this returns: threads of theirs would wait
+            for one another, and take ten times as long.
         weighting: gives the weighting of a target by its name, as `CalibrationSums.weighting` does; None weights nothing.
         on_result: called in this thread with (name, done, of all) as results come, in any order. What it raises ends the
             computation.
@@ -91,9 +95,12 @@ def compute_spectra(
         return bottom_triplets(source.weight(target), rank, target.name, weighting and weighting(target.name))
 
     found: dict[str, BottomTriplets] = {}
-    # The number of threads that torch uses is a setting of the calling thread.
-    initializer = (lambda: torch.set_num_threads(1)) if workers > 1 else None
-    with ThreadPoolExecutor(workers, initializer=initializer) as pool:
+    workers = workers or len(os.sched_getaffinity(0))
+    # torch keeps its number of threads for each calling thread, the libraries below numpy and scipy for the process.
+    alone = workers == 1
+    initializer = None if alone else lambda: torch.set_num_threads(1)
+    limits = nullcontext() if alone else threadpool_limits(1, user_api="blas")
+    with limits, ThreadPoolExecutor(workers, initializer=initializer) as pool:
         # The largest first, so that no thread is left with one at the end.
         by_size = sorted(targets, key=lambda target: -target.in_features * target.out_features)
         names = {pool.submit(one, target): target.name for target in by_size}

@@ -49,7 +49,7 @@ def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], pre
     """The base's bytes, which weights, how many triplets, and the calibration text where the rule looks at one."""
     settings: dict[str, object] = {"rank": recipe.spectra_rank, "targets": [target.name for target in targets]}
     inputs = {"base": base_digest}
-    code = ["kasa.spectra", "kasa.bottom", "kasa.spectra_file", "kasa.checkpoint", "kasa.folders"]
+    code = ["kasa.spectra", "kasa.bottom", "kasa.lapack", "kasa.spectra_file", "kasa.checkpoint", "kasa.folders"]
     if recipe.calibrated:
         settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
         settings["gradients"] = recipe.adapter.truncation == "loss"
