@@ -23,6 +23,7 @@ _TRAIN_MECHANICS = {
     "cpus_per_worker",
     "deepspeed",
     "micro_batch_size",
+    "pack_tokens",
     "gradient_checkpointing",
     "checkpoint_every",
     "checkpoints_kept",

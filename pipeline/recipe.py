@@ -150,6 +150,12 @@ class TrainSettings(Section):
     max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
     batch_size: int = Field(16, ge=1, description="Samples per optimizer step over all workers.")
     micro_batch_size: int = Field(8, ge=1, description="Samples per forward pass of one worker.")
+    pack_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Pack samples end to end, at most this many tokens to a forward pass, instead of padding them; they do "
+        "not see each other. `micro_batch_size` has no meaning then.",
+    )
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
     warmup_share: float = Field(0.06, ge=0, lt=1, description="Share of the steps spent warming up.")
@@ -259,12 +265,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        per_pass = self.train.workers * self.train.micro_batch_size
-        if self.train.batch_size % per_pass:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} is not a multiple of workers x micro_batch_size = "
-                f"{self.train.workers} x {self.train.micro_batch_size}"
-            )
+        train = self.train
+        at_once, of_what = train.workers * train.micro_batch_size, "workers x micro_batch_size"
+        numbers = f"{train.workers} x {train.micro_batch_size}"
+        if train.pack_tokens is not None:
+            at_once, of_what, numbers = train.workers, "workers", str(train.workers)
+            if train.pack_tokens < self.data.max_tokens:
+                raise ValueError(
+                    f"train.pack_tokens {train.pack_tokens} is less than data.max_tokens {self.data.max_tokens}: the "
+                    "longest sample would not fit"
+                )
+        if train.batch_size % at_once:
+            raise ValueError(f"train.batch_size {train.batch_size} is not a multiple of {of_what} = {numbers}")
         if self.spectra_rank < self.dropped_rank:
             raise ValueError(
                 f"spectra.rank {self.spectra_rank} is smaller than the {self.dropped_rank} triplets the adapter drops"
