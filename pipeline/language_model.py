@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in values))
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def collate(samples: Sequence[Sample], pad_token: int = 0) -> Batch:

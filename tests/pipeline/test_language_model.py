@@ -34,7 +34,9 @@ def samples() -> list[dict[str, list[int]]]:
 def alone(model, sample) -> torch.Tensor:
     """The loss of one unpadded sample, by the book."""
     logits = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0, :-1]
-    return functional.cross_entropy(logits, torch.tensor(sample["labels"][1:], dtype=torch.long), ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(
+        logits, torch.tensor(sample["labels"][1:], dtype=torch.long), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 @torch.no_grad()
