@@ -50,8 +50,8 @@ RULES: tuple[Truncation, ...] = ("none", "weight", "authors", "activation", "los
 ARMS = ("lora", *RULES)
 DEFAULT = AdapterSettings().truncation
 SEEDS = (0, 1, 2)
-RANK, ALPHA, PEAK_RATE, BATCH = 8, 16.0, 5e-4, 16
-CALIBRATION_ROWS = 128
+RANK, ALPHA, PEAK_RATE, BATCH = 8, 16.0, 5e-4, 8
+CALIBRATION_ROWS = 48
 # Two-sided 95% points of Student's t for the number of seeds less one.
 T95 = {2: 4.303, 3: 3.182, 4: 2.776}
 PROCESSES = 2
@@ -212,8 +212,8 @@ def smollm2_reviews(workspace: Path) -> Task:
         answer = tokenizer(f" {row['completion']}")["input_ids"]
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
-    rows = [sample(row) for row in _shuffled_reviews(workspace)[:600]]
-    return Task(model, _all_labelled(rows[:CALIBRATION_ROWS]), rows[:400], rows[400:], _language_losses)
+    rows = [sample(row) for row in _shuffled_reviews(workspace)[:400]]
+    return Task(model, _all_labelled(rows[:CALIBRATION_ROWS]), rows[:240], rows[240:], _language_losses)
 
 
 def smollm2_reference(workspace: Path) -> Task:
@@ -222,7 +222,7 @@ def smollm2_reference(workspace: Path) -> Task:
     known, unknown = text_sets(workspace)["python reference"]
     train, heldout = (
         [{"input_ids": row, "labels": row} for row in token_rows(texts, tokenizer, limit)]
-        for texts, limit in ((known, 12288), (unknown, 4096))
+        for texts, limit in ((known, 6144), (unknown, 3072))
     )
     return Task(model, train[:CALIBRATION_ROWS], train, heldout, _language_losses)
 
@@ -241,8 +241,8 @@ def minilm_reviews(workspace: Path) -> Task:
         labels = torch.tensor([row["completion"] == "positive" for row in samples]).long()
         return functional.cross_entropy(model(**encoded).logits, labels, reduction="none")
 
-    rows = _shuffled_reviews(workspace)[:3000]
-    return Task(model, rows[:CALIBRATION_ROWS], rows[:2000], rows[2000:], losses, head=("classifier",))
+    rows = _shuffled_reviews(workspace)[:2000]
+    return Task(model, rows[:CALIBRATION_ROWS], rows[:1200], rows[1200:], losses, head=("classifier",))
 
 
 @contextmanager
