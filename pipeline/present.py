@@ -179,6 +179,8 @@ def _memory_table(estimate: Estimate) -> Table:
     if estimate.hardware.gpu_memory_gib is not None:
         fits = ["refused" if s.refused else "yes" if s.fits else "no" for s in estimate.stages]
         table.add_row(f"fits {estimate.hardware.gpu_memory_gib:g} GiB", *fits)
+    # Names that are to be copied must not be cut, however narrow the terminal.
+    table.width = _out.measure(table, options=_out.options.update(width=1000)).maximum
     return table
 
 
