@@ -238,7 +238,16 @@ def test_a_check_must_say_what_it_measures() -> None:
 
 def test_the_project_has_its_checks() -> None:
     names = [one.name for one in all_checks()]
-    expected = {"demo-gain", "demo-time", "demo-again", "spectra-model", "parity", "export-lora", "export-merged"}
+    expected = {
+        "demo-gain",
+        "demo-time",
+        "demo-again",
+        "spectra-model",
+        "parity",
+        "export-lora",
+        "export-merged",
+        "plan",
+    }
     assert expected <= set(names)
 
 

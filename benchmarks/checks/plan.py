@@ -32,7 +32,6 @@ from kasa import (
     find_targets,
     penalty,
     save_spectra,
-    trainable_parameters,
 )
 from pipeline.base_model import DTYPES, find_base
 from pipeline.memory import GIB
@@ -59,7 +58,7 @@ RETURN_WHAT_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 @dataclass(frozen=True)
 class Case:
-    """One training run: its ZeRO stage, workers and precision, and further keys of the recipe by section."""
+    """One training run of SmolLM2 with every linear layer adapted, rank 8."""
 
     stage: int
     workers: int
@@ -153,11 +152,8 @@ def compare(case: Case, base: Path, scratch: Path) -> dict[str, Any]:
 
 def planned_estimate(recipe: Recipe) -> Estimate:
     """The plan of a run whose rows are all of about the full length."""
-    config = model_config(recipe.base.model)
-    assert config is not None
-    model = meta_model(config)
     facts = DataFacts(recipe.train.batch_size, ROW_TOKENS, ROW_TOKENS)
-    return estimate(recipe, model, checked_targets(recipe, model), data=facts)
+    return estimate(recipe, _shape(recipe), checked_targets(recipe, _shape(recipe)), data=facts)
 
 
 def run_workers(case: Case, base: Path, scratch: Path, environment: dict[str, str]) -> dict[str, float]:
@@ -168,14 +164,13 @@ def run_workers(case: Case, base: Path, scratch: Path, environment: dict[str, st
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    arguments = [str(case.stage), str(case.workers), case.precision, str(int(case.checkpointing)), str(case.dropout)]
     processes = []
     for rank in range(case.workers):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.workers)}
         with (folder / f"rank-{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.checks.plan", str(folder), str(base), *arguments],
+                    [sys.executable, "-m", "benchmarks.checks.plan", str(CASES.index(case)), str(folder), str(base)],
                     cwd=ROOT,
                     env={**os.environ, **shared, **ranks, **environment},
                     stdout=log,
@@ -209,6 +204,13 @@ def seconds_to_answer(model: str, scratch: Path) -> float:
     return taken
 
 
+def _shape(recipe: Recipe) -> nn.Module:
+    """The base on the meta device."""
+    config = model_config(recipe.base.model)
+    assert config is not None
+    return meta_model(config)
+
+
 def _write_inputs(recipe: Recipe, folder: Path) -> None:
     """Prepared data of one global batch, no two rows of one length, and spectra of the right shapes."""
     from datasets import Dataset, disable_progress_bars
@@ -218,8 +220,6 @@ def _write_inputs(recipe: Recipe, folder: Path) -> None:
     columns = {"input_ids": rows, "labels": rows, "source": ["rows"] * len(rows)}
     Dataset.from_dict(columns).save_to_disk(str(folder / "prepared" / "train"))
     (folder / "prepared" / "summary.json").write_text(json.dumps({"train_rows": len(rows)}), encoding="utf-8")
-    config = model_config(recipe.base.model)
-    assert config is not None
     rank = recipe.spectra_rank
     generator = torch.Generator().manual_seed(0)
     spectra = {
@@ -231,7 +231,7 @@ def _write_inputs(recipe: Recipe, folder: Path) -> None:
             residual=0.0,
             method="gram",
         )
-        for target in checked_targets(recipe, meta_model(config))
+        for target in checked_targets(recipe, _shape(recipe))
     }
     save_spectra(folder / "spectra", spectra, dict.fromkeys(spectra, "0"))
     (folder / "work").mkdir()
@@ -250,7 +250,7 @@ def measure_worker(case: Case, folder: Path, base: Path) -> None:
         prepared=folder / "prepared",
         spectra=folder / "spectra",
         work=folder / "work",
-        targets=tuple(planned_targets(recipe)),
+        targets=tuple(checked_targets(recipe, _shape(recipe))),
         config=adapter_config(recipe),
         settings=recipe.train,
         deepspeed=deepspeed_settings(recipe),
@@ -276,15 +276,11 @@ def measure_worker(case: Case, folder: Path, base: Path) -> None:
     dist.destroy_process_group()
 
 
-def planned_targets(recipe: Recipe) -> list[Any]:
-    """The modules that the recipe adapts."""
-    config = model_config(recipe.base.model)
-    assert config is not None
-    return checked_targets(recipe, meta_model(config))
-
-
 def _train_toy(case: Case, start_engine: Callable[..., Any], deepspeed: dict[str, Any]) -> None:
-    """Two steps of a tiny model, so that whatever is loaded at first use belongs to the process."""
+    """Two steps of a tiny model, so that whatever is loaded at first use belongs to the process.
+
+    Never at stage 3, which would leave its marks on torch for the real run.
+    """
     import datasets  # noqa: F401  the worker imports it too
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -302,7 +298,6 @@ def _train_toy(case: Case, start_engine: Callable[..., Any], deepspeed: dict[str
         loss = engine(input_ids=tokens_BT, labels=tokens_BT).loss
         engine.backward(loss + penalty(adapted_layers(engine.module).values(), "authors").weighted(kasa))
         engine.step()
-    assert trainable_parameters(engine.module)
     engine.destroy()
     del engine, model, loss
     gc.collect()
@@ -322,6 +317,4 @@ def _forget_peak() -> None:
 
 
 if __name__ == "__main__":
-    _folder, _base, _stage, _workers, _precision, _checkpointing, _dropout = sys.argv[1:]
-    _case = Case(int(_stage), int(_workers), _precision, bool(int(_checkpointing)), float(_dropout))
-    measure_worker(_case, Path(_folder), Path(_base))
+    measure_worker(CASES[int(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]))
