@@ -1,18 +1,19 @@
-"""What flows into the layers of a model for real text: the covariances that `bottom_triplets` weights a spectrum with.
+"""What real text does in the layers of a model: the second moments that a `Weighting` of a spectrum is made of.
 
-Legend: I = in features, N = tokens.
+Legend: I = in features, O = out features, N = tokens.
 
-Each token counts alike: its x is scaled to unit length first. Without that a few tokens with activations hundreds of times
-larger (the first of a text, above all) decide alone, and what is dropped hurts all the others.
+Each token counts alike: its x, and its gradient g, are scaled to unit length first. Without that a few tokens with
+activations hundreds of times larger (the first of a text, above all) decide alone, and what is dropped hurts all the others.
 
-Layers that are fed the same tensor (q, k and v; gate and up) share one I x I matrix. Sums, not means, are kept, so that
-several processes can each see a part of the text and their parts be added up.
+Layers that are fed the same tensor (q, k and v; gate and up) share one I x I matrix. Gradients are observed only where
+O <= I, so that their matrices never take more memory than those of the inputs. Sums, not means, are kept, so that several
+processes can each see a part of the text and their parts be added up.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,26 +27,28 @@ from torch.nn import functional
 from kasa.errors import SpectrumError, nearest
 from kasa.folders import TENSOR_FILE, write_tensor_folder
 from kasa.targets import Target
+from kasa.weighting import Weighting
 
-_JSON = "covariances.json"
+_JSON = "calibration.json"
+_INPUT, _GRADIENT = "input/", "gradient/"
 
 
 @dataclass
-class InputSums:
-    """Sums of x x^T / ||x||^2 over all tokens seen, one matrix for each distinct layer input.
+class CalibrationSums:
+    """Sums over all tokens seen, fp32.
 
     Attributes:
-        sums_II: name of the first layer that a tensor is fed to -> its sum, fp32.
-        tokens: the same name -> how many x were summed up.
+        inputs_II: name of the first layer that a tensor is fed to -> sum of x x^T / ||x||^2.
+        gradients_OO: layer name -> sum of g g^T / ||g||^2.
         leaders: layer name -> the name under which its input's sum is kept.
     """
 
-    sums_II: dict[str, torch.Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    inputs_II: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients_OO: dict[str, torch.Tensor] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
     _last: tuple[str, torch.Tensor] | None = None
 
-    def add(self, name: str, x: torch.Tensor) -> None:
+    def add_input(self, name: str, x: torch.Tensor) -> None:
         """Count the input `x` (..., I) of layer `name`.
 
         Raises:
@@ -54,20 +57,23 @@ class InputSums:
         leader = self._last[0] if self._last and self._last[1] is x else name
         if self.leaders.setdefault(name, leader) != leader:
             raise SpectrumError(f"{name} is not always fed what {self.leaders[name]} is fed; calibrate it alone")
-        if leader != name:
-            return
-        self._last = name, x
-        x_NI = functional.normalize(x.detach().flatten(0, -2).float(), dim=1)
-        if name not in self.sums_II:
-            self.sums_II[name] = x_NI.new_zeros(x_NI.shape[1], x_NI.shape[1])
-            self.tokens[name] = 0
-        self.sums_II[name].addmm_(x_NI.T, x_NI)
-        self.tokens[name] += len(x_NI)
+        if leader == name:
+            self._last = name, x
+            _add(self.inputs_II, name, x)
 
-    def covariance(self, name: str) -> torch.Tensor:
-        """Mean of x x^T / ||x||^2 at a layer's input, I x I; zero where it saw no token."""
-        leader = self.leaders[name]
-        return self.sums_II[leader] / max(self.tokens[leader], 1)
+    def add_gradient(self, name: str, g: torch.Tensor) -> None:
+        """Count the loss's gradient `g` (..., O) at the output of layer `name`."""
+        _add(self.gradients_OO, name, g)
+
+    def weighting(self, name: str) -> Weighting:
+        """What the tokens seen so far say about a layer.
+
+        Raises:
+            SpectrumError: the layer saw none.
+        """
+        if name not in self.leaders:
+            raise _unseen(name, self.leaders)
+        return Weighting(self.inputs_II[self.leaders[name]], self.gradients_OO.get(name))
 
     def forget_last(self) -> None:
         """Let go of the last activations."""
@@ -75,50 +81,96 @@ class InputSums:
 
 
 @contextmanager
-def observe_inputs(model: nn.Module, targets: Sequence[Target]) -> Iterator[InputSums]:
-    """Within the block every forward pass of `model` adds to the sums. Pad nothing: each position counts as a token."""
-    sums = InputSums()
+def observe_layers(model: nn.Module, targets: Sequence[Target], gradients: bool = False) -> Iterator[CalibrationSums]:
+    """Within the block every forward pass of `model` adds to the sums, and with `gradients` every backward pass.
 
-    def hook_of(name: str) -> Any:
-        return lambda module, inputs: sums.add(name, inputs[0])
-
-    handles = [model.get_submodule(target.name).register_forward_pre_hook(hook_of(target.name)) for target in targets]
+    Pad nothing: each position counts as a token. With `gradients` parameters collect none within the block, whatever they
+    do outside it; the sum or mean of the loss over the tokens, backward, is all that is wanted.
+    """
+    sums = CalibrationSums()
+    handles = []
+    for target in targets:
+        module = model.get_submodule(target.name)
+        handles.append(module.register_forward_pre_hook(_input_hook(sums, target.name)))
+        if gradients and target.out_features <= target.in_features:
+            handles.append(module.register_forward_hook(_output_hook(sums, target.name)))
+    trained = [parameter for parameter in model.parameters() if gradients and parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield sums
     finally:
         sums.forget_last()
         for handle in handles:
             handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
-def save_sums(folder: Path, sums: InputSums) -> None:
+def save_sums(folder: Path, sums: CalibrationSums) -> None:
     """Write one process's sums, complete or not at all."""
-    write_tensor_folder(folder, _JSON, {"format": 1, "tokens": sums.tokens, "leaders": sums.leaders}, sums.sums_II)
+    tensors = {f"{_INPUT}{name}": total for name, total in sums.inputs_II.items()}
+    tensors |= {f"{_GRADIENT}{name}": total for name, total in sums.gradients_OO.items()}
+    facts = {"format": 2, "leaders": sums.leaders, "gradients": sorted(sums.gradients_OO)}
+    write_tensor_folder(folder, _JSON, facts, tensors)
 
 
-class StoredCovariances:
-    """The covariances over all parts that `save_sums` wrote; one matrix is read when it is asked for, and not kept."""
+class StoredCalibration:
+    """The sums of all parts that `save_sums` wrote; a matrix is read when it is asked for, and not kept."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._parts = [(folder, json.loads((folder / _JSON).read_text(encoding="utf-8"))) for folder in folders]
 
-    def covariance(self, name: str) -> torch.Tensor:
-        """Mean of x x^T / ||x||^2 at a layer's input, I x I, fp32; zero where no part saw a token.
+    def weighting(self, name: str) -> Weighting:
+        """What all parts together say about a layer.
 
         Raises:
-            SpectrumError: no part knows the layer.
+            SpectrumError: none saw it.
         """
-        total_II: torch.Tensor | None = None
-        tokens = 0
-        for folder, facts in self._parts:
-            if name not in facts["leaders"]:
-                continue
-            leader = facts["leaders"][name]
-            with safe_open(folder / TENSOR_FILE, framework="pt") as file:
-                part_II = file.get_tensor(leader)
-            total_II = part_II if total_II is None else total_II.add_(part_II)
-            tokens += facts["tokens"][leader]
-        if total_II is None:
-            known = {layer for _, facts in self._parts for layer in facts["leaders"]}
-            raise SpectrumError(f"the calibration text never reached {name}{nearest(name, known)}")
-        return total_II / max(tokens, 1)
+        inputs = [
+            (folder, _INPUT + facts["leaders"][name]) for folder, facts in self._parts if name in facts["leaders"]
+        ]
+        if not inputs:
+            raise _unseen(name, {layer for _, facts in self._parts for layer in facts["leaders"]})
+        gradients = [(folder, _GRADIENT + name) for folder, facts in self._parts if name in facts["gradients"]]
+        return Weighting(_total(inputs), _total(gradients) if gradients else None)
+
+
+def _input_hook(sums: CalibrationSums, name: str) -> Any:
+    return lambda module, inputs: sums.add_input(name, inputs[0])
+
+
+def _output_hook(sums: CalibrationSums, name: str) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if not torch.is_grad_enabled():
+            raise SpectrumError(
+                f"{name}: gradients are to be observed, but the forward pass runs without any (no_grad)"
+            )
+        # The first layers of a frozen model: nothing before them asks for a gradient.
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        output.register_hook(lambda g: sums.add_gradient(name, g))
+
+    return hook
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor) -> None:
+    """Add the outer products of the rows (..., D), at unit length, to a sum; a row of zeros adds nothing."""
+    rows_ND = functional.normalize(rows.detach().flatten(0, -2).float(), dim=1)
+    if name not in sums:
+        sums[name] = rows_ND.new_zeros(rows_ND.shape[1], rows_ND.shape[1])
+    sums[name].addmm_(rows_ND.T, rows_ND)
+
+
+def _total(stored: Sequence[tuple[Path, str]]) -> torch.Tensor:
+    total: torch.Tensor | None = None
+    for folder, key in stored:
+        with safe_open(folder / TENSOR_FILE, framework="pt") as file:
+            part = file.get_tensor(key)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _unseen(name: str, known: Collection[str]) -> SpectrumError:
+    return SpectrumError(f"the calibration text never reached {name}{nearest(name, known)}")

@@ -1,10 +1,10 @@
 """The smallest singular triplets of a weight: what KaSA's truncation drops (arXiv 2412.06071, section 3.1).
 
-Legend: O = out features, I = in features, R = rank, K = min(O, I).
+Legend: O = out features, I = in features, R = rank, K = min(O, I), L = max(O, I).
 
 Only a basis of the bottom subspace on the shorter side is needed, and that is an eigenproblem of the K x K Gram matrix,
-far cheaper than a full SVD. The Gram matrix squares the condition number, so it is formed in fp64, and every result is
-checked against the weight itself; where the check fails, a full fp64 SVD takes over.
+far cheaper than a full SVD (`kasa.bottom`). The Gram matrix squares the condition number, so it is formed in fp64, and
+every result is checked; where a check fails, the next slower method takes over, down to a full fp64 SVD.
 """
 
 from __future__ import annotations
@@ -12,36 +12,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 import torch
 
+from kasa.bottom import LANCZOS_FROM, Operand, by_eigensolver, by_lanczos, gram_norm, is_complete, spectral_norm
 from kasa.errors import SpectrumError
+from kasa.weighting import Weighting
 
-# Of the largest singular value. Rounding in the fp64 Gram route stays two orders below it on real weights.
 RESIDUAL_LIMIT = 1e-9
-
-# What is added to a covariance's diagonal, relative to its mean. Fewer tokens than features, or a feature that is always
-# zero, leave directions without any energy: anything could be dropped there, though other text may need it.
-SHRINKAGE = 0.01
+# Of the dropped energy, for what was found through a Gram matrix: together with as much for what may have been missed
+# (`kasa.bottom.PROOF_SLACK`), 1e-6 of the dropped part's norm.
+ENERGY_LIMIT = 1e-6
+# Of the largest singular value: a dropped part below it is as good as nothing, however inexact.
+NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
 class BottomTriplets:
-    """The R smallest singular triplets of W, or of W L under a covariance C' = L L^T of the layer's input, smallest first,
-    so that a prefix serves every smaller rank.
+    """The R smallest singular triplets of W, or of M = K^T W L under a weighting (`kasa.weighting`), smallest first, so that
+    a prefix serves every smaller rank.
 
-    With M = W or W L, and its triplets (u, s, v), the part of the weight that is dropped is the sum of s u (v^T L^-1). That
-    is U U^T W in either case, and of all parts whose removal lowers the rank by R it changes the layer's output least.
+    With M's triplets (u, s, v), the part of the weight that is dropped is the sum of s (K^-T u) (v^T L^-1). Of all parts
+    whose removal lowers the rank by R it is the smallest as the weighting counts: with K = I it changes the layer's
+    output least, with K and L both, the loss.
+
+    The Frobenius norm of the dropped part of M exceeds the least possible by no more than 1e-6 of itself or 1e-12 of M's
+    largest singular value. What that rests on, by method:
+
+    - `lanczos`: block Lanczos on the inverse. Its residuals bound how far the sum of s^2 is above that of the R singular
+      values nearest by; that no smaller one was missed is proved by a Cholesky factorisation, up to the rounding of the
+      Gram matrix (`kasa.bottom.is_complete`).
+    - `eigensolver`: LAPACK's eigensolver and the same residuals. That it misses none is taken on trust.
+    - `svd`: a full fp64 SVD, taken on trust. For what the others cannot do: a dropped part too small beside the largest
+      for a Gram matrix, which squares the ratio.
 
     Attributes:
-        left_OR: left singular vectors u, columns of unit length.
+        left_OR: left singular vectors u, columns of unit length; K^-T u under a weighting.
         singular_values_R: of M, ascending.
-        right_RI: v^T, rows of unit length; under a covariance v^T L^-1, rows of any length.
-        largest: the largest singular value (spectral norm) of M.
-        residual: max over triplets of ||M v - s u|| and ||M^T u - s v||, relative to `largest`.
-        method: `gram` or `svd`.
+        right_RI: v^T, rows of unit length; v^T L^-1 under a weighting.
+        largest: the largest singular value (spectral norm) of W, to two digits.
+        residual: max over triplets of s ||M v - s u|| (M wide) or s ||M^T u - s v|| (M tall), relative to M's largest
+            singular value and the norm of all s; 0 for a dropped part below 1e-12 of M's largest. The residual of the other
+            side vanishes by construction. Measured before storing in fp32.
+        orthogonality: max deviation of the vectors' inner products on the shorter side from the identity.
+        method: `lanczos`, `eigensolver` or `svd`.
     """
 
     left_OR: torch.Tensor
@@ -49,6 +62,7 @@ class BottomTriplets:
     right_RI: torch.Tensor
     largest: float
     residual: float
+    orthogonality: float
     method: str
 
     def dropped_factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,72 +75,44 @@ Spectra = Mapping[str, BottomTriplets]
 
 
 def bottom_triplets(
-    weight_OI: torch.Tensor, rank: int, name: str = "weight", covariance_II: torch.Tensor | None = None
+    weight_OI: torch.Tensor, rank: int, name: str = "weight", weighting: Weighting | None = None
 ) -> BottomTriplets:
-    """The `rank` smallest singular triplets of `weight_OI`, computed in fp64 and returned in fp32.
+    """The `rank` smallest singular triplets of `weight_OI`, computed in fp64 where the weight is, returned in fp32 on the CPU.
 
     Args:
-        weight_OI: any floating type, square, tall or wide.
+        weight_OI: any floating type, square, tall or wide, on the CPU or a CUDA device.
         rank: R, between 1 and K.
         name: names the weight in errors.
-        covariance_II: C, the mean of x x^T over inputs x of the layer, any floating type. It weights the spectrum: the
-            triplets are those of W L with L L^T = C / mean(diag C) + 0.01 I (`SHRINKAGE`). None, or a covariance of
-            zeros, weights nothing.
+        weighting: weights the spectrum; None, or a weighting of zeros, weights nothing.
 
     Raises:
-        SpectrumError: the weight is not a floating matrix, has NaN or Inf, or `rank` is out of range; the covariance is
-            not a symmetric floating matrix of the weight's width, has NaN or Inf, or has negative eigenvalues.
+        SpectrumError: the weight is not a floating matrix, has NaN or Inf, or `rank` is out of range; the weighting
+            has another shape, NaN, Inf or negative eigenvalues.
     """
-    smaller_side = _check(weight_OI, rank, name)
-    # numpy has no bfloat16; every storage type up to fp32 is exact in fp64.
-    matrix = _float64(weight_OI)
-    root_II = None if covariance_II is None else _covariance_root(covariance_II, weight_OI.shape[1], name)
-    if root_II is not None:
-        matrix = matrix @ root_II
-    # The iterative solver behind the spectral norm wants a few dimensions and something other than zero.
-    triplets = _by_gram(matrix, rank) if smaller_side > 8 and matrix.any() else _by_svd(matrix, rank)
-    if triplets.residual > RESIDUAL_LIMIT:
-        triplets = _by_svd(matrix, rank)
-    if triplets.residual > RESIDUAL_LIMIT:
-        raise SpectrumError(f"{name}: singular triplets miss the weight by {triplets.residual:.1e} of its norm")
-    if root_II is None:
-        return triplets
-    right_RI = scipy.linalg.solve_triangular(root_II, _float64(triplets.right_RI).T, trans="T", lower=True).T
-    return replace(triplets, right_RI=_float32(right_RI))
+    _check(weight_OI, rank, name)
+    matrix_OI = weight_OI.detach()
+    left_root_OO, right_root_II = (None, None) if weighting is None else weighting.roots(weight_OI, name)
+    if right_root_II is not None:
+        matrix_OI = matrix_OI.double() @ right_root_II
+    if left_root_OO is not None:
+        matrix_OI = left_root_OO.T @ matrix_OI.double()
+    tall = matrix_OI.shape[0] > matrix_OI.shape[1]
+    short = _short_triplets(matrix_OI.T if tall else matrix_OI, rank, name)
+    left_OR, right_RI = (short.right_RI.T, short.left_OR.T) if tall else (short.left_OR, short.right_RI)
+    if right_root_II is not None:
+        right_RI = torch.linalg.solve_triangular(right_root_II, right_RI, upper=False, left=False)
+    if left_root_OO is not None:
+        left_OR = torch.linalg.solve_triangular(left_root_OO.T, left_OR, upper=True)
+    return replace(
+        short,
+        largest=short.largest if weighting is None else spectral_norm(Operand(weight_OI.detach())),
+        left_OR=_stored(left_OR),
+        singular_values_R=_stored(short.singular_values_R),
+        right_RI=_stored(right_RI),
+    )
 
 
-def _covariance_root(covariance_II: torch.Tensor, width: int, name: str) -> np.ndarray | None:
-    """L of shape (I, I), lower triangular, with L L^T the shrunk covariance; None for a covariance of zeros."""
-    if covariance_II.shape != (width, width) or not covariance_II.is_floating_point():
-        raise SpectrumError(
-            f"{name}: need a floating point covariance of {width} x {width}, the weight's inputs, "
-            f"not {covariance_II.dtype} of shape {tuple(covariance_II.shape)}"
-        )
-    if not torch.isfinite(covariance_II).all():
-        raise SpectrumError(f"{name}: the covariance of its inputs holds NaN or Inf")
-    covariance = _float64(covariance_II)
-    if not covariance.any():
-        return None
-    mean = float(np.trace(covariance)) / width
-    if mean <= 0:
-        raise SpectrumError(f"{name}: the covariance of its inputs has negative eigenvalues")
-    ridge = SHRINKAGE * np.eye(width)
-    try:
-        return scipy.linalg.cholesky(covariance / mean + ridge, lower=True, check_finite=False)
-    except scipy.linalg.LinAlgError:
-        rounding = width * torch.finfo(covariance_II.dtype).eps
-        return scipy.linalg.cholesky(_without_negative(covariance / mean, rounding, name) + ridge, lower=True)
-
-
-def _without_negative(covariance: np.ndarray, rounding: float, name: str) -> np.ndarray:
-    """The covariance with eigenvalues that are negative by no more than `rounding`, of the largest, set to zero."""
-    values, vectors = scipy.linalg.eigh(covariance, check_finite=False)
-    if values[0] < -rounding * values[-1]:
-        raise SpectrumError(f"{name}: the covariance of its inputs has negative eigenvalues")
-    return (vectors * np.maximum(values, 0.0)) @ vectors.T
-
-
-def _check(weight_OI: torch.Tensor, rank: int, name: str) -> int:
+def _check(weight_OI: torch.Tensor, rank: int, name: str) -> None:
     if weight_OI.ndim != 2 or not weight_OI.is_floating_point():
         raise SpectrumError(
             f"{name}: need a floating point matrix, not {weight_OI.dtype} of shape {tuple(weight_OI.shape)}"
@@ -134,58 +120,75 @@ def _check(weight_OI: torch.Tensor, rank: int, name: str) -> int:
     smaller_side = min(weight_OI.shape)
     if not 1 <= rank <= smaller_side:
         raise SpectrumError(f"{name}: rank {rank} is not between 1 and {smaller_side}, the smaller side of the weight")
-    if not torch.isfinite(weight_OI).all():
+
+
+def _short_triplets(short_KL: torch.Tensor, rank: int, name: str) -> BottomTriplets:
+    """The triplets of a matrix that is not tall, in fp64 on its device, by the first method whose checks hold."""
+    operand = Operand(short_KL)
+    gram_KK = operand.gram()
+    # NaN and Inf anywhere reach the diagonal; a search through the weight itself would cost more than its conversion.
+    if not torch.isfinite(gram_KK.trace()):
         raise SpectrumError(f"{name}: the weight holds NaN or Inf; the checkpoint is damaged")
-    return smaller_side
+    largest = gram_norm(gram_KK) ** 0.5
+    triplets = None
+    if len(gram_KK) >= LANCZOS_FROM:
+        triplets = _by_lanczos(operand, gram_KK, rank, largest)
+        if triplets is None:
+            gram_KK = operand.gram()
+    triplets = triplets or _of_basis(operand, by_eigensolver(gram_KK, rank), largest, "eigensolver")
+    if not _is_accurate(triplets):
+        triplets = _by_svd(operand, short_KL, rank)
+    if triplets.residual > RESIDUAL_LIMIT or triplets.orthogonality > RESIDUAL_LIMIT:
+        raise SpectrumError(f"{name}: singular triplets miss the weight by {triplets.residual:.1e} of its norm")
+    return triplets
 
 
-def _by_gram(matrix: np.ndarray, rank: int) -> BottomTriplets:
-    tall = matrix.shape[0] > matrix.shape[1]
-    short_KL = matrix.T if tall else matrix
-    gram_KK = short_KL @ short_KL.T
-    basis_KR = scipy.linalg.eigh(gram_KK, subset_by_index=[0, rank - 1], check_finite=False)[1]
-    # A start vector of our own keeps the result the same from run to run.
-    largest = scipy.sparse.linalg.eigsh(
-        gram_KK,
-        k=1,
-        which="LA",
-        v0=np.random.default_rng(0).standard_normal(len(gram_KK)),
-        return_eigenvectors=False,
-        tol=1e-8,
-    )[0]
+def _by_lanczos(operand: Operand, gram_KK: torch.Tensor, rank: int, largest: float) -> BottomTriplets | None:
+    """None where it does not converge or is not proved complete; overwrites the Gram matrix."""
+    basis_KR = by_lanczos(gram_KK, rank)
+    if basis_KR is None:
+        return None
+    triplets = _of_basis(operand, basis_KR, largest, "lanczos")
+    if not is_complete(gram_KK, triplets.left_OR, triplets.singular_values_R.square()):
+        return None
+    return triplets
+
+
+def _of_basis(operand: Operand, basis_KR: torch.Tensor, largest: float, method: str) -> BottomTriplets:
+    """The triplets inside an orthonormal basis of the bottom subspace."""
     # The projected R x L matrix gives the singular values to full precision; the eigenvalues are their squares.
-    inner_RR, values_R, long_RL = scipy.linalg.svd(basis_KR.T @ short_KL, full_matrices=False, check_finite=False)
-    short_KR = basis_KR @ inner_RR
-    left_OR, right_RI = (long_RL.T, short_KR.T) if tall else (short_KR, long_RL)
-    return _certified(
-        matrix, left_OR[:, ::-1], values_R[::-1], right_RI[::-1], float(np.sqrt(max(largest, 0.0))), "gram"
-    )
+    inner_RR, values_R, rows_RL = torch.linalg.svd(operand.rows(basis_KR), full_matrices=False)
+    return _measured(operand, basis_KR @ inner_RR.flip(1), values_R.flip(0), rows_RL.flip(0), largest, method)
 
 
-def _by_svd(matrix: np.ndarray, rank: int) -> BottomTriplets:
-    left, values, right = scipy.linalg.svd(matrix, full_matrices=False, check_finite=False, lapack_driver="gesvd")
-    bottom = slice(None, -rank - 1, -1)
-    return _certified(matrix, left[:, bottom], values[bottom], right[bottom], float(values[0]), "svd")
+def _by_svd(operand: Operand, short_KL: torch.Tensor, rank: int) -> BottomTriplets:
+    left_KK, values_K, rows_KL = torch.linalg.svd(short_KL.double(), full_matrices=False)
+    bottom = [factor.narrow(dim, -rank, rank).flip(dim) for factor, dim in ((left_KK, 1), (values_K, 0), (rows_KL, 0))]
+    return _measured(operand, bottom[0], bottom[1], bottom[2], float(values_K[0]), "svd")
 
 
-def _certified(
-    matrix: np.ndarray, left_OR: np.ndarray, values_R: np.ndarray, right_RI: np.ndarray, largest: float, method: str
+def _measured(
+    operand: Operand, short_KR: torch.Tensor, values_R: torch.Tensor, rows_RL: torch.Tensor, largest: float, method: str
 ) -> BottomTriplets:
-    forward = np.linalg.norm(matrix @ right_RI.T - left_OR * values_R, axis=0).max()
-    backward = np.linalg.norm(left_OR.T @ matrix - values_R[:, None] * right_RI, axis=1).max()
+    norm = float(values_R.norm())
+    errors_R = (operand.columns(rows_RL) - short_KR * values_R).norm(dim=0)
+    products_RR = short_KR.T @ short_KR
     return BottomTriplets(
-        left_OR=_float32(left_OR),
-        singular_values_R=_float32(values_R),
-        right_RI=_float32(right_RI),
+        left_OR=short_KR,
+        singular_values_R=values_R,
+        right_RI=rows_RL,
         largest=largest,
-        residual=float(max(forward, backward) / largest) if largest else 0.0,
+        residual=float((values_R * errors_R).max()) / (largest * norm) if norm > NOTHING * largest else 0.0,
+        orthogonality=float((products_RR - torch.eye(len(values_R)).to(products_RR)).abs().max()),
         method=method,
     )
 
 
-def _float64(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().to(torch.float64).numpy()
+def _is_accurate(triplets: BottomTriplets) -> bool:
+    """Whether the Gram matrix was precise enough: s ||M v - s u|| is the residual of u as its eigenvector."""
+    bound = len(triplets.singular_values_R) * triplets.residual * triplets.largest
+    return bound <= ENERGY_LIMIT * float(triplets.singular_values_R.norm())
 
 
-def _float32(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", torch.float32).contiguous()

@@ -25,6 +25,7 @@ def save_spectra(folder: Path, spectra: Mapping[str, BottomTriplets], digests: M
             "digest": digests[name],
             "largest": triplets.largest,
             "residual": triplets.residual,
+            "orthogonality": triplets.orthogonality,
             "method": triplets.method,
         }
     write_tensor_folder(folder, _JSON, {"format": 1, "weights": weights}, tensors)
@@ -44,6 +45,7 @@ def load_spectra(folder: Path) -> tuple[dict[str, BottomTriplets], dict[str, str
             right_RI=tensors[f"{name}.right"],
             largest=weight["largest"],
             residual=weight["residual"],
+            orthogonality=weight["orthogonality"],
             method=weight["method"],
         )
         for name, weight in facts["weights"].items()

@@ -1,6 +1,7 @@
 """How much of each base weight is dropped, by rule.
 
-- `activation`: the components with the least effect on what the layer puts out for real text (`kasa.calibration`);
+- `loss`: the components with the least effect on the base's loss on real text (`kasa.calibration`, with gradients);
+- `activation`: the components with the least effect on what the layer puts out for real text;
 - `weight`: the smallest singular triplets of the weight (arXiv 2412.06071, section 3.1);
 - `authors`: as `weight`, but keeping `in_features - r` triplets, as github.com/juyongjiang/KaSA @ f85e88c does, so that a
   wide weight (out_features <= in_features - r) stays whole;
@@ -13,7 +14,11 @@ from typing import Literal
 
 from kasa.targets import Target
 
-Truncation = Literal["activation", "weight", "authors", "none"]
+Truncation = Literal["loss", "activation", "weight", "authors", "none"]
+
+
+# The rules that look at text.
+CALIBRATED: tuple[Truncation, ...] = ("loss", "activation")
 
 
 def dropped_rank(target: Target, truncation: Truncation, rank: int) -> int:

@@ -103,13 +103,9 @@ def load_base(folder: Path, precision: str) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[precision], attn_implementation="sdpa", local_files_only=True
     )
-    # Where only the last positions are wanted, their hidden states come as a strided slice, for which torch's CPU matmul
-    # copies the whole output matrix once a sample: a quarter of a training step.
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
-    return model
 
 
 def _folder(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from kasa import Target, find_targets
+from kasa import CALIBRATED, Target, Truncation, find_targets
+from kasa.bottom import LANCZOS_FROM
 from pipeline.memory import GIB, AdaptedModule, BlockShape
 
 # fp64 on one core, in FLOPs per second, the eigenproblem of a 4096 x 4096 weight included: 8.9e9 measured on an AMD EPYC
@@ -47,8 +48,8 @@ class SpectraCost:
     Attributes:
         core_seconds: for all weights, on one core; weights are independent, so cores divide it.
         task_gib: host memory of the largest weight's task.
-        calibration_gib: covariances of all layer inputs, fp32, which each calibration worker holds beside the base; 0
-            where truncation looks at weights alone.
+        calibration_gib: covariances of all layer inputs, and of the gradients that the rule looks at, fp32, which each
+            calibration worker holds beside the base; 0 where truncation looks at weights alone.
     """
 
     weights: int
@@ -78,43 +79,57 @@ def training_flops(
     return blocks + backward + 2 * head + (blocks if checkpointing else 0.0)
 
 
-def spectra_cost(targets: Sequence[Target], rank: int, *, calibrated: bool) -> SpectraCost:
+def spectra_cost(targets: Sequence[Target], rank: int, truncation: Truncation) -> SpectraCost:
     """FLOPs, time and memory of `kasa.bottom_triplets` over all targets, in fp64.
 
-    For a weight with sides K <= L: 2 K^2 L for the Gram matrix, 4/3 K^3 for its eigenproblem, 2 R K (K + 3 L) for
-    the vectors, the projection and the certificate; with a covariance 2 O I^2 + I^3 / 3 more.
+    For a weight with sides K <= L: 2 K^2 L for the Gram matrix; for its eigenproblem 4/3 K^3, or 2/3 K^3 where two Cholesky
+    factors, of the inverse and of the proof, stand in for it; 2 R K (K + 3 L) for the vectors, the projection and the
+    certificate. Weighting takes 2 O I^2 + I^3 / 3 for the inputs, 2 O^2 I + O^3 / 3 for the gradients.
     """
     shapes = Counter((target.out_features, target.in_features) for target in targets)
-    flops = sum(count * _triplets_flops(*shape, rank, calibrated) for shape, count in shapes.items())
+    flops = sum(count * _triplets_flops(*shape, rank, truncation) for shape, count in shapes.items())
     return SpectraCost(
         weights=len(targets),
         flops=flops,
         core_seconds=flops / SPECTRA_FLOPS_PER_CORE,
-        task_gib=max((_triplets_bytes(*shape, calibrated) for shape in shapes), default=0) / GIB,
-        calibration_gib=_covariance_bytes(targets) / GIB if calibrated else 0.0,
+        task_gib=max((_triplets_bytes(*shape, truncation) for shape in shapes), default=0) / GIB,
+        calibration_gib=_covariance_bytes(targets, truncation) / GIB,
     )
 
 
-def _triplets_flops(out_features: int, in_features: int, rank: int, calibrated: bool) -> float:
+def _weighted_sides(out_features: int, in_features: int, truncation: Truncation) -> list[int]:
+    """The sides of a weight of which a rule wants the covariance; that of the gradients only where it is no larger."""
+    if truncation not in CALIBRATED:
+        return []
+    gradients = truncation == "loss" and out_features <= in_features
+    return [in_features, out_features] if gradients else [in_features]
+
+
+def _triplets_flops(out_features: int, in_features: int, rank: int, truncation: Truncation) -> float:
     k, length = sorted((out_features, in_features))
-    weighting = 2.0 * out_features * in_features**2 + in_features**3 / 3 if calibrated else 0.0
-    return 2.0 * k * k * length + 4 / 3 * k**3 + 2.0 * rank * k * (k + 3 * length) + weighting
+    sides = _weighted_sides(out_features, in_features, truncation)
+    weighting = sum(2.0 * out_features * in_features * side + side**3 / 3 for side in sides)
+    eigenproblem = (4 / 3 if k < LANCZOS_FROM else 2 / 3) * k**3
+    return 2.0 * k * k * length + eigenproblem + 2.0 * rank * k * (k + 3 * length) + weighting
 
 
-def _triplets_bytes(out_features: int, in_features: int, calibrated: bool) -> int:
-    """The fp64 weight and Gram matrix, the latter twice for the eigensolver; the weight before and after weighting, the
-    covariance in fp32 and fp64, shifted, and its root."""
+def _triplets_bytes(out_features: int, in_features: int, truncation: Truncation) -> int:
+    """The fp64 weight and its Gram matrix, the latter twice for the solver; where it is weighted, the weight before and
+    after, and each covariance in fp32 and fp64, shifted, and its root."""
     k = min(out_features, in_features)
     weight = 8 * out_features * in_features
-    return weight + 16 * k * k + (weight + (4 + 3 * 8) * in_features**2 if calibrated else 0)
+    sides = _weighted_sides(out_features, in_features, truncation)
+    return weight * (2 if sides else 1) + 16 * k * k + sum((4 + 3 * 8) * side**2 for side in sides)
 
 
-def _covariance_bytes(targets: Iterable[Target]) -> int:
-    """fp32, one I x I matrix for each distinct input; the attention's output is no input of q, k or v."""
-    inputs = {_input_of(target) for target in targets}
-    return sum(4 * width**2 for _, _, width in inputs)
+def _covariance_bytes(targets: Sequence[Target], truncation: Truncation) -> int:
+    """fp32: one I x I matrix for each distinct input, one O x O matrix for each weight whose gradients count."""
+    sides = [_weighted_sides(target.out_features, target.in_features, truncation) for target in targets]
+    inputs = {_input_of(target): side[0] for target, side in zip(targets, sides, strict=True) if side}
+    return 4 * sum(side**2 for side in [*inputs.values(), *(gradient for side in sides for gradient in side[1:])])
 
 
 def _input_of(target: Target) -> tuple[str, bool, int]:
+    """What tells inputs apart: the attention's output is no input of q, k or v."""
     parent, _, name = target.name.rpartition(".")
     return parent, name == "o_proj", target.in_features

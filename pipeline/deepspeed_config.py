@@ -111,7 +111,7 @@ def load_deepspeed_config(name_or_path: str) -> dict[str, Any]:
 
 
 def complete_config(config: dict[str, Any], train: TrainSettings) -> dict[str, Any]:
-    """A copy of a loaded configuration with the recipe's values, ready for `deepspeed.initialize`.
+    """A copy of a loaded configuration with the recipe's values; `with_passes` makes it ready for `deepspeed.initialize`.
 
     The optimizer is the caller's own `torch.optim.AdamW`: under CPU offload DeepSpeed accepts it only with
     `zero_force_ds_cpu_optimizer` false.
@@ -123,14 +123,23 @@ def complete_config(config: dict[str, Any], train: TrainSettings) -> dict[str, A
             "train.precision bf16; use stage 1, such as cpu_zero1, or train.precision=fp32"
         )
     return copy.deepcopy(config) | {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // (train.workers * train.micro_batch_size),
         "gradient_clipping": train.gradient_clipping,
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": _NEVER,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
+    }
+
+
+def with_passes(config: dict[str, Any], workers: int, passes: int) -> dict[str, Any]:
+    """A copy of a complete configuration for steps of `passes` forward passes of each worker.
+
+    DeepSpeed divides gradients by the passes; how many samples share one makes no difference to it.
+    """
+    return config | {
+        "train_batch_size": workers * passes,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": passes,
     }
 
 

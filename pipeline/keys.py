@@ -23,6 +23,7 @@ _TRAIN_MECHANICS = {
     "cpus_per_worker",
     "deepspeed",
     "micro_batch_size",
+    "pack_tokens",
     "gradient_checkpointing",
     "checkpoint_every",
     "checkpoints_kept",
@@ -48,11 +49,13 @@ def prepare_key(recipe: Recipe, sources_digest: str, base_digest: str) -> StageK
 def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], prepared: str) -> StageKey:
     """The base's bytes, which weights, how many triplets, and the calibration text where the rule looks at one."""
     settings: dict[str, object] = {"rank": recipe.spectra_rank, "targets": [target.name for target in targets]}
-    inputs, code = {"base": base_digest}, ["kasa.spectra", "kasa.spectra_file", "kasa.checkpoint", "kasa.folders"]
+    inputs = {"base": base_digest}
+    code = ["kasa.spectra", "kasa.bottom", "kasa.lapack", "kasa.spectra_file", "kasa.checkpoint", "kasa.folders"]
     if recipe.calibrated:
         settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
+        settings["gradients"] = recipe.adapter.truncation == "loss"
         inputs["prepared"] = prepared
-        code += ["kasa.calibration", "pipeline.truncation"]
+        code += ["kasa.calibration", "kasa.weighting", "pipeline.truncation"]
     return StageKey(
         SPECTRA,
         {

@@ -1,16 +1,16 @@
 """Batches for a causal language model, and the loss of each sample's labelled tokens; training and evaluation share it.
 
-Samples are padded on the left, so that the labelled completions end together and the (large) output layer runs over
-that tail alone.
+Samples share a forward pass in one of two ways: padded on the left, a row each, or packed end to end into one row. The
+(large) output layer runs over the positions alone that predict a label.
 
-Legend: B = samples, T = tokens, K = labelled tail.
+Legend: B = rows, T = tokens, K = positions with a label.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,33 +19,38 @@ from torch.nn import functional
 
 IGNORED = -100
 
+Sample = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded samples.
+    """Samples for one forward pass.
 
     Attributes:
-        input_ids_BT, attention_mask_BT, position_ids_BT: the model's inputs.
-        labels_BK: labels of the last K positions; `IGNORED` where there is none.
+        input_ids_BT, position_ids_BT: the model's inputs; positions count from 0 in every sample.
+        attention_mask_BT: 0 for padding. None for packed samples, which transformers keeps apart by their positions.
+        predicting_K: the positions whose logits predict a label in some row, ascending.
+        labels_BK: the labels after these positions; `IGNORED` where there is none.
+        token_count: tokens that are not padding.
     """
 
     input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor
     position_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor | None
+    predicting_K: torch.Tensor
     labels_BK: torch.Tensor
-
-    @property
-    def token_count(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.attention_mask_BT.sum())
+    token_count: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
-def collate(samples: Sequence[Mapping[str, Any]], pad_token: int = 0) -> Batch:
-    """Pad samples with `input_ids` and `labels` on the left."""
+def collate(samples: Sequence[Sample], pad_token: int = 0) -> Batch:
+    """Pad samples with `input_ids` and `labels` on the left: a row each."""
     longest = max(len(sample["input_ids"]) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token)
     mask = torch.zeros(len(samples), longest, dtype=torch.long)
@@ -53,33 +58,46 @@ def collate(samples: Sequence[Mapping[str, Any]], pad_token: int = 0) -> Batch:
     for row, sample in enumerate(samples):
         start = longest - len(sample["input_ids"])
         input_ids[row, start:] = torch.as_tensor(sample["input_ids"])
-        labels[row, start:] = torch.as_tensor(sample["labels"])
-        # The first token has nothing before it to be predicted from.
-        labels[row, start] = IGNORED
+        labels[row, start:] = _labels(sample)
         mask[row, start:] = 1
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    labelled = (labels != IGNORED).any(dim=0).nonzero()
-    tail = longest - int(labelled[0]) if len(labelled) else 1
-    return Batch(input_ids, mask, positions, labels[:, -tail:])
+    return Batch(input_ids, positions, mask, *_predicted(labels), token_count=int(mask.sum()))
+
+
+def pack(samples: Sequence[Sample]) -> Batch:
+    """Samples with `input_ids` and `labels` end to end in one row. No token sees those of another sample."""
+    input_ids = torch.cat([torch.as_tensor(sample["input_ids"]) for sample in samples])
+    positions = torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])
+    labels = torch.cat([_labels(sample) for sample in samples])
+    return Batch(input_ids[None], positions[None], None, *_predicted(labels[None]), token_count=len(input_ids))
+
+
+def _labels(sample: Sample) -> torch.Tensor:
+    labels = torch.tensor(sample["labels"])
+    # The first token has nothing before it to be predicted from.
+    labels[0] = IGNORED
+    return labels
+
+
+def _predicted(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`predicting_K`, `labels_BK`) of a batch; one position without any label where there are none."""
+    labelled_K = (labels_BT != IGNORED).any(dim=0).nonzero()[:, 0]
+    if not len(labelled_K):
+        labelled_K = torch.tensor([labels_BT.shape[1] - 1])
+    return (labelled_K - 1).clamp(min=0), labels_BT[:, labelled_K]
 
 
 def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross entropy of each label in nats, fp32, shape (B, K); zero where there is no label.
-
-    The logits that predict the K labels are those of the K positions before them.
-    """
-    keep = batch.labels_BK.shape[1] + 1
-    inputs = {
-        "input_ids": batch.input_ids_BT,
-        "attention_mask": batch.attention_mask_BT,
-        "position_ids": batch.position_ids_BT,
-        "use_cache": False,
-    }
+    """Cross entropy of each label in nats, fp32, shape (B, K); zero where there is no label."""
+    inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
+    if batch.attention_mask_BT is not None:
+        inputs["attention_mask"] = batch.attention_mask_BT
     if _limits_logits(model):
-        inputs["logits_to_keep"] = keep
-    logits_BKV = model(**inputs).logits[:, -keep:-1].float()
+        logits_BKV = model(**inputs, logits_to_keep=batch.predicting_K).logits
+    else:
+        logits_BKV = model(**inputs).logits[:, batch.predicting_K]
     losses = functional.cross_entropy(
-        logits_BKV.flatten(0, 1), batch.labels_BK.flatten(), ignore_index=IGNORED, reduction="none"
+        logits_BKV.float().flatten(0, 1), batch.labels_BK.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view_as(batch.labels_BK)
 

@@ -84,7 +84,8 @@ class ForwardPass:
     """One micro-batch on one worker.
 
     Attributes:
-        rows, row_tokens: samples side by side, and the tokens of the longest, to which the others are padded.
+        rows, row_tokens: rows side by side, and the tokens of the longest, to which the others are padded.
+        masked: whether attention needs a mask: rows are padded, or hold several samples that must not see each other.
         element_bytes: e of weights and activations.
         dropout_mask_bytes: of one element of a dropout mask; 0 without dropout.
         checkpointing: whether blocks are recomputed in the backward pass.
@@ -93,6 +94,7 @@ class ForwardPass:
     rows: int
     row_tokens: int
     element_bytes: int
+    masked: bool = True
     dropout_mask_bytes: int = 0
     checkpointing: bool = False
 
@@ -204,9 +206,9 @@ def activation_bytes(
     Counted anew here for a LLaMA block with a frozen base, per layer and token:
 
         two RMS norms         8 h    (their input in fp32)
-        attention             2 q e  (q, output), and k and v: 2 q e where rows are padded, for then they are repeated to
+        attention             2 q e  (q, output), and k and v: 2 q e where there is a mask, for then they are repeated to
                                      all heads, else 2 k e. The scores, 5 a s / h there, are recomputed by fused attention.
-        padding mask          e per token of the longest row: each layer keeps its own mask in the type of the data
+        mask                  e per token of the longest row: each layer keeps its own mask in the type of the data
         gated MLP             3 f e  (gate, its activation, up)
         inputs of adapters    e per feature, once for modules that share them (q, k, v; gate, up); the attention's output
                                      is kept already. With dropout each adapter keeps its own dropped input and the mask.
@@ -296,9 +298,8 @@ def _training_items(
 
 
 def _block_bytes(shape: BlockShape, forward: ForwardPass) -> int:
-    padded = forward.rows > 1
-    attention = 2 * shape.query + 2 * (shape.query if padded else shape.key_value)
-    mask = forward.row_tokens if padded else 0
+    attention = 2 * shape.query + 2 * (shape.query if forward.masked else shape.key_value)
+    mask = forward.row_tokens if forward.masked else 0
     return 8 * shape.hidden + (attention + mask + 3 * shape.intermediate) * forward.element_bytes
 
 

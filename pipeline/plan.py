@@ -95,8 +95,10 @@ class Estimate:
     """What a recipe comes to. None stands for what cannot be known yet; `unknown` says why, one line each.
 
     Attributes:
-        row_tokens: tokens of the longest row, which decides memory.
-        mean_row_tokens: tokens of a row on average, which decides time; the longest where nothing else is known.
+        gradient_accumulation: passes in a step; None where samples are packed, for their lengths decide.
+        pack_tokens: tokens of a pass of packed samples; None where they are padded.
+        row_tokens: tokens of the longest sample, which decides memory.
+        mean_row_tokens: tokens of a sample on average, which decides time; the longest where nothing else is known.
         memory: under the recipe's own DeepSpeed configuration.
         stages: under each configuration of its family, the recipe's own included.
         activations_gib, activations_checkpointed_gib: under the recipe's own, without and with gradient checkpointing.
@@ -113,7 +115,8 @@ class Estimate:
     workers: int
     global_batch: int
     micro_batch: int
-    gradient_accumulation: int
+    gradient_accumulation: int | None
+    pack_tokens: int | None
     row_tokens: int
     mean_row_tokens: float
     train_rows: int | None
@@ -259,8 +262,9 @@ def estimate(
     trainable = trainable_parameters(adapted)
     known = model is not None
     forward = ForwardPass(
-        rows=train.micro_batch_size,
-        row_tokens=longest,
+        rows=train.micro_batch_size if train.pack_tokens is None else 1,
+        row_tokens=train.pack_tokens or longest,
+        masked=train.micro_batch_size > 1 or train.pack_tokens is not None,
         element_bytes=_ELEMENT_BYTES[train.precision],
         dropout_mask_bytes=_mask_bytes(recipe),
         checkpointing=train.gradient_checkpointing,
@@ -284,7 +288,10 @@ def estimate(
         workers=train.workers,
         global_batch=train.batch_size,
         micro_batch=train.micro_batch_size,
-        gradient_accumulation=train.batch_size // (train.workers * train.micro_batch_size),
+        gradient_accumulation=(
+            train.batch_size // (train.workers * train.micro_batch_size) if train.pack_tokens is None else None
+        ),
+        pack_tokens=train.pack_tokens,
         row_tokens=longest,
         mean_row_tokens=mean,
         train_rows=rows,
@@ -299,7 +306,7 @@ def estimate(
         step_flops=_step_flops(recipe, model, shape, adapted, mean),
         checkpoint_gib=3 * 4 * trainable / GIB if known else None,
         adapter_gib=4 * (trainable + frozen_factor_parameters(adapted)) / GIB if known else None,
-        spectra=spectra_cost(targets, recipe.spectra_rank, calibrated=recipe.calibrated) if known else None,
+        spectra=spectra_cost(targets, recipe.spectra_rank, recipe.adapter.truncation) if known else None,
         unknown=_unknown(recipe, model, shape, rows, hardware),
     )
 

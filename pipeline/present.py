@@ -129,10 +129,10 @@ def show_estimate(estimate: Estimate) -> None:
             f"({estimate.trainable_share:.2%}) in {estimate.adapted_modules} modules"
         )
     steps = f"{estimate.optimizer_steps:,} steps" if estimate.optimizer_steps else "as many steps as the data has"
-    _out.print(
-        f"training    {steps} of {estimate.global_batch} samples: {estimate.workers} workers x {estimate.micro_batch} "
-        f"samples x {estimate.gradient_accumulation} passes"
-    )
+    passes = f"{estimate.micro_batch} samples x {estimate.gradient_accumulation} passes"
+    if estimate.pack_tokens is not None:
+        passes = f"passes of up to {estimate.pack_tokens} packed tokens"
+    _out.print(f"training    {steps} of {estimate.global_batch} samples: {estimate.workers} workers x {passes}")
     if estimate.step_flops is not None:
         _out.print(f"compute     {_compute(estimate)}")
     if estimate.checkpoint_gib is not None and estimate.adapter_gib is not None:

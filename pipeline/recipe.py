@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kasa.errors import nearest
-from kasa.truncation import Truncation
+from kasa.truncation import CALIBRATED, Truncation
 from pipeline.errors import RecipeError
 
 TokenizedForm = Literal["auto", "prompt-completion", "alpaca", "chat", "completion"]
@@ -52,7 +52,7 @@ class DataSettings(Section):
     heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
     calibration: StrList = Field(
         default_factory=list,
-        description="Text that `adapter.truncation: activation` looks at, in the form of `train`; empty: `train` itself.",
+        description="Text that `adapter.truncation` looks at, in the form of `train`; empty: `train` itself.",
     )
     form: TokenizedForm = Field(
         "auto", description="How rows are read; `auto` decides by the columns of the first row."
@@ -102,9 +102,9 @@ class AdapterSettings(Section):
         description="`all-linear`, module names such as `[q_proj, v_proj]`, or a regular expression `re:...` on full names.",
     )
     truncation: Truncation = Field(
-        "activation",
-        description="What is dropped from each base weight. `activation`: what matters least to the layer's output for the "
-        "calibration text; `weight`: the smallest singular triplets (the paper's rule); `authors`: as `weight`, but wide "
+        "loss",
+        description="What is dropped from each base weight. `loss`: what matters least to the base's loss on the "
+        "calibration text; `activation`: what matters least to the layer's output there; `weight`: the smallest singular triplets (the paper's rule); `authors`: as `weight`, but wide "
         "weights stay whole (the authors' code); `none`: nothing.",
     )
     truncation_rank: int | None = Field(None, ge=1, description="The rank of what is dropped; default: `rank`.")
@@ -126,7 +126,7 @@ class SpectraSettings(Section):
         description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops.",
     )
     calibration_tokens: int = Field(
-        8192, ge=1, description="How much of the calibration text `adapter.truncation: activation` looks at."
+        8192, ge=1, description="How much of the calibration text the rules `loss` and `activation` look at."
     )
     audit_tokens: int = Field(
         2048, ge=1, description="How much held-out text the loss of the truncated base is measured on."
@@ -150,6 +150,12 @@ class TrainSettings(Section):
     max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
     batch_size: int = Field(16, ge=1, description="Samples per optimizer step over all workers.")
     micro_batch_size: int = Field(8, ge=1, description="Samples per forward pass of one worker.")
+    pack_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Pack samples end to end, at most this many tokens to a forward pass, instead of padding them; they do "
+        "not see each other. `micro_batch_size` has no meaning then.",
+    )
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
     warmup_share: float = Field(0.06, ge=0, lt=1, description="Share of the steps spent warming up.")
@@ -250,7 +256,7 @@ class Recipe(Section):
     @property
     def calibrated(self) -> bool:
         """Whether the spectra depend on text."""
-        return self.adapter.truncation == "activation"
+        return self.adapter.truncation in CALIBRATED
 
     @property
     def spectra_rank(self) -> int:
@@ -259,12 +265,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        per_pass = self.train.workers * self.train.micro_batch_size
-        if self.train.batch_size % per_pass:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} is not a multiple of workers x micro_batch_size = "
-                f"{self.train.workers} x {self.train.micro_batch_size}"
-            )
+        train = self.train
+        at_once, of_what = train.workers * train.micro_batch_size, "workers x micro_batch_size"
+        numbers = f"{train.workers} x {train.micro_batch_size}"
+        if train.pack_tokens is not None:
+            at_once, of_what, numbers = train.workers, "workers", str(train.workers)
+            if train.pack_tokens < self.data.max_tokens:
+                raise ValueError(
+                    f"train.pack_tokens {train.pack_tokens} is less than data.max_tokens {self.data.max_tokens}: the "
+                    "longest sample would not fit"
+                )
+        if train.batch_size % at_once:
+            raise ValueError(f"train.batch_size {train.batch_size} is not a multiple of {of_what} = {numbers}")
         if self.spectra_rank < self.dropped_rank:
             raise ValueError(
                 f"spectra.rank {self.spectra_rank} is smaller than the {self.dropped_rank} triplets the adapter drops"

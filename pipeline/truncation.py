@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from kasa import (
     dropped_rank,
     load_spectra,
     observe_dropped,
-    observe_inputs,
+    observe_layers,
     save_sums,
 )
 from pipeline.base_model import load_base
@@ -42,13 +42,17 @@ TokenIds = Sequence[int]
 
 @dataclass(frozen=True)
 class CalibrationShard:
-    """One worker's part of the calibration text: the rows `index`, `index + count`, ... of the first `tokens` tokens."""
+    """One worker's part of the calibration text: the rows `index`, `index + count`, ... of the first `tokens` tokens.
+
+    With `gradients` the loss's gradients are summed up as well as the layers' inputs.
+    """
 
     base_folder: Path
     prepared: Path
     precision: str
     targets: tuple[Target, ...]
     tokens: int
+    gradients: bool
     index: int
     count: int
     out: Path
@@ -71,17 +75,27 @@ class AuditJob:
 
 
 def calibrate_shard(shard: CalibrationShard) -> None:
-    """Sum up the layers' inputs over the shard's rows, and save the sums."""
+    """Sum up what the shard's rows do in the layers, and save the sums."""
     torch.set_num_threads(1)
     samples = load_prepared(shard.prepared).calibration
     rows = first_rows(samples, shard.tokens)[shard.index :: shard.count]
     rewrite_journal(shard.journal, keep=lambda record: False)
     model = _load(shard.base_folder, shard.precision)
-    with observe_inputs(model, shard.targets) as sums:
-        for batch in equal_length_batches([samples[row]["input_ids"] for row in rows]):
-            language_loss(model, batch)
-            append_journal(shard.journal, [{"tokens": sum(map(len, batch))}])
+    texts = [samples[row]["input_ids"] for row in rows]
+    with observe_layers(model, shard.targets, shard.gradients) as sums:
+        for tokens in read_texts(model, texts, shard.gradients):
+            append_journal(shard.journal, [{"tokens": tokens}])
     save_sums(shard.out, sums)
+
+
+def read_texts(model: nn.Module, texts: Sequence[TokenIds], gradients: bool) -> Iterator[int]:
+    """Run texts through the model, and with `gradients` their loss backward; the tokens of each pass."""
+    for batch in equal_length_batches(texts):
+        with torch.set_grad_enabled(gradients):
+            losses = _token_losses(model, batch)
+        if gradients:
+            losses.sum().backward()
+        yield sum(map(len, batch))
 
 
 def audit_truncation(job: AuditJob) -> dict[str, Any]:
@@ -148,13 +162,14 @@ def equal_length_batches(texts: Sequence[TokenIds]) -> list[list[TokenIds]]:
 @torch.inference_mode()
 def language_loss(model: nn.Module, texts: Sequence[TokenIds]) -> float:
     """Mean cross entropy in nats over every token of the texts but each one's first."""
-    device = next(model.parameters()).device
-    total, labels = 0.0, 0
-    for texts_BT in equal_length_batches(texts):
-        batch = collate([{"input_ids": text, "labels": text} for text in texts_BT]).to(device)
-        total += float(label_losses(model, batch).sum())
-        labels += len(texts_BT) * (len(texts_BT[0]) - 1)
-    return total / max(labels, 1)
+    losses = [_token_losses(model, batch).flatten() for batch in equal_length_batches(texts)]
+    return float(torch.cat(losses).double().mean())
+
+
+def _token_losses(model: nn.Module, texts: Sequence[TokenIds]) -> torch.Tensor:
+    """Cross entropy in nats of every token but each text's first; the texts, of one length T, as (B, T - 1)."""
+    batch = collate([{"input_ids": text, "labels": text} for text in texts])
+    return label_losses(model, batch.to(next(model.parameters()).device))[:, : len(texts[0]) - 1]
 
 
 def _load(folder: Path, precision: str) -> nn.Module:

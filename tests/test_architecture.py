@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for package in ("kasa", "pipeline", "ray_jobs") for path in (ROOT / package).rglob("*.py"))
-METHOD_LIBRARIES = {"kasa", "torch", "numpy", "scipy", "safetensors"}
+METHOD_LIBRARIES = {"kasa", "torch", "numpy", "scipy", "threadpoolctl", "safetensors"}
 DOORS = {
     "ray": {"pipeline/cluster.py"},
     "mlflow": {"pipeline/tracking.py", "pipeline/served_model.py"},

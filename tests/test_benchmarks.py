@@ -243,6 +243,7 @@ def test_the_project_has_its_checks() -> None:
         "demo-time",
         "demo-again",
         "spectra-model",
+        "spectra-weight",
         "parity",
         "export-lora",
         "export-merged",
@@ -351,10 +352,14 @@ def test_the_quickstart_is_where_the_checks_look_for_it() -> None:
     assert (ROOT / demo.RECIPE).is_file()
 
 
-def test_the_spectra_ratio_needs_all_weights() -> None:
-    timed = {"svd_seconds": 90.0, "triplets_seconds": 30.0, "weights": 210}
-    assert spectra.ratio_of(timed) == Measurement(3.0, timed)
-    assert spectra.ratio_of({**timed, "weights": 30}).flaws == ("30 weights, not 210",)
+def test_one_weight_is_timed_and_its_error_is_that_of_the_dropped_part() -> None:
+    found = spectra.time_weight(64, 96)
+    assert min(found["seconds"], found["product_seconds"], found["svd_seconds"]) > 0
+    assert found["error"] < 1e-4
+    assert found["svd_error"] < 1e-2
+    weight, exact = spectra.planted(64, 96)
+    assert torch.linalg.matrix_rank(exact) == spectra.RANK
+    assert torch.linalg.svdvals(weight.double() - exact)[-spectra.RANK :].max() < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (64, 40), (40, 64)])

@@ -20,6 +20,7 @@ from pipeline.deepspeed_config import (
     load_deepspeed_config,
     offloads_optimizer,
     offloads_parameters,
+    with_passes,
     zero_stage,
 )
 from pipeline.errors import RecipeError
@@ -77,8 +78,8 @@ def test_cpu_file_trains(name: str, precision: str, deepspeed: Any) -> None:
     model = _LowRank().to(torch.bfloat16 if precision == "bf16" else torch.float32)
     frozen = model.base.weight.detach().clone()
     trained = [p for p in model.parameters() if p.requires_grad]
-    train = TrainSettings(batch_size=8, micro_batch_size=4, precision=precision, gradient_clipping=0.0)
-    config = complete_config(load_deepspeed_config(name), train)
+    train = TrainSettings(precision=precision, gradient_clipping=0.0)
+    config = with_passes(complete_config(load_deepspeed_config(name), train), workers=1, passes=2)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(trained, lr=0.05), config=config, dist_init_required=False
     )
@@ -109,11 +110,11 @@ def test_stage_0_in_bf16_is_refused() -> None:
 @pytest.mark.parametrize("name", CPU_NAMES + GPU_NAMES)
 def test_deepspeed_accepts_every_file(name: str, deepspeed: Any) -> None:
     precision = "fp32" if name == REFUSED[0] else "bf16"
-    train = TrainSettings(batch_size=8, micro_batch_size=2, gradient_clipping=0.5, precision=precision)
+    train = TrainSettings(gradient_clipping=0.5, precision=precision)
     config = load_deepspeed_config(name)
-    parsed = deepspeed.DeepSpeedConfig(complete_config(config, train))
+    parsed = deepspeed.DeepSpeedConfig(with_passes(complete_config(config, train), workers=1, passes=4))
     assert parsed.zero_optimization_stage == zero_stage(config) == int(name.split("zero")[1][0])
-    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (8, 4)
+    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (4, 4)
     assert (parsed.gradient_clipping, parsed.bfloat16_config.enabled) == (0.5, precision == "bf16")
     assert parsed.optimizer_name is None
     assert parsed.zero_config.overlap_comm is name.startswith("gpu")
@@ -217,13 +218,13 @@ def test_missing_files_are_named(name: str, message: str) -> None:
         load_deepspeed_config(name)
 
 
-def test_completing_leaves_the_file_alone_and_splits_the_batch() -> None:
+def test_completing_leaves_the_file_alone() -> None:
     config = load_deepspeed_config("gpu_zero3_offload")
     before = json.dumps(config)
-    done = complete_config(config, TrainSettings(workers=4, batch_size=64, micro_batch_size=2, precision="fp32"))
+    done = with_passes(complete_config(config, TrainSettings(precision="fp32")), workers=4, passes=8)
     done["zero_optimization"]["offload_param"]["device"] = "nvme"
     assert json.dumps(config) == before
-    assert done["gradient_accumulation_steps"] == 8
+    assert (done["train_batch_size"], done["gradient_accumulation_steps"]) == (32, 8)
     assert done["bf16"] == {"enabled": False}
     assert (done["zero_force_ds_cpu_optimizer"], done["zero_allow_untested_optimizer"]) == (False, True)
 

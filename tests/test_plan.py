@@ -24,7 +24,7 @@ from kasa import (
     detach,
     find_targets,
     frozen_factors,
-    observe_inputs,
+    observe_layers,
     save_adapter,
 )
 from kasa import trainable_parameters as trainable_tensors
@@ -88,7 +88,13 @@ def _adapt(model: nn.Module, targets: list[Target], dropout: float = 0.0, droppe
     """The method library's own adapter, with factors of any values."""
     spectra = {
         t.name: BottomTriplets(
-            torch.randn(t.out_features, DROPPED), torch.ones(DROPPED), torch.randn(DROPPED, t.in_features), 1, 0, "gram"
+            torch.randn(t.out_features, DROPPED),
+            torch.ones(DROPPED),
+            torch.randn(DROPPED, t.in_features),
+            1,
+            0,
+            0,
+            "svd",
         )
         for t in targets
     }
@@ -282,18 +288,18 @@ def test_activations_match_what_autograd_keeps(
     shape = block_shape(config)
     assert shape is not None
     mask_bytes = dtype.itemsize if dropout else 0
-    forward = ForwardPass(rows, 128, dtype.itemsize, mask_bytes)
+    forward = ForwardPass(rows, 128, dtype.itemsize, rows > 1, mask_bytes)
     guess = activation_bytes(shape, _adapted(targets), forward, zero_stage)
     assert guess == pytest.approx(_kept_bytes(model, {"input_ids": tokens, "attention_mask": mask}), rel=0.05)
 
 
 def test_checkpointing_keeps_the_inputs_and_what_a_block_takes_beyond_the_logits() -> None:
     shape = BlockShape(layers=10, hidden=100, intermediate=300, query=100, key_value=100, vocabulary=50)
-    full, some = (activation_bytes(shape, [], ForwardPass(1, 7, 2, 0, flag), 2) for flag in (False, True))
+    full, some = (activation_bytes(shape, [], ForwardPass(1, 7, 2, False, 0, flag), 2) for flag in (False, True))
     assert full == 10 * 7 * (800 + 2 * (400 + 900))
     assert some == 10 * 7 * 200 + full // 10 - logits_bytes(50, 7)
     wide = BlockShape(layers=10, hidden=100, intermediate=300, query=100, key_value=100, vocabulary=5000)
-    assert activation_bytes(wide, [], ForwardPass(1, 7, 2, 0, True), 2) == 10 * 7 * 200
+    assert activation_bytes(wide, [], ForwardPass(1, 7, 2, False, 0, True), 2) == 10 * 7 * 200
 
 
 def test_the_recipe_decides_which_activations_are_counted() -> None:
@@ -336,16 +342,18 @@ def test_flops_are_those_that_torch_counts() -> None:
 def test_spectra_hold_the_covariances_that_calibration_makes() -> None:
     model = LlamaForCausalLM(_small_llama())
     targets = find_targets(model, "all-linear")
-    with observe_inputs(model, targets) as sums, torch.no_grad():
-        model(input_ids=torch.randint(0, 128, (1, 8)))
-    cost = spectra_cost(targets, 8, calibrated=True)
-    assert cost.calibration_gib * GIB == sum(matrix.nbytes for matrix in sums.sums_II.values())
+    with observe_layers(model, targets, gradients=True) as sums:
+        model(input_ids=torch.randint(0, 128, (1, 8))).logits.sum().backward()
+    inputs, gradients = (sum(m.nbytes for m in part.values()) for part in (sums.inputs_II, sums.gradients_OO))
+    cost = spectra_cost(targets, 8, "loss")
+    assert cost.calibration_gib * GIB == inputs + gradients
+    assert spectra_cost(targets, 8, "activation").calibration_gib * GIB == inputs
     assert cost.weights == 28
-    plain = spectra_cost(targets, 8, calibrated=False)
+    plain = spectra_cost(targets, 8, "weight")
     assert plain.calibration_gib == 0
     assert plain.flops < cost.flops
     assert plain.task_gib * GIB == 8 * 160 * 64 + 16 * 64 * 64
-    assert spectra_cost([Target("w", 200, 100)], 1, calibrated=False).flops == pytest.approx(
+    assert spectra_cost([Target("w", 200, 100)], 1, "weight").flops == pytest.approx(
         2 * 100**2 * 200 + 4 / 3 * 100**3 + 2 * 100 * 700
     )
 
@@ -376,6 +384,18 @@ def test_what_is_known_of_the_data_replaces_the_recipes_limits() -> None:
     assert many.step_flops is not None
     assert unknown.step_flops is not None
     assert many.step_flops < unknown.step_flops * 20.5 / 512
+
+
+def test_packed_samples_fill_one_row() -> None:
+    model = meta_model(_small_llama())
+    packed = _recipe(data={"max_tokens": 64}, train={"pack_tokens": 256, "micro_batch_size": 3})
+    result = estimate(packed, model, [])
+    padded = estimate(_recipe(data={"max_tokens": 256}, train={"micro_batch_size": 1}), model, [])
+    assert (result.gradient_accumulation, result.pack_tokens) == (None, 256)
+    assert result.activations_gib is not None
+    assert padded.activations_gib is not None
+    # One row of as many tokens, but with a mask that keeps samples apart, and k and v for every head.
+    assert (result.activations_gib - padded.activations_gib) * GIB == 4 * 256 * 2 * (256 + 2 * 32)
 
 
 def test_time_follows_from_peak_and_utilisation() -> None:

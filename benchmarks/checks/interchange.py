@@ -129,7 +129,7 @@ def difference(ours: Outputs, theirs: Outputs) -> float:
 
 
 def random_adapter(
-    base: BaseModel, truncation: Truncation, covariances: dict[str, torch.Tensor] | None = None
+    base: BaseModel, truncation: Truncation, weighting: Callable[[str], kasa.Weighting] | None = None
 ) -> SavedAdapter:
     """Every linear weight adapted: real dropped components, and an update of `UPDATE_SHARE` of the weight's norm."""
     config = KasaConfig(RANK, 2.0 * RANK, truncation=truncation, dropped_rank=RANK)
@@ -139,8 +139,7 @@ def random_adapter(
     dropped: dict[str, torch.Tensor] = {}
     for target in targets:
         weight_OI = base.weights.weight(target)
-        covariance_II = covariances[target.name] if covariances else None
-        triplets = kasa.bottom_triplets(weight_OI, RANK, target.name, covariance_II)
+        triplets = kasa.bottom_triplets(weight_OI, RANK, target.name, weighting and weighting(target.name))
         left_OD, right_DI = triplets.dropped_factors(RANK)
         a_RI, d_R, b_OR = _random_update(weight_OI.float(), config.scale, seed=len(digests))
         digests[target.name] = kasa.weight_digest(weight_OI)
@@ -178,29 +177,18 @@ def _adapters(base: BaseModel, scratch: Path) -> Iterable[tuple[str, SavedAdapte
     for truncation in ("activation", "weight"):
         folder = scratch / f"interchange-{truncation}"
         if not folder.exists():
-            covariances = _input_covariances(base) if truncation == "activation" else None
-            kasa.save_adapter(folder, random_adapter(base, truncation, covariances))
+            weighting = _calibrated(base).weighting if truncation == "activation" else None
+            kasa.save_adapter(folder, random_adapter(base, truncation, weighting))
         yield truncation, kasa.read_adapter(folder)
 
 
-@torch.inference_mode()
-def _input_covariances(base: BaseModel) -> dict[str, torch.Tensor]:
-    """Sum of x x^T over the tokens of a text, of shape (I, I), by layer."""
+def _calibrated(base: BaseModel) -> kasa.CalibrationSums:
+    """What a text does in the base's layers."""
     model, tokenizer = load_base(base.folder, "fp32"), load_tokenizer(base.folder)
-    sums: dict[str, torch.Tensor] = {}
-
-    def gather(name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
-        def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            x_TI = inputs[0].flatten(0, -2)
-            sums[name] = sums.get(name, 0) + x_TI.T @ x_TI
-
-        return add
-
-    for target in base.targets("all-linear"):
-        model.get_submodule(target.name).register_forward_pre_hook(gather(target.name))
     tokens = torch.tensor(tokenizer(CALIBRATION_TEXT.read_text(encoding="utf-8"))["input_ids"])
-    for piece in tokens.split(CONTEXT):
-        model(input_ids=piece[None])
+    with kasa.observe_layers(model, base.targets("all-linear")) as sums, torch.inference_mode():
+        for piece in tokens.split(CONTEXT):
+            model(input_ids=piece[None])
     return sums
 
 

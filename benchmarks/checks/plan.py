@@ -34,6 +34,7 @@ from kasa import (
     save_spectra,
 )
 from pipeline.base_model import DTYPES, find_base
+from pipeline.deepspeed_config import with_passes
 from pipeline.memory import GIB
 from pipeline.model_shapes import meta_model, model_config
 from pipeline.plan import DataFacts, Estimate, checked_targets, estimate
@@ -229,7 +230,8 @@ def _write_inputs(recipe: Recipe, folder: Path) -> None:
             right_RI=1e-3 * torch.randn(rank, target.in_features, generator=generator),
             largest=1.0,
             residual=0.0,
-            method="gram",
+            orthogonality=0.0,
+            method="svd",
         )
         for target in checked_targets(recipe, _shape(recipe))
     }
@@ -255,7 +257,8 @@ def measure_worker(case: Case, folder: Path, base: Path) -> None:
         settings=recipe.train,
         deepspeed=deepspeed_settings(recipe),
     )
-    _train_toy(case, zero.start_engine, {**job.deepspeed, "zero_optimization": {"stage": min(case.stage, 2)}})
+    toy = job.deepspeed | {"zero_optimization": {"stage": min(case.stage, 2)}}
+    _train_toy(case, zero.start_engine, with_passes(toy, case.workers, 1))
     measured = {"process": _resident_gib("VmRSS")}
     _forget_peak()
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.texts import TokenRows, text_sets, token_rows
 from kasa import (
-    InputSums,
+    CalibrationSums,
     KasaConfig,
     KasaError,
+    ModelWeights,
     Spectra,
     Target,
     Truncation,
+    Weighting,
     attach,
-    bottom_triplets,
+    compute_spectra,
     detach,
     find_targets,
-    observe_inputs,
+    observe_layers,
 )
 from pipeline.base_model import BaseModel, find_base, load_base
 from pipeline.prepare.stage import load_tokenizer
-from pipeline.recipe import BaseSettings
-from pipeline.truncation import language_loss
+from pipeline.recipe import AdapterSettings, BaseSettings
+from pipeline.truncation import language_loss, read_texts
 
 RANKS = (8, 16, 32)
 CALIBRATION_TOKENS = 8192
@@ -34,55 +35,50 @@ HELDOUT_TOKENS = 4096
 
 @check(bar=0.05, direction="at most", unit="nats")
 def truncation(setting: Setting) -> Measurement:
-    """Loss that dropping by activation adds to SmolLM2-135M, all linear layers, worst of ranks 8, 16, 32 and two texts."""
+    """Loss that the default truncation adds to SmolLM2-135M, all linear layers, worst of ranks 8, 16, 32 and two texts."""
     base = _base(setting)
     model = load_base(base.folder, "fp32").eval()
     targets = find_targets(model, "all-linear")
     tokenizer = load_tokenizer(base.folder)
-    calibration: dict[str, TokenRows] = {}
-    heldout: dict[str, TokenRows] = {}
-    for name, (known, unknown) in text_sets(setting.workspace).items():
-        calibration[name] = token_rows(known, tokenizer, CALIBRATION_TOKENS)
-        heldout[name] = token_rows(unknown, tokenizer, HELDOUT_TOKENS)
-    base_losses = {name: language_loss(model, rows) for name, rows in heldout.items()}
-    by_weight = spectra_of(model, targets, max(RANKS))
-    details: dict[str, Any] = {
-        "base": base_losses,
-        "weight": {name: costs(model, targets, by_weight, "weight", heldout[name]) for name in heldout},
-        "authors": {name: costs(model, targets, by_weight, "authors", heldout[name]) for name in heldout},
-        "activation": {},
-        "activation, calibrated on the other text": {},
+    texts = {
+        name: (token_rows(known, tokenizer, CALIBRATION_TOKENS), token_rows(unknown, tokenizer, HELDOUT_TOKENS))
+        for name, (known, unknown) in text_sets(setting.workspace).items()
     }
-    for name, rows in calibration.items():
-        by_activation = spectra_of(model, targets, max(RANKS), input_sums(model, targets, rows))
-        for other, unseen in heldout.items():
-            place = "activation" if other == name else "activation, calibrated on the other text"
-            details[place][other] = costs(model, targets, by_activation, "activation", unseen)
-    worst = max(loss - base_losses[name] for name in heldout for loss in details["activation"][name].values())
-    return Measurement(worst, {"losses": details, "calibration_tokens": CALIBRATION_TOKENS})
+    base_losses = {name: language_loss(model, heldout) for name, (_, heldout) in texts.items()}
+    by_weight = compute_spectra(ModelWeights(model), targets, max(RANKS))
+    losses: dict[str, dict[str, dict[str, float]]] = {
+        rule: {name: costs(model, targets, by_weight, rule, heldout) for name, (_, heldout) in texts.items()}
+        for rule in ("weight", "authors")
+    }
+    for name, (known, _) in texts.items():
+        sums = calibrate(model, targets, known)
+        for rule in ("activation", "loss"):
+            spectra = compute_spectra(ModelWeights(model), targets, max(RANKS), weighting=weighting_of(sums, rule))
+            for other, (_, heldout) in texts.items():
+                place = rule if other == name else f"{rule}, calibrated on the other text"
+                losses.setdefault(place, {})[other] = costs(model, targets, spectra, rule, heldout)
+    rises = {
+        place: {name: {rank: loss - base_losses[name] for rank, loss in ranks.items()} for name, ranks in found.items()}
+        for place, found in losses.items()
+    }
+    worst = {place: max(max(ranks.values()) for ranks in found.values()) for place, found in rises.items()}
+    details = {"base": base_losses, "rises": rises, "worst": worst, "calibration_tokens": CALIBRATION_TOKENS}
+    return Measurement(worst[AdapterSettings().truncation], details)
 
 
-def input_sums(model: nn.Module, targets: list[Target], rows: TokenRows) -> InputSums:
-    """The covariances of the layers' inputs over rows of text."""
-    with observe_inputs(model, targets) as sums:
-        language_loss(model, rows)
+def calibrate(model: nn.Module, targets: list[Target], rows: TokenRows) -> CalibrationSums:
+    """What rows of text do in the layers, gradients included."""
+    with observe_layers(model, targets, gradients=True) as sums:
+        for _ in read_texts(model, rows, gradients=True):
+            pass
     return sums
 
 
-def spectra_of(model: nn.Module, targets: list[Target], rank: int, sums: InputSums | None = None) -> Spectra:
-    """Spectra of all targets of a model, weighted where `sums` are given."""
-    return {
-        target.name: bottom_triplets(
-            weight_of(model, target), rank, target.name, None if sums is None else sums.covariance(target.name)
-        )
-        for target in targets
-    }
-
-
-def weight_of(model: nn.Module, target: Target) -> torch.Tensor:
-    """A target's weight as out x in."""
-    weight = model.get_parameter(f"{target.name}.weight").detach()
-    return weight.T if target.transposed else weight
+def weighting_of(sums: CalibrationSums, rule: Truncation) -> Callable[[str], Weighting]:
+    """The weighting of a rule that looks at text."""
+    if rule == "loss":
+        return sums.weighting
+    return lambda name: Weighting(sums.weighting(name).inputs_II)
 
 
 def costs(

@@ -23,19 +23,35 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.checks.truncation import spectra_of
+from benchmarks.checks.truncation import weighting_of
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows, text_sets, token_rows
-from kasa import KasaConfig, KasaError, attach, find_targets, observe_inputs, penalty
+from kasa import (
+    CALIBRATED,
+    KasaConfig,
+    KasaError,
+    ModelWeights,
+    Target,
+    Truncation,
+    Weighting,
+    attach,
+    compute_spectra,
+    find_targets,
+    observe_layers,
+    penalty,
+)
 from pipeline.base_model import find_base, load_base
 from pipeline.language_model import collate, label_losses
 from pipeline.prepare.stage import load_tokenizer
-from pipeline.recipe import BaseSettings
+from pipeline.recipe import AdapterSettings, BaseSettings
 from pipeline.training.batches import learning_rate
 
-ARMS = ("lora", "none", "weight", "authors", "activation")
+RULES: tuple[Truncation, ...] = ("none", "weight", "authors", "activation", "loss")
+ARMS = ("lora", *RULES)
+DEFAULT = AdapterSettings().truncation
 SEEDS = (0, 1, 2)
 RANK, ALPHA, PEAK_RATE, BATCH = 8, 16.0, 5e-4, 16
+CALIBRATION_ROWS = 128
 # Two-sided 95% points of Student's t for the number of seeds less one.
 T95 = {2: 4.303, 3: 3.182, 4: 2.776}
 PROCESSES = 2
@@ -45,9 +61,13 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A base with rows to learn from and rows held out; `losses` gives one loss for each label of a batch."""
+    """A base with rows to learn from and rows held out; `losses` gives one loss for each label of a batch.
+
+    `calibration` is what the rules look at that look at text: of a causal model, with every token a label.
+    """
 
     model: nn.Module
+    calibration: Sequence[Sample]
     train: Sequence[Sample]
     heldout: Sequence[Sample]
     losses: Callable[[nn.Module, Sequence[Sample]], torch.Tensor]
@@ -56,7 +76,7 @@ class Task:
 
 @check(bar=0, direction="more than", unit="nats", judges="lower end of the 95% interval over seeds")
 def truncation_training(setting: Setting) -> Measurement:
-    """Held-out loss after training that dropping by weight loses against dropping by activation, least of three tasks."""
+    """Held-out loss after training that dropping by weight loses against the default rule, least of three tasks."""
     jobs = [(task, seed) for seed in SEEDS for task in TASKS]
     results: dict[str, list[dict[str, float]]] = {task: [] for task in TASKS}
     for (task, _), losses in zip(jobs, _run_jobs(setting.workspace, jobs), strict=True):
@@ -68,8 +88,8 @@ def truncation_training(setting: Setting) -> Measurement:
             task: {arm: [round(run[arm], 4) for run in runs] for arm in ("base", *ARMS)}
             for task, runs in results.items()
         },
-        "activation_against": {
-            task: {arm: advantage(runs, arm) for arm in ARMS if arm != "activation"} for task, runs in results.items()
+        f"{DEFAULT}_against": {
+            task: {arm: advantage(runs, arm) for arm in ARMS if arm != DEFAULT} for task, runs in results.items()
         },
         "seeds": len(SEEDS),
         "rank": RANK,
@@ -79,8 +99,8 @@ def truncation_training(setting: Setting) -> Measurement:
 
 
 def advantage(runs: Sequence[dict[str, float]], arm: str) -> dict[str, float]:
-    """By how much `activation` ends lower than `arm`: paired mean over seeds with its 95% t interval."""
-    differences = [run[arm] - run["activation"] for run in runs]
+    """By how much the default rule ends lower than `arm`: paired mean over seeds with its 95% t interval."""
+    differences = [run[arm] - run[DEFAULT] for run in runs]
     mean = statistics.fmean(differences)
     half = T95[len(runs) - 1] * statistics.stdev(differences) / len(runs) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half}
@@ -139,15 +159,19 @@ def _adapted(task: Task, arm: str, seed: int) -> tuple[nn.Module, Callable[[], t
         for name in task.head:
             task.model.get_submodule(name).requires_grad_(True)
         return task.model, lambda: torch.zeros(())
-    config = KasaConfig(rank=RANK, alpha=ALPHA, truncation=arm, dropped_rank=RANK)  # type: ignore[arg-type]
-    sums = None
-    if arm == "activation":
-        with observe_inputs(task.model, targets) as sums, torch.inference_mode():
-            for sample in task.train[:128]:
-                task.losses(task.model, [sample])
-    spectra = None if arm == "none" else spectra_of(task.model, targets, RANK, sums)
+    rule = next(rule for rule in RULES if rule == arm)
+    config = KasaConfig(rank=RANK, alpha=ALPHA, truncation=rule, dropped_rank=RANK)
+    weighting = _weighting(task, targets, rule) if rule in CALIBRATED else None
+    spectra = None if rule == "none" else compute_spectra(ModelWeights(task.model), targets, RANK, weighting=weighting)
     layers = attach(task.model, targets, config, spectra, seed, trained_modules=task.head)
     return task.model, lambda: penalty(layers.values(), config.regulariser).weighted(config)
+
+
+def _weighting(task: Task, targets: Sequence[Target], rule: Truncation) -> Callable[[str], Weighting]:
+    with observe_layers(task.model, targets, gradients=True) as sums:
+        for sample in task.calibration:
+            task.losses(task.model, [sample]).sum().backward()
+    return weighting_of(sums, rule)
 
 
 def _language_losses(model: nn.Module, samples: Sequence[Sample]) -> torch.Tensor:
@@ -169,6 +193,10 @@ def _folder(settings: BaseSettings, workspace: Path) -> Path:
     return base.folder
 
 
+def _all_labelled(samples: Sequence[Sample]) -> list[Sample]:
+    return [{**sample, "labels": sample["input_ids"]} for sample in samples]
+
+
 def _shuffled_reviews(workspace: Path) -> list[dict[str, str]]:
     rows = review_rows(workspace)
     random.Random(0).shuffle(rows)
@@ -185,7 +213,7 @@ def smollm2_reviews(workspace: Path) -> Task:
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
     rows = [sample(row) for row in _shuffled_reviews(workspace)[:600]]
-    return Task(model, rows[:400], rows[400:], _language_losses)
+    return Task(model, _all_labelled(rows[:CALIBRATION_ROWS]), rows[:400], rows[400:], _language_losses)
 
 
 def smollm2_reference(workspace: Path) -> Task:
@@ -196,7 +224,7 @@ def smollm2_reference(workspace: Path) -> Task:
         [{"input_ids": row, "labels": row} for row in token_rows(texts, tokenizer, limit)]
         for texts, limit in ((known, 12288), (unknown, 4096))
     )
-    return Task(model, train, heldout, _language_losses)
+    return Task(model, train[:CALIBRATION_ROWS], train, heldout, _language_losses)
 
 
 def minilm_reviews(workspace: Path) -> Task:
@@ -214,7 +242,7 @@ def minilm_reviews(workspace: Path) -> Task:
         return functional.cross_entropy(model(**encoded).logits, labels, reduction="none")
 
     rows = _shuffled_reviews(workspace)[:3000]
-    return Task(model, rows[:2000], rows[2000:], losses, head=("classifier",))
+    return Task(model, rows[:CALIBRATION_ROWS], rows[:2000], rows[2000:], losses, head=("classifier",))
 
 
 @contextmanager

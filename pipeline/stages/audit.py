@@ -77,7 +77,7 @@ def truncation_warning(recipe: Recipe, facts: dict[str, Any]) -> str | None:
     remedy = (
         "lower adapter.truncation_rank, raise spectra.calibration_tokens, or name other adapter.targets"
         if recipe.calibrated
-        else "use adapter.truncation=activation, or leave those layers out of adapter.targets"
+        else "use adapter.truncation=loss, or leave those layers out of adapter.targets"
     )
     return (
         f"truncation takes the base's loss on held-out text from {base:.3f} to {truncated:.3f} before training begins "

@@ -1,6 +1,6 @@
 """Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
 
-With `adapter.truncation: activation` the calibration text is run through the base first.
+With `adapter.truncation: loss` or `activation` the calibration text is run through the base first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from kasa import (
     BottomTriplets,
     CheckpointWeights,
-    StoredCovariances,
+    StoredCalibration,
     Target,
     bottom_triplets,
     load_spectra,
@@ -37,7 +37,7 @@ FOLDER = "spectra"
 
 @dataclass(frozen=True)
 class _Piece:
-    """One weight; `calibration` holds the folders with the covariances of its input, and is empty without them."""
+    """One weight; `calibration` holds the folders with what text did in its layer, and is empty without them."""
 
     base: Path
     target: Target
@@ -92,6 +92,7 @@ def _calibrate(
             precision=recipe.train.precision,
             targets=tuple(targets),
             tokens=recipe.spectra.calibration_tokens,
+            gradients=recipe.adapter.truncation == "loss",
             index=index,
             count=count,
             out=part.resolve(),
@@ -120,8 +121,8 @@ def _calibrate(
 def _decompose(piece: _Piece) -> None:
     torch.set_num_threads(1)
     weight = CheckpointWeights(piece.base).weight(piece.target)
-    covariance = StoredCovariances(piece.calibration).covariance(piece.target.name) if piece.calibration else None
-    triplets = bottom_triplets(weight, piece.rank, piece.target.name, covariance)
+    weighting = StoredCalibration(piece.calibration).weighting(piece.target.name) if piece.calibration else None
+    triplets = bottom_triplets(weight, piece.rank, piece.target.name, weighting)
     save_spectra(piece.out, {piece.target.name: triplets}, {piece.target.name: weight_digest(weight)})
 
 

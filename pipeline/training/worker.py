@@ -36,9 +36,10 @@ from kasa import (
     trainable_parameters,
 )
 from pipeline.base_model import load_base
+from pipeline.deepspeed_config import with_passes
 from pipeline.errors import TrainingError
 from pipeline.journal import Record, append_journal, read_journal, rewrite_journal
-from pipeline.language_model import Batch, collate, label_losses
+from pipeline.language_model import collate, label_losses, pack
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import TrainSettings
 from pipeline.training import zero
@@ -110,16 +111,18 @@ def _train(job: TrainJob) -> None:
     settings = job.settings
     samples = load_prepared(job.prepared).train
     plan = BatchPlan(
-        [len(ids) for ids in samples["input_ids"]],
-        settings.batch_size,
-        settings.micro_batch_size,
-        dist.get_world_size(),
-        settings.seed,
+        lengths=[len(ids) for ids in samples["input_ids"]],
+        steps=optimizer_steps(settings, len(samples)),
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        workers=dist.get_world_size(),
+        seed=settings.seed,
+        pack_tokens=settings.pack_tokens,
     )
-    steps = optimizer_steps(settings, len(samples))
+    deepspeed = with_passes(job.deepspeed, plan.workers, plan.passes)
 
     # Stage 3 has to be announced before the base is loaded, so that no rank ever holds all of it.
-    with zero.partitioned_loading(job.deepspeed):
+    with zero.partitioned_loading(deepspeed):
         model = load_base(job.base_folder, settings.precision)
         spectra, digests = load_spectra(job.spectra)
         attach(model, job.targets, job.config, spectra, settings.seed)
@@ -128,19 +131,19 @@ def _train(job: TrainJob) -> None:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         dropped = {name: factor.detach().clone() for name, factor in frozen_factors(model).items()}
-        engine = zero.start_engine(model, job.deepspeed, settings.weight_decay)
+        engine = zero.start_engine(model, deepspeed, settings.weight_decay)
     model.train()
     parameters = trainable_parameters(model)
     start = _resume(job, engine, parameters)
 
-    for step in range(start, steps):
-        rate = learning_rate(step, steps, settings.learning_rate, settings.warmup_share, settings.schedule)
+    for step in range(start, plan.steps):
+        rate = learning_rate(step, plan.steps, settings.learning_rate, settings.warmup_share, settings.schedule)
         zero.set_learning_rate(engine, rate)
         record = _optimizer_step(job, engine, plan, samples, step)
-        record |= {"step": step + 1, "steps": steps, "learning_rate": rate}
+        record |= {"step": step + 1, "steps": plan.steps, "learning_rate": rate}
         _write_record(job, record)
         _refuse_divergence(record, plan.samples(step), samples, job)
-        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < steps:
+        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.steps:
             _save_checkpoint(job, engine, parameters, step + 1)
 
     values = zero.whole_parameters(engine, parameters)
@@ -161,8 +164,9 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
     layers = adapted_layers(engine.module).values()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for indices in micro_batches:
-        batch = collate([samples[int(index)] for index in indices]).to(device)
-        loss_sum = _loss_sum(engine, batch)
+        chosen = [samples[int(index)] for index in indices]
+        batch = (collate(chosen) if plan.pack_tokens is None else pack(chosen)).to(device)
+        loss_sum = label_losses(engine, batch).sum()
         # After the forward pass, in which stage 3 releases each layer's parameters behind it, gathered before or not.
         with zero.gathered(engine, trainable_parameters(engine.module).values()):
             regularisers = penalty(layers, job.config.regulariser)
@@ -184,10 +188,6 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
         "tokens_per_second": tokens / (time.perf_counter() - started),
         "memory_gib": _memory_gib(device),
     }
-
-
-def _loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
-    return label_losses(engine, batch).sum()
 
 
 def _label_count(sample: dict[str, Sequence[int]]) -> int:

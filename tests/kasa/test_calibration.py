@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kasa import SpectrumError, StoredCovariances, find_targets, observe_dropped, observe_inputs, save_sums
+from kasa import SpectrumError, StoredCalibration, find_targets, observe_dropped, observe_layers, save_sums
 
 
 class Shared(nn.Module):
@@ -36,28 +36,28 @@ def unit(rows: torch.Tensor) -> torch.Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def test_covariance_is_the_mean_outer_product_of_all_inputs_at_unit_length(model: Shared) -> None:
+def test_inputs_are_summed_as_outer_products_at_unit_length(model: Shared) -> None:
     batches = [text(1, 2, 5), text(2, 1, 3)]
-    with observe_inputs(model, find_targets(model, "all-linear")) as sums:
+    with observe_layers(model, find_targets(model, "all-linear")) as sums:
         for batch in batches:
             model(batch)
     whole = torch.cat([batch.flatten(0, 1) for batch in batches])
     rows = unit(whole.double())
-    torch.testing.assert_close(sums.covariance("q").double(), rows.T @ rows / 13, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums.weighting("q").inputs_II.double(), rows.T @ rows, rtol=1e-6, atol=1e-6)
     after_q = unit(model.q(whole).double().detach())
-    torch.testing.assert_close(sums.covariance("o").double(), after_q.T @ after_q / 13, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums.weighting("o").inputs_II.double(), after_q.T @ after_q, rtol=1e-6, atol=1e-6)
 
 
 def test_layers_that_read_one_tensor_share_one_matrix(model: Shared) -> None:
-    with observe_inputs(model, find_targets(model, "all-linear")) as sums:
+    with observe_layers(model, find_targets(model, "all-linear")) as sums:
         model(text(1, 4))
-    assert list(sums.sums_II) == ["q", "o"]
+    assert list(sums.inputs_II) == ["q", "o"]
     assert sums.leaders == {"q": "q", "k": "q", "o": "o"}
-    assert sums.covariance("k") is not None
+    assert sums.weighting("k").inputs_II is sums.weighting("q").inputs_II
 
 
 def test_a_layer_that_stops_sharing_is_refused(model: Shared) -> None:
-    with observe_inputs(model, find_targets(model, "all-linear")):
+    with observe_layers(model, find_targets(model, "all-linear")):
         model(text(1, 4))
         model.swap = True
         with pytest.raises(SpectrumError, match=r"k is not .* q"):
@@ -65,10 +65,47 @@ def test_a_layer_that_stops_sharing_is_refused(model: Shared) -> None:
 
 
 def test_nothing_is_observed_after_the_block(model: Shared) -> None:
-    with observe_inputs(model, find_targets(model, "all-linear")) as sums:
+    with observe_layers(model, find_targets(model, "all-linear"), gradients=True) as sums:
+        model(text(1, 4)).sum().backward()
+    seen = {name: sums.weighting("o").inputs_II.clone() for name in ("q", "o")}
+    model(text(2, 4)).sum().backward()
+    assert torch.equal(sums.weighting("o").inputs_II, seen["o"])
+
+
+def gradients_at(model: Shared, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """d loss / d output of q and o, by hand, and the loss: the sum of squares of what comes out."""
+    q = model.q(x)
+    out = model.o(q)
+    return {"q": 2 * out @ model.o.weight, "o": 2 * out}, out.square().sum()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_summed_as_outer_products_at_unit_length(model: Shared, frozen: bool) -> None:
+    model.requires_grad_(not frozen)
+    x = text(1, 2, 5)
+    with observe_layers(model, find_targets(model, "all-linear"), gradients=True) as sums:
+        model(x).square().sum().backward()
+    expected, _ = gradients_at(model, x.flatten(0, 1))
+    for name in ("q", "o"):
+        rows = unit(expected[name].detach())
+        torch.testing.assert_close(sums.weighting(name).gradients_OO, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    # What k puts out is not used, so nothing flows back into it.
+    assert sums.weighting("k").gradients_OO is None
+    assert all(parameter.grad is None and parameter.requires_grad is not frozen for parameter in model.parameters())
+
+
+def test_outputs_wider_than_the_input_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    with observe_layers(model, find_targets(model, "all-linear"), gradients=True) as sums:
+        model(torch.randn(3, 4)).sum().backward()
+    assert list(sums.gradients_OO) == ["1"]
+
+
+def test_gradients_need_a_forward_pass_with_them(model: Shared) -> None:
+    targets = find_targets(model, "all-linear")
+    refused = pytest.raises(SpectrumError, match=r"q: gradients .*no_grad")
+    with observe_layers(model, targets, gradients=True), torch.no_grad(), refused:
         model(text(1, 4))
-    model(text(2, 4))
-    assert sums.tokens["q"] == 4
 
 
 def test_a_llama_has_four_distinct_inputs_a_block() -> None:
@@ -78,28 +115,31 @@ def test_a_llama_has_four_distinct_inputs_a_block() -> None:
             vocab_size=50,
         )
     )  # fmt: skip
-    with observe_inputs(model, find_targets(model, "all-linear")) as sums:
+    with observe_layers(model, find_targets(model, "all-linear")) as sums:
         model(torch.arange(9)[None])
     assert len(sums.leaders) == 14
-    assert [name.rsplit(".", 1)[-1] for name in sums.sums_II] == ["q_proj", "o_proj", "gate_proj", "down_proj"] * 2
+    assert [name.rsplit(".", 1)[-1] for name in sums.inputs_II] == ["q_proj", "o_proj", "gate_proj", "down_proj"] * 2
 
 
 def test_parts_add_up_to_the_whole(model: Shared, tmp_path) -> None:
     batches = [text(1, 4), text(2, 7), text(3, 2)]
     targets = find_targets(model, "all-linear")
-    with observe_inputs(model, targets) as whole:
+    with observe_layers(model, targets, gradients=True) as whole:
         for batch in batches:
-            model(batch)
+            model(batch).square().sum().backward()
     for part, chosen in (("a", batches[:1]), ("b", batches[1:])):
-        with observe_inputs(model, targets) as sums:
+        with observe_layers(model, targets, gradients=True) as sums:
             for batch in chosen:
-                model(batch)
+                model(batch).square().sum().backward()
         save_sums(tmp_path / part, sums)
-    stored = StoredCovariances([tmp_path / "a", tmp_path / "b"])
+    stored = StoredCalibration([tmp_path / "a", tmp_path / "b"])
     for name in ("q", "k", "o"):
-        torch.testing.assert_close(stored.covariance(name), whole.covariance(name), rtol=1e-5, atol=1e-6)
-    with pytest.raises(SpectrumError, match=r"never reached v"):
-        stored.covariance("v")
+        ours, theirs = stored.weighting(name), whole.weighting(name)
+        torch.testing.assert_close(ours.inputs_II, theirs.inputs_II, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.gradients_OO, theirs.gradients_OO, rtol=1e-5, atol=1e-6)
+    for sums in (stored, whole):
+        with pytest.raises(SpectrumError, match=r"never reached v"):
+            sums.weighting("v")
 
 
 def test_output_share_is_the_energy_that_dropping_takes(model: Shared) -> None:

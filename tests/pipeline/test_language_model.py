@@ -1,11 +1,11 @@
-"""Padding changes no loss; labels are counted where they count."""
+"""Neither padding nor packing changes a loss; labels are counted where they count."""
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline.language_model import IGNORED, collate, label_losses
+from pipeline.language_model import IGNORED, collate, label_losses, pack
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def samples() -> list[dict[str, list[int]]]:
 def alone(model, sample) -> torch.Tensor:
     """The loss of one unpadded sample, by the book."""
     logits = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0, :-1]
-    return functional.cross_entropy(logits, torch.tensor(sample["labels"][1:]), ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(
+        logits, torch.tensor(sample["labels"][1:], dtype=torch.long), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 @torch.no_grad()
@@ -51,6 +53,30 @@ def test_absolute_positions_start_at_the_first_token_not_at_the_padding(samples)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, initializer_range=0.3)).eval()
     losses = label_losses(gpt2, collate(samples)).sum(dim=1)
     torch.testing.assert_close(losses, torch.stack([alone(gpt2, s) for s in samples]), rtol=1e-5, atol=1e-5)
+    packed = label_losses(gpt2, pack(samples)).sum()
+    torch.testing.assert_close(packed, losses.sum(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_losses_are_those_of_each_sample_alone(llama, samples) -> None:
+    samples = [*samples, {"input_ids": [3], "labels": [3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    batch = pack(samples)
+    assert (
+        batch.input_ids_BT.shape == (1, sum(len(sample["input_ids"]) for sample in samples)) == (1, batch.token_count)
+    )
+    losses = label_losses(llama, batch)[0]
+    counts = [sum(label != IGNORED for label in sample["labels"][1:]) for sample in samples]
+    found = torch.stack([part.sum() for part in losses.split(counts)])
+    torch.testing.assert_close(found, torch.stack([alone(llama, s) for s in samples]), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_packed_sample_does_not_see_its_neighbours(llama, samples) -> None:
+    def losses_of_the_second(first: dict[str, list[int]]) -> torch.Tensor:
+        return label_losses(llama, pack([first, samples[1]]))[0, -6:]
+
+    other = samples[0] | {"input_ids": [1 + token % 60 for token in samples[0]["input_ids"]]}
+    assert torch.equal(losses_of_the_second(samples[0]), losses_of_the_second(other))
 
 
 @torch.no_grad()

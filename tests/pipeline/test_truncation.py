@@ -48,7 +48,7 @@ def test_the_first_rows_reach_the_tokens_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "remedy"),
-    [({}, "adapter.truncation_rank"), ({"adapter.truncation": "weight"}, "adapter.truncation=activation")],
+    [({}, "adapter.truncation_rank"), ({"adapter.truncation": "weight"}, "adapter.truncation=loss")],
 )
 def test_a_costly_truncation_is_warned_of_with_its_remedy(recipe, changes, remedy) -> None:
     facts = {"base_loss": 3.0, "truncated_loss": 3.2, "worst": [{"name": "model.v_proj", "loss": 3.1}]}

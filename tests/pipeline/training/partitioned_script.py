@@ -18,7 +18,7 @@ import torch.distributed as dist  # noqa: E402
 
 from kasa import KasaConfig, attach, find_targets, trainable_parameters  # noqa: E402
 from pipeline.base_model import load_base  # noqa: E402
-from pipeline.deepspeed_config import complete_config, load_deepspeed_config  # noqa: E402
+from pipeline.deepspeed_config import complete_config, load_deepspeed_config, with_passes  # noqa: E402
 from pipeline.recipe import TrainSettings  # noqa: E402
 from pipeline.training import zero  # noqa: E402
 
@@ -26,7 +26,7 @@ from pipeline.training import zero  # noqa: E402
 def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     settings = TrainSettings(workers=dist.get_world_size(), batch_size=4, micro_batch_size=1, deepspeed="cpu_zero3")
-    config = complete_config(load_deepspeed_config(settings.deepspeed), settings)
+    config = with_passes(complete_config(load_deepspeed_config(settings.deepspeed), settings), settings.workers, 2)
     with zero.partitioned_loading(config):
         model = load_base(folder, "bf16")
         attach(model, find_targets(model, "all-linear"), KasaConfig(rank=4, truncation="none"))

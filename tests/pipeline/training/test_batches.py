@@ -8,8 +8,8 @@ from pipeline.training.batches import BatchPlan, learning_rate
 LENGTHS = list(np.random.default_rng(0).integers(4, 90, 40))
 
 
-def plan(workers: int = 1, micro: int = 2, seed: int = 0, batch: int = 8) -> BatchPlan:
-    return BatchPlan(LENGTHS, batch, micro, workers, seed)
+def plan(workers: int = 1, micro: int = 2, seed: int = 0, batch: int = 8, pack_tokens: int | None = None) -> BatchPlan:
+    return BatchPlan(LENGTHS, 20, batch, micro, workers, seed, pack_tokens)
 
 
 def test_every_sample_once_per_epoch_and_in_another_order_in_the_next() -> None:
@@ -50,6 +50,25 @@ def test_samples_of_like_length_share_a_moment() -> None:
     passes = [plan(2, 2).micro_batches(0, rank) for rank in (0, 1)]
     moments = [[LENGTHS[i] for of_rank in passes for i in of_rank[moment]] for moment in range(2)]
     assert max(moments[0]) <= min(moments[1])
+
+
+@pytest.mark.parametrize("pack_tokens", [90, 120, 1000])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_packs_partition_the_global_batch_and_hold_no_more_than_they_may(workers, pack_tokens) -> None:
+    packing = plan(workers, pack_tokens=pack_tokens)
+    for step in range(20):
+        packs = [pack for rank in range(workers) for pack in packing.micro_batches(step, rank)]
+        assert len(packs) == workers * packing.passes
+        assert all(0 < sum(LENGTHS[i] for i in pack) <= pack_tokens for pack in packs)
+        assert sorted(i for pack in packs for i in pack) == sorted(packing.samples(step))
+
+
+def test_packs_are_few_and_even() -> None:
+    packing = plan(2, pack_tokens=200)
+    fullest = max(sum(LENGTHS[i] for i in packing.samples(step)) for step in range(20))
+    assert -(-fullest // 400) <= packing.passes <= -(-fullest // 400) + 1
+    loads = [sum(LENGTHS[i] for i in packing.micro_batches(3, rank)[0]) for rank in range(2)]
+    assert max(loads) < 1.5 * min(loads)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

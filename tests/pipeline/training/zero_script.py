@@ -27,6 +27,7 @@ from kasa import (  # noqa: E402
     penalty,
     trainable_parameters,
 )
+from pipeline.deepspeed_config import with_passes  # noqa: E402
 from pipeline.language_model import collate, label_losses  # noqa: E402
 from pipeline.training import zero  # noqa: E402
 from pipeline.training.batches import BatchPlan  # noqa: E402
@@ -67,8 +68,9 @@ def build_samples() -> list[dict[str, list[int]]]:
 SAMPLES = build_samples()
 
 
-def batch_plan(workers: int) -> BatchPlan:
-    return BatchPlan([len(sample["input_ids"]) for sample in SAMPLES], BATCH, MICRO, workers, seed=0)
+def batch_plan(workers: int, pack_tokens: int | None) -> BatchPlan:
+    lengths = [len(sample["input_ids"]) for sample in SAMPLES]
+    return BatchPlan(lengths, STEPS, BATCH, MICRO, workers, 0, pack_tokens)
 
 
 def plain_losses() -> list[float]:
@@ -78,7 +80,7 @@ def plain_losses() -> list[float]:
     optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY)
     losses = []
     for step in range(STEPS):
-        samples = [SAMPLES[index] for index in batch_plan(1).samples(step)]
+        samples = [SAMPLES[index] for index in batch_plan(1, None).samples(step)]
         labels = sum(label >= 0 for sample in samples for label in sample["labels"][1:])
         optimizer.param_groups[0]["lr"] = RATES[step]
         task = sum(label_losses(model, collate([sample])).sum() for sample in samples) / labels
@@ -91,11 +93,8 @@ def plain_losses() -> list[float]:
     return losses
 
 
-def deepspeed_config(stage: int, dtype: torch.dtype, persistence: int) -> dict[str, Any]:
-    return {
-        "train_batch_size": BATCH,
-        "train_micro_batch_size_per_gpu": MICRO,
-        "gradient_accumulation_steps": BATCH // (dist.get_world_size() * MICRO),
+def deepspeed_config(stage: int, dtype: torch.dtype, persistence: int, passes: int) -> dict[str, Any]:
+    config = {
         "gradient_clipping": CLIPPING,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": persistence, "overlap_comm": False},
@@ -103,20 +102,21 @@ def deepspeed_config(stage: int, dtype: torch.dtype, persistence: int) -> dict[s
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
+    return with_passes(config, dist.get_world_size(), passes)
 
 
-def start(stage: int, dtype: torch.dtype, persistence: int) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    engine = zero.start_engine(build_model(dtype), deepspeed_config(stage, dtype, persistence), WEIGHT_DECAY)
+def start(stage: int, dtype: torch.dtype, persistence: int, passes: int) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    engine = zero.start_engine(build_model(dtype), deepspeed_config(stage, dtype, persistence, passes), WEIGHT_DECAY)
     return engine, trainable_parameters(engine.module)
 
 
-def train(engine: Any, steps: range) -> list[float]:
+def train(engine: Any, steps: range, plan: BatchPlan) -> list[float]:
     """The pipeline's own optimizer step."""
     job: Any = SimpleNamespace(config=CONFIG, settings=SimpleNamespace(seed=0))
     losses = []
     for step in steps:
         zero.set_learning_rate(engine, RATES[step])
-        losses.append(_optimizer_step(job, engine, batch_plan(dist.get_world_size()), SAMPLES, step)["loss"])
+        losses.append(_optimizer_step(job, engine, plan, SAMPLES, step)["loss"])
     return losses
 
 
@@ -124,19 +124,22 @@ def snapshot(engine: Any, parameters: dict[str, torch.nn.Parameter]) -> dict[str
     return zero.whole_parameters(engine, parameters) | zero.whole_moments(engine, parameters)
 
 
-def compare_resumed(stage: int, dtype: torch.dtype, persistence: int = 0) -> dict[str, Any]:
+def compare_resumed(
+    stage: int, dtype: torch.dtype, persistence: int = 0, pack_tokens: int | None = None
+) -> dict[str, Any]:
     """Six steps undisturbed, and three with three more in a new engine."""
-    engine, parameters = start(stage, dtype, persistence)
-    undisturbed = train(engine, range(HALF))
+    plan = batch_plan(dist.get_world_size(), pack_tokens)
+    engine, parameters = start(stage, dtype, persistence, plan.passes)
+    undisturbed = train(engine, range(HALF), plan)
     values, moments = zero.whole_parameters(engine, parameters), zero.whole_moments(engine, parameters)
-    undisturbed += train(engine, range(HALF, STEPS))
+    undisturbed += train(engine, range(HALF, STEPS), plan)
     end = snapshot(engine, parameters)
     engine.destroy()
 
-    engine, parameters = start(stage, dtype, persistence)
+    engine, parameters = start(stage, dtype, persistence, plan.passes)
     zero.restore_state(engine, parameters, values, moments, HALF)
     restored = snapshot(engine, parameters)
-    resumed = train(engine, range(HALF, STEPS))
+    resumed = train(engine, range(HALF, STEPS), plan)
     resumed_end = snapshot(engine, parameters)
     engine.destroy()
     saved = values | moments
@@ -144,6 +147,7 @@ def compare_resumed(stage: int, dtype: torch.dtype, persistence: int = 0) -> dic
         "losses": undisturbed,
         "resumed": resumed,
         "partitioned": stage == 3 and any(p.numel() == 0 for p in parameters.values()),
+        "passes": plan.passes,
         "moved": sum(not torch.equal(values[name], end[name]) for name in values),
         "parameters": len(values),
         "restored_differs": [name for name in saved if not torch.equal(saved[name], restored[name])],
@@ -156,10 +160,12 @@ def main(rank: int, world: int, store: str, result: str) -> None:
     dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), world_size=world, rank=rank)
     found: dict[str, Any] = {"plain": plain_losses()}
     # Stage 3 last: it leaves its marks on torch.
+    found["2 fp32 packed"] = compare_resumed(2, torch.float32, pack_tokens=30)
     for stage in (0, 1, 2, 3):
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             if (stage, name) != (0, "bf16"):
                 found[f"{stage} {name}"] = compare_resumed(stage, dtype)
+    found["3 fp32 packed"] = compare_resumed(3, torch.float32, pack_tokens=30)
     found["3 fp32 persistent"] = compare_resumed(3, torch.float32, persistence=150)
     if rank == 0:
         with open(result, "w", encoding="utf-8") as file:
