@@ -12,9 +12,8 @@ from kasa import CALIBRATED, Target, Truncation, find_targets
 from kasa.bottom import LANCZOS_FROM
 from pipeline.memory import GIB, AdaptedModule, BlockShape
 
-# fp64 on one core, in FLOPs per second, the eigenproblem of a 4096 x 4096 weight included: 8.9e9 measured on an AMD EPYC
-# whose other core was busy; the check `spectra-model` reaches three times that on the small weights of SmolLM2.
-SPECTRA_FLOPS_PER_CORE = 9e9
+# fp64 on one core, by the count below: 25e9 to 55e9 a second measured on an AMD EPYC, for sides of 1024 to 4096.
+SPECTRA_FLOPS_PER_CORE = 3e10
 
 
 @dataclass(frozen=True)
