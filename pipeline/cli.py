@@ -61,13 +61,38 @@ def run(
     if dry_run:
         from pipeline.dry_run import plan_run
 
-        plan = plan_run(resolved)
-        print(json.dumps(present.plan_json(plan))) if as_json else present.show_plan(plan)
+        planned = plan_run(resolved)
+        print(json.dumps(present.plan_json(planned))) if as_json else present.show_plan(planned)
         return
     from pipeline.flow import run as run_flow
 
     result = run_flow(resolved, ProgressBars())
     print(json.dumps(present.result_json(result))) if as_json else present.show_result(result)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs on each node; default: as the recipe has it.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes with that many GPUs each.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="The GPU's name, such as H100: sets its memory and peak.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="Memory of one GPU in GiB.")] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Peak of one worker in TFLOPS, in the recipe's precision.")
+    ] = None,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that training reaches.")] = 0.4,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a recipe needs, from the model's configuration alone: memory by ZeRO stage, steps, FLOPs, time, disk."""
+    from pipeline import present
+    from pipeline.plan import hardware_of, plan_training
+
+    resolved, hardware = hardware_of(
+        load_recipe(recipe, overrides), gpus, nodes, gpu, gpu_memory_gib, peak_tflops, utilisation
+    )
+    estimate = plan_training(resolved, hardware)
+    print(json.dumps(present.estimate_json(estimate))) if as_json else present.show_estimate(estimate)
 
 
 @app.command()

@@ -5,21 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kasa import Target, check_rank, find_targets
+from kasa import Target
 from pipeline import keys
 from pipeline.artifacts import ArtifactStore, StageKey
 from pipeline.base_model import BaseModel, find_base
-from pipeline.deepspeed_config import (
-    offloads_optimizer,
-    offloads_parameters,
-    zero_stage,
-)
 from pipeline.model_shapes import meta_model, model_config
-from pipeline.plan import Estimate, estimate
+from pipeline.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.prepare.sources import resolve_sources
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import Recipe
-from pipeline.stages.train import deepspeed_settings
 from pipeline.tracking import tracking_uri
 
 
@@ -56,23 +50,12 @@ def plan_run(recipe: Recipe) -> RunPlan:
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
     model = meta_model(config) if config is not None else None
-    targets = find_targets(model, recipe.adapter.targets) if model is not None else []
-    check_rank(targets, recipe.adapter.rank, "adapter.rank")
-    check_rank(targets, recipe.spectra_rank, "spectra.rank")
-    deepspeed = deepspeed_settings(recipe)
+    targets = checked_targets(recipe, model) if model is not None else []
     stages = _stages(recipe, base, sources.digest if sources else None, targets)
     return RunPlan(
         recipe=recipe,
         stages=stages,
-        estimate=estimate(
-            recipe,
-            model,
-            [(target.name, target.out_features, target.in_features) for target in targets],
-            zero_stage=zero_stage(deepspeed),
-            offload=offloads_optimizer(deepspeed),
-            train_rows=_train_rows(recipe, stages),
-            offload_weights=offloads_parameters(deepspeed),
-        ),
+        estimate=estimate(recipe, model, targets, data=_data_facts(recipe, stages)),
         fetches=tuple(
             name
             for name, found in ((recipe.base.model, base), (", ".join(recipe.data.train), sources))
@@ -103,10 +86,11 @@ def _stages(
     )
 
 
-def _train_rows(recipe: Recipe, stages: tuple[StagePlan, ...]) -> int | None:
-    """Rows of the training split: from the prepared data if it is there, else the recipe's limit."""
+def _data_facts(recipe: Recipe, stages: tuple[StagePlan, ...]) -> DataFacts | None:
+    """The training split, if it is prepared already."""
     prepared = stages[keys.STAGES.index(keys.PREPARE)]
-    if prepared.action == "reuse":
-        folder = Path(recipe.workspace) / "artifacts" / keys.PREPARE / str(prepared.key)
-        return int(load_prepared(folder).summary["train_rows"])
-    return recipe.data.train_rows
+    if prepared.action != "reuse":
+        return None
+    summary = load_prepared(Path(recipe.workspace) / "artifacts" / keys.PREPARE / str(prepared.key)).summary
+    rows = int(summary["train_rows"])
+    return DataFacts(rows, summary["train_tokens"] / rows, int(summary["longest_tokens"]))

@@ -121,6 +121,11 @@ def model_config(model: str, revision: str | None = None, folder: Path | None = 
     return None
 
 
+def built_in_names() -> list[str]:
+    """The models whose shape is known without any file."""
+    return list(_KNOWN)
+
+
 def meta_model(config: PretrainedConfig) -> nn.Module:
     """The model of `config` on torch's meta device: every module and parameter shape, no memory.
 

@@ -16,6 +16,7 @@ from pipeline.dry_run import RunPlan
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRICS
 from pipeline.export import Exported
 from pipeline.flow import RunResult
+from pipeline.plan import Estimate, StageMemory
 from pipeline.recipe import recipe_values
 
 _out = Console(highlight=False, soft_wrap=True)
@@ -87,12 +88,22 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
         "recipe": recipe_values(plan.recipe),
         "stages": [dataclasses.asdict(stage) for stage in plan.stages],
         "fetches": list(plan.fetches),
-        "estimate": {
-            **dataclasses.asdict(plan.estimate),
-            "trainable_share": plan.estimate.trainable_share,
-            "device_gib": plan.estimate.device_gib,
-            "host_gib": plan.estimate.host_gib,
-        },
+        "estimate": estimate_json(plan.estimate),
+    }
+
+
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """The estimate as JSON values, with what follows from them."""
+    totals = [{"device_gib": stage.device_gib, "host_gib": stage.host_gib} for stage in estimate.stages]
+    values = dataclasses.asdict(estimate)
+    return values | {
+        "stages": [stage | total for stage, total in zip(values["stages"], totals, strict=True)],
+        "trainable_share": estimate.trainable_share,
+        "device_gib": estimate.memory.device_gib if estimate.memory else None,
+        "host_gib": estimate.memory.host_gib if estimate.memory else None,
+        "recommended": estimate.recommended,
+        "step_seconds": estimate.step_seconds,
+        "training_seconds": estimate.training_seconds,
     }
 
 
@@ -105,28 +116,102 @@ def show_plan(plan: RunPlan) -> None:
     _out.print(table)
     for name in plan.fetches:
         _out.print(f"fetch first: {escape(name)}")
-    _show_estimate(plan)
+    _out.print()
+    show_estimate(plan.estimate)
     _out.print("dry run: nothing was made")
 
 
-def _show_estimate(plan: RunPlan) -> None:
-    estimate = plan.estimate
-    _out.print()
+def show_estimate(estimate: Estimate) -> None:
+    """Parameters, steps and time, memory by ZeRO stage, disk, spectra, and what is unknown."""
     if estimate.trainable_parameters is not None and estimate.trainable_share is not None:
         _out.print(
             f"parameters  {estimate.base_parameters:,} in the base; {estimate.trainable_parameters:,} trained "
             f"({estimate.trainable_share:.2%}) in {estimate.adapted_modules} modules"
         )
     steps = f"{estimate.optimizer_steps:,} steps" if estimate.optimizer_steps else "as many steps as the data has"
-    _out.print(
-        f"training    {steps} of {estimate.global_batch} samples: {estimate.workers} workers x {estimate.micro_batch} "
-        f"samples x {estimate.gradient_accumulation} passes, ZeRO-{estimate.zero_stage}"
-    )
-    if estimate.device_gib is not None:
-        parts = ", ".join(f"{item.kind} {item.gib:.2f}" for item in estimate.memory if item.gib >= 0.005)
-        _out.print(f"memory      {estimate.device_gib:.1f} GiB a worker ({escape(parts)}), and the framework's own")
+    passes = f"{estimate.micro_batch} samples x {estimate.gradient_accumulation} passes"
+    if estimate.pack_tokens is not None:
+        passes = f"passes of up to {estimate.pack_tokens} packed tokens"
+    _out.print(f"training    {steps} of {estimate.global_batch} samples: {estimate.workers} workers x {passes}")
+    if estimate.step_flops is not None:
+        _out.print(f"compute     {_compute(estimate)}")
+    if estimate.checkpoint_gib is not None and estimate.adapter_gib is not None:
+        _out.print(
+            f"disk        {_gib(estimate.checkpoint_gib)} a checkpoint, {_gib(estimate.adapter_gib)} the adapter"
+        )
+    if (spectra := estimate.spectra) is not None:
+        calibration = f"; {spectra.calibration_gib:.1f} GiB of covariances a worker" if spectra.calibration_gib else ""
+        _out.print(
+            f"spectra     {spectra.weights} weights, {spectra.flops:.1e} FLOPs in fp64, about "
+            f"{_duration(spectra.core_seconds)} of one core; up to {spectra.task_gib:.1f} GiB a task{calibration}"
+        )
+    if estimate.memory is not None:
+        _out.print()
+        _out.print(_memory_table(estimate))
+        _out.print(_activations(estimate))
     for reason in estimate.unknown:
         _out.print(f"unknown     {escape(reason)}")
+
+
+def _compute(estimate: Estimate) -> str:
+    hardware = estimate.hardware
+    text = f"{estimate.step_flops:.2e} FLOPs a step of rows of {estimate.mean_row_tokens:.0f} tokens"
+    if estimate.step_seconds is not None:
+        whole = f", {_duration(estimate.training_seconds)} in all" if estimate.training_seconds is not None else ""
+        rate = f"{hardware.utilisation:.0%} of {hardware.peak_tflops:g} TFLOPS a worker"
+        text += f": {estimate.step_seconds:.2f} s at {rate}{whole}"
+    return text
+
+
+def _memory_table(estimate: Estimate) -> Table:
+    """GiB of one worker: a row for each use, a column for each DeepSpeed configuration."""
+    table = Table("GiB a worker", box=None, pad_edge=False, header_style="bold")
+    own = estimate.memory.deepspeed if estimate.memory else ""
+    for stage in estimate.stages:
+        table.add_column(f"{stage.deepspeed}{' *' if stage.deepspeed == own else ''}", justify="right")
+    kinds = dict.fromkeys(item.kind for stage in estimate.stages for item in stage.items)
+    for kind in kinds:
+        table.add_row(kind, *(_cell(stage, kind) for stage in estimate.stages))
+    where = "GPU" if estimate.gpu else "in all"
+    table.add_row(f"[bold]{where}[/]", *(f"[bold]{stage.device_gib:.2f}[/]" for stage in estimate.stages))
+    if estimate.gpu:
+        table.add_row("host (h)", *(f"{stage.host_gib:.2f}" for stage in estimate.stages))
+    if estimate.hardware.gpu_memory_gib is not None:
+        fits = ["refused" if s.refused else "yes" if s.fits else "no" for s in estimate.stages]
+        table.add_row(f"fits {estimate.hardware.gpu_memory_gib:g} GiB", *fits)
+    # Names that are to be copied must not be cut, however narrow the terminal.
+    table.width = _out.measure(table, options=_out.options.update(width=1000)).maximum
+    return table
+
+
+def _cell(stage: StageMemory, kind: str) -> str:
+    return next((f"{item.gib:.2f}{' h' if item.on_host else ''}" for item in stage.items if item.kind == kind), "-")
+
+
+def _activations(estimate: Estimate) -> str:
+    """Below the table: what its mark means, what checkpointing changes, and what to choose."""
+    notes = ["* as the recipe has it"]
+    if estimate.activations_gib is not None:
+        notes.append(
+            f"activations {estimate.activations_gib:.2f} GiB, with gradient checkpointing "
+            f"{estimate.activations_checkpointed_gib:.2f}"
+        )
+    notes += [f"{stage.deepspeed} is refused {stage.refused}" for stage in estimate.stages if stage.refused]
+    if estimate.recommended:
+        notes.append(f"train.deepspeed={estimate.recommended} fits and communicates least")
+    elif estimate.hardware.gpu_memory_gib is not None:
+        notes.append("nothing fits: lower train.micro_batch_size, or set train.gradient_checkpointing=true")
+    return escape("; ".join(notes))
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None or seconds < 120:
+        return f"{seconds or 0:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _gib(size: float) -> str:
+    return _bytes(round(size * 2**30))
 
 
 def findings_json(findings: Sequence[Finding]) -> list[dict[str, str]]:

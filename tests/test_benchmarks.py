@@ -247,6 +247,7 @@ def test_the_project_has_its_checks() -> None:
         "parity",
         "export-lora",
         "export-merged",
+        "plan",
     }
     assert expected <= set(names)
 

@@ -28,6 +28,8 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
         return
     from transformers.integrations import HfDeepSpeedConfig
 
+    # Until DeepSpeed has taken the process group over, it believes to be alone and refuses any other batch size.
+    _deepspeed().init_distributed(dist_init_required=False)
     # transformers holds it by a weak reference only.
     announcement = HfDeepSpeedConfig(config)
     yield
@@ -40,10 +42,20 @@ def start_engine(model: nn.Module, config: dict[str, Any], weight_decay: float) 
     The learning rate is 0 until `set_learning_rate`; torch's process group must exist.
     """
     deepspeed = _deepspeed()
+    if config["bf16"]["enabled"]:
+        _round_to_bf16(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+def _round_to_bf16(model: nn.Module) -> None:
+    """Where stage 3 loaded the base partitioned, DeepSpeed leaves the type of all else: the adapter would compute in fp32
+    and keep an fp32 copy of each of its inputs. The fp32 master copy is made from the rounded values at every stage."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

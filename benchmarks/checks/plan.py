@@ -1,0 +1,323 @@
+"""`kasa plan` against what runs here: memory of real training workers, and how fast it answers for the LLaMA shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+
+from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
+from kasa import (
+    BottomTriplets,
+    KasaConfig,
+    KasaError,
+    adapted_layers,
+    attach,
+    find_targets,
+    penalty,
+    save_spectra,
+)
+from pipeline.base_model import DTYPES, find_base
+from pipeline.deepspeed_config import with_passes
+from pipeline.memory import GIB
+from pipeline.model_shapes import meta_model, model_config
+from pipeline.plan import DataFacts, Estimate, checked_targets, estimate
+from pipeline.recipe import BaseSettings, Recipe, parse_recipe
+from pipeline.stages.train import adapter_config, deepspeed_settings
+
+LLAMAS = (
+    "meta-llama/Llama-2-7b-hf",
+    "meta-llama/Llama-2-13b-hf",
+    "meta-llama/Llama-2-70b-hf",
+    "meta-llama/Meta-Llama-3-8B",
+    "meta-llama/Meta-Llama-3-70B",
+)
+ANSWER_S = 10.0
+ROW_TOKENS, MICRO_BATCH = 256, 2
+# The first step of stage 3 only records the order of modules; from the second on weights are gathered ahead.
+STEPS = 3
+# glibc keeps what is freed in gaps between what is not, and hands little of it back. With every larger tensor in a mapping
+# of its own, what is resident is what is in use, as `torch.cuda.max_memory_allocated` tells it for a GPU.
+RETURN_WHAT_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run of SmolLM2 with every linear layer adapted, rank 8."""
+
+    stage: int
+    workers: int
+    precision: str
+    checkpointing: bool = False
+    dropout: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As it appears in the record."""
+        extras = (" checkpointing" if self.checkpointing else "") + (" dropout" if self.dropout else "")
+        return f"ZeRO-{self.stage}, {self.workers} workers, {self.precision}{extras}"
+
+    def recipe(self, base: Path) -> Recipe:
+        """The recipe of the run."""
+        return parse_recipe(
+            {
+                "name": "plan",
+                "base": {"model": str(base)},
+                "data": {"train": "rows.jsonl", "max_tokens": ROW_TOKENS},
+                "adapter": {"dropout": self.dropout},
+                "train": {
+                    "workers": self.workers,
+                    "deepspeed": f"cpu_zero{self.stage}",
+                    "precision": self.precision,
+                    "epochs": STEPS,
+                    "batch_size": self.workers * MICRO_BATCH,
+                    "micro_batch_size": MICRO_BATCH,
+                    "gradient_checkpointing": self.checkpointing,
+                },
+            },
+            self.name,
+        )
+
+
+CASES = (
+    *(Case(stage, workers, "fp32") for workers in (1, 2) for stage in (0, 1, 3)),
+    *(Case(stage, workers, "bf16") for workers in (1, 2) for stage in (1, 3)),
+    Case(1, 1, "fp32", checkpointing=True),
+    Case(1, 1, "bf16", dropout=0.1),
+)
+
+
+@check(bar=15, direction="at most", unit="%")
+def plan(setting: Setting) -> Measurement:
+    """Memory in use by a worker as planned against measured, without the process itself; worst of 12 runs of SmolLM2."""
+    try:
+        base = find_base(BaseSettings(), setting.workspace)
+    except KasaError as error:
+        raise CannotRunError(str(error)) from None
+    assert base is not None
+    runs = {case.name: compare(case, base.folder, setting.scratch) for case in CASES}
+    seconds = {model: seconds_to_answer(model, setting.scratch) for model in LLAMAS}
+    slow = [f"{model} took {taken:.1f} s" for model, taken in seconds.items() if taken >= ANSWER_S]
+    worst = max(abs(run["deviation"]) for run in runs.values())
+    return Measurement(100 * worst, {"runs": runs, "seconds_to_answer": seconds}, flaws=tuple(slow))
+
+
+def compare(case: Case, base: Path, scratch: Path) -> dict[str, Any]:
+    """Planned and measured GiB of rank 0.
+
+    `in_use`: the peak of the training steps where freed memory is returned, less `process`; `deviation` is the plan's
+    from it. `resident`: the same with glibc as it is, gaps included; `resident_deviation` is that of the whole, process
+    included. `loading`: the peak until DeepSpeed has started, less `process`.
+    """
+    recipe = case.recipe(base)
+    planned = planned_estimate(recipe)
+    assert planned.memory is not None
+    kinds = {item.kind: item.gib for item in planned.memory.items}
+    expected = planned.memory.device_gib - kinds["process"]
+    exact = run_workers(case, base, scratch, RETURN_WHAT_IS_FREED)
+    plain = run_workers(case, base, scratch, {})
+    in_use, resident = exact["peak"] - exact["process"], plain["peak"] - plain["process"]
+    found = {
+        "planned": {kind: round(gib, 4) for kind, gib in kinds.items()},
+        "process": exact["process"],
+        "loading": exact["loading"] - exact["process"],
+        "in_use": in_use,
+        "deviation": expected / in_use - 1,
+        "resident": resident,
+        "resident_deviation": planned.memory.device_gib / plain["peak"] - 1,
+    }
+    print(
+        f"  {case.name}: planned {expected:.2f}, in use {in_use:.2f} GiB ({found['deviation']:+.1%}); resident with "
+        f"glibc's gaps {resident:.2f}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return found
+
+
+def planned_estimate(recipe: Recipe) -> Estimate:
+    """The plan of a run whose rows are all of about the full length."""
+    facts = DataFacts(recipe.train.batch_size, ROW_TOKENS, ROW_TOKENS)
+    return estimate(recipe, _shape(recipe), checked_targets(recipe, _shape(recipe)), data=facts)
+
+
+def run_workers(case: Case, base: Path, scratch: Path, environment: dict[str, str]) -> dict[str, float]:
+    """Train in processes of their own; what rank 0 measured, in GiB."""
+    folder = scratch / f"plan-{time.monotonic_ns()}"
+    _write_inputs(case.recipe(base), folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(case.workers):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.workers)}
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "benchmarks.checks.plan", str(CASES.index(case)), str(folder), str(base)],
+                    cwd=ROOT,
+                    env={**os.environ, **shared, **ranks, **environment},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    for process in processes:
+        process.wait()
+    result = folder / "measured.json"
+    if not result.exists():
+        raise RuntimeError(f"{case.name} failed: {(folder / 'rank-0.log').read_text()[-2000:]}")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def seconds_to_answer(model: str, scratch: Path) -> float:
+    """Seconds of `kasa plan --json` for a model of which nothing is on this machine."""
+    recipe = scratch / "llama.yaml"
+    values = {
+        "name": "llama",
+        "base": {"model": model},
+        "data": {"train": "rows.jsonl", "train_rows": 10_000},
+        "train": {"batch_size": 64, "micro_batch_size": 1},
+    }
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    command = [sys.executable, "-m", "pipeline.cli", "plan", str(recipe), "--gpus", "8", "--gpu", "H100", "--json"]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    taken = time.perf_counter() - started
+    if not json.loads(done.stdout.splitlines()[-1])["stages"]:
+        raise RuntimeError(f"no answer for {model}")
+    return taken
+
+
+def _shape(recipe: Recipe) -> nn.Module:
+    """The base on the meta device."""
+    config = model_config(recipe.base.model)
+    assert config is not None
+    return meta_model(config)
+
+
+def _write_inputs(recipe: Recipe, folder: Path) -> None:
+    """Prepared data of one global batch, no two rows of one length, and spectra of the right shapes."""
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    rows = [[7 + token % 1000 for token in range(ROW_TOKENS - row)] for row in range(recipe.train.batch_size)]
+    columns = {"input_ids": rows, "labels": rows, "source": ["rows"] * len(rows)}
+    Dataset.from_dict(columns).save_to_disk(str(folder / "prepared" / "train"))
+    (folder / "prepared" / "summary.json").write_text(json.dumps({"train_rows": len(rows)}), encoding="utf-8")
+    rank = recipe.spectra_rank
+    generator = torch.Generator().manual_seed(0)
+    spectra = {
+        target.name: BottomTriplets(
+            left_OR=1e-3 * torch.randn(target.out_features, rank, generator=generator),
+            singular_values_R=torch.full((rank,), 1e-3),
+            right_RI=1e-3 * torch.randn(rank, target.in_features, generator=generator),
+            largest=1.0,
+            residual=0.0,
+            orthogonality=0.0,
+            method="svd",
+        )
+        for target in checked_targets(recipe, _shape(recipe))
+    }
+    save_spectra(folder / "spectra", spectra, dict.fromkeys(spectra, "0"))
+    (folder / "work").mkdir()
+
+
+def measure_worker(case: Case, folder: Path, base: Path) -> None:
+    """One rank: the pipeline's own training, with the resident memory of its phases."""
+    from pipeline.training import worker, zero
+
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    torch.set_num_threads(1)
+    recipe = case.recipe(base)
+    job = worker.TrainJob(
+        base_name="base",
+        base_folder=base,
+        prepared=folder / "prepared",
+        spectra=folder / "spectra",
+        work=folder / "work",
+        targets=tuple(checked_targets(recipe, _shape(recipe))),
+        config=adapter_config(recipe),
+        settings=recipe.train,
+        deepspeed=deepspeed_settings(recipe),
+    )
+    toy = job.deepspeed | {"zero_optimization": {"stage": min(case.stage, 2)}}
+    _train_toy(case, zero.start_engine, with_passes(toy, case.workers, 1))
+    measured = {"process": _resident_gib("VmRSS")}
+    _forget_peak()
+
+    start_engine = zero.start_engine
+
+    def start_and_mark(*arguments: Any) -> Any:
+        engine = start_engine(*arguments)
+        measured["loading"] = _resident_gib("VmHWM")
+        _forget_peak()
+        return engine
+
+    with mock.patch.object(zero, "start_engine", start_and_mark):
+        worker.train_worker(job)
+    measured["peak"] = _resident_gib("VmHWM")
+    if dist.get_rank() == 0:
+        (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _train_toy(case: Case, start_engine: Callable[..., Any], deepspeed: dict[str, Any]) -> None:
+    """Two steps of a tiny model, so that whatever is loaded at first use belongs to the process.
+
+    Never at stage 3, which would leave its marks on torch for the real run.
+    """
+    import datasets  # noqa: F401  the worker imports it too
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64,
+    )  # fmt: skip
+    model: nn.Module = LlamaForCausalLM(config)
+    model.to(DTYPES[case.precision])
+    kasa = KasaConfig(truncation="none")
+    attach(model, find_targets(model, "all-linear"), kasa)
+    engine = start_engine(model, deepspeed, 0.0)
+    tokens_BT = torch.randint(0, 64, (MICRO_BATCH, 32))
+    for _ in range(2):
+        loss = engine(input_ids=tokens_BT, labels=tokens_BT).loss
+        engine.backward(loss + penalty(adapted_layers(engine.module).values(), "authors").weighted(kasa))
+        engine.step()
+    engine.destroy()
+    del engine, model, loss
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_gib(field: str) -> float:
+    """`VmRSS`, what is resident now, or `VmHWM`, the most there was since `_forget_peak`."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024 / GIB
+    raise RuntimeError(f"this system does not tell {field}")
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+if __name__ == "__main__":
+    measure_worker(CASES[int(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]))
