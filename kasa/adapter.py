@@ -190,7 +190,7 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> dict[str,
     Raises:
         TargetError: it is not clear which adapter is meant, or there is no such adapter.
     """
-    found = _update_parameters(model, TRAINABLE, name := _chosen(model, name))
+    found = _update_parameters(model, TRAINABLE, name := chosen_name(model, name))
     for module in model.modules():
         if isinstance(module, TrainedModule) and name in module.updates:
             found |= {f"{module.name}.{key}": p for key, p in module.updates[name].named_parameters()}
@@ -202,7 +202,7 @@ def frozen_factors(model: nn.Module, name: str | None = None) -> dict[str, nn.Pa
 
     Arguments and errors as in `trainable_parameters`.
     """
-    return _update_parameters(model, FROZEN, _chosen(model, name))
+    return _update_parameters(model, FROZEN, chosen_name(model, name))
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str | None = None) -> None:
@@ -219,6 +219,22 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: st
             if parameter.shape != tensors[key].shape:
                 raise TargetError(f"{key} is {tuple(tensors[key].shape)}, the model needs {tuple(parameter.shape)}")
             parameter.copy_(tensors[key])
+
+
+def chosen_name(model: nn.Module, name: str | None) -> str:
+    """The adapter that is meant: the one named, the active one, the only one, or "" where there is none.
+
+    Raises:
+        TargetError: there is no adapter of that name, or none is named or active among several.
+    """
+    if name is not None:
+        _check_attached(model, name)
+        return name
+    names = adapter_names(model)
+    active = list({wrapper.active for wrapper in _wrappers(model) if wrapper.active is not None})
+    if len(names) > 1 and not active:
+        raise TargetError(f"the model carries {', '.join(names)}, and none is active: name one of them")
+    return (active or names or [""])[0]
 
 
 def _wrappers(model: nn.Module) -> Iterator[KasaLayer | TrainedModule]:
@@ -255,17 +271,6 @@ def _check_attached(model: nn.Module, name: str) -> None:
         raise TargetError(
             f"the model carries no adapter {name!r}, only {', '.join(names) or 'none at all'}{nearest(name, names)}"
         )
-
-
-def _chosen(model: nn.Module, name: str | None) -> str:
-    if name is not None:
-        _check_attached(model, name)
-        return name
-    names = adapter_names(model)
-    active = list({wrapper.active for wrapper in _wrappers(model) if wrapper.active is not None})
-    if len(names) > 1 and not active:
-        raise TargetError(f"the model carries {', '.join(names)}, and none is active: name one of them")
-    return (active or names or [""])[0]
 
 
 def _update_parameters(model: nn.Module, attributes: Sequence[str], name: str) -> dict[str, nn.Parameter]:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from kasa.adapter import DEFAULT, install, load_tensors
+from kasa.adapter import (
+    DEFAULT,
+    adapted_layers,
+    chosen_name,
+    frozen_factors,
+    install,
+    load_tensors,
+    trainable_parameters,
+)
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.config import KasaConfig
-from kasa.errors import AdapterFileError
+from kasa.errors import AdapterFileError, TargetError
 from kasa.folders import read_tensor_folder, write_tensor_folder
 from kasa.layer import FROZEN, TRAINABLE, KasaUpdate
 from kasa.targets import Target, as_target, is_within
+from kasa.trained_module import TrainedModule
 from kasa.truncation import dropped_rank
 
 ADAPTER_JSON = "adapter.json"
@@ -42,6 +52,36 @@ class SavedAdapter:
     tensors: dict[str, torch.Tensor]
     dropped: dict[str, torch.Tensor]
     trained_modules: tuple[str, ...] = ()
+
+
+def capture_adapter(model: nn.Module, config: KasaConfig, base_folder: Path, name: str | None = None) -> SavedAdapter:
+    """The adapter that a live model carries, ready to be saved; tensors are copied to the CPU in fp32.
+
+    Args:
+        model: carries the adapter; whole on this process (ZeRO-3 partitions are not).
+        config: what it was attached with.
+        base_folder: the checkpoint the model was loaded from, whose weights the adapter belongs to from now on.
+        name: which adapter; may be left out where there is one only, or for the active one of several.
+
+    Raises:
+        TargetError: it is not clear which adapter is meant, or there is none.
+        SpectrumError: the checkpoint lacks an adapted weight.
+    """
+    name = chosen_name(model, name)
+    targets = tuple(layer.target for layer in adapted_layers(model).values() if name in layer.updates)
+    if not targets:
+        raise TargetError("the model carries no adapter")
+    weights = CheckpointWeights(base_folder)
+    wholes = (module for module in model.modules() if isinstance(module, TrainedModule))
+    return SavedAdapter(
+        config=config,
+        targets=targets,
+        base=str(base_folder),
+        weight_digests={target.name: weight_digest(weights.weight(target)) for target in targets},
+        tensors=_copied(trainable_parameters(model, name)),
+        dropped=_copied(frozen_factors(model, name)),
+        trained_modules=tuple(module.name for module in wholes if name in module.updates),
+    )
 
 
 def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
@@ -113,6 +153,10 @@ def check_base(adapter: SavedAdapter, base_folder: Path) -> None:
             raise AdapterFileError(
                 f"the adapter was trained on {adapter.base}; {target.name} in {base_folder} is another weight"
             )
+
+
+def _copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in parameters.items()}
 
 
 def _check_module(model: nn.Module, target: Target) -> None:

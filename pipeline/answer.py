@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kasa import check_base, read_adapter
-from kasa.adapter_file import ADAPTER_JSON
+from kasa import read_adapter
+from kasa.adapter_file import ADAPTER_JSON, check_base
 from pipeline.base_model import find_base
 from pipeline.errors import ModelError
 from pipeline.generation import load_answerer

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasa import CheckpointWeights, Target, find_targets
+from kasa import CheckpointWeights, find_targets
 from kasa.folders import file_digest
+from kasa.targets import Target
 from pipeline.artifacts import content_digest
 from pipeline.embedded import PREFIX, embedded_base, embedded_path_if_present
 from pipeline.errors import BaseModelError

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kasa import CALIBRATED, Target, Truncation, find_targets
+from kasa import find_targets
 from kasa.bottom import LANCZOS_FROM
+from kasa.targets import Target
+from kasa.truncation import CALIBRATED, Truncation
 from pipeline.memory import GIB, AdaptedModule, BlockShape
 
 # fp64 on one core, by the count below: 25e9 to 55e9 a second measured on an AMD EPYC, for sides of 1024 to 4096.

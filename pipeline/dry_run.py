@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kasa import Target
+from kasa.targets import Target
 from pipeline import keys
 from pipeline.artifacts import ArtifactStore, StageKey
 from pipeline.base_model import BaseModel, find_base

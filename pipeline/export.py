@@ -15,22 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kasa import (
-    InterchangeError,
-    KasaError,
-    SavedAdapter,
-    check_base,
-    export_lora,
-    export_peft_kasa,
-    import_peft_kasa,
-    lora_rank,
-    merge,
-    read_adapter,
-    save_adapter,
-    vllm_rank,
-)
-from kasa.adapter_file import ADAPTER_JSON
+from kasa import KasaError, export_lora, merge, read_adapter, save_adapter
+from kasa.adapter_file import ADAPTER_JSON, SavedAdapter, check_base
+from kasa.errors import InterchangeError
 from kasa.interchange import new_folder
+from kasa.lora_export import lora_rank, vllm_rank
+from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from pipeline.answer import REGISTRY
 from pipeline.base_model import DTYPES, find_base
 from pipeline.errors import BaseModelError, ModelError

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kasa import check_rank
+from kasa.targets import check_rank
 from pipeline import keys
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel, find_base

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kasa import Target
+from kasa.targets import Target
 from pipeline.artifacts import StageKey, code_digest, package_versions
 from pipeline.recipe import Recipe
 

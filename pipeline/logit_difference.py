@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kasa import SavedAdapter, attach_saved
+from kasa import attach_saved
+from kasa.adapter_file import SavedAdapter
 from pipeline.base_model import BaseModel, load_base
 from pipeline.errors import BaseModelError
 from pipeline.machine import GIB, memory_gib

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from kasa import Target
+from kasa.targets import Target
 from pipeline.deepspeed_config import offloads_optimizer, offloads_parameters, zero_stage
 
 GIB = 2**30

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from kasa import Target, check_rank, dropped_rank, find_targets
+from kasa import find_targets
+from kasa.targets import Target, check_rank
+from kasa.truncation import dropped_rank
 from pipeline.compute import ACCELERATORS, Accelerator, SpectraCost, spectra_cost, training_flops
 from pipeline.deepspeed_config import complete_config, config_names, load_deepspeed_config
 from pipeline.errors import BaseModelError, RecipeError

@@ -13,7 +13,8 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from kasa import check_base, read_adapter
+from kasa import read_adapter
+from kasa.adapter_file import check_base
 from pipeline.errors import ModelError
 from pipeline.generation import load_answerer
 from pipeline.prompting import Prompting

@@ -15,18 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasa import (
-    KasaConfig,
-    Spectra,
-    Target,
-    attach,
-    detach,
-    dropped_rank,
-    load_spectra,
-    observe_dropped,
-    observe_layers,
-    save_sums,
-)
+from kasa import KasaConfig, attach, detach, observe_layers
+from kasa.audit import observe_dropped
+from kasa.calibration import save_sums
+from kasa.spectra import Spectra
+from kasa.spectra_file import load_spectra
+from kasa.targets import Target
+from kasa.truncation import dropped_rank
 from pipeline.base_model import load_base
 from pipeline.journal import append_journal, rewrite_journal
 from pipeline.language_model import collate, label_losses

@@ -15,19 +15,12 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from kasa import (
-    BottomTriplets,
-    KasaConfig,
-    SavedAdapter,
-    Target,
-    attach,
-    detach,
-    find_targets,
-    frozen_factors,
-    observe_layers,
-    save_adapter,
-)
-from kasa import trainable_parameters as trainable_tensors
+from kasa import KasaConfig, attach, detach, find_targets, observe_layers, save_adapter
+from kasa.adapter import frozen_factors
+from kasa.adapter import trainable_parameters as trainable_tensors
+from kasa.adapter_file import SavedAdapter
+from kasa.spectra import BottomTriplets
+from kasa.targets import Target
 from pipeline import model_shapes
 from pipeline.compute import spectra_cost, training_flops
 from pipeline.errors import BaseModelError, RecipeError

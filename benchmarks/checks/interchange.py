@@ -16,7 +16,14 @@ from torch import nn
 
 import kasa
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
-from kasa import KasaConfig, KasaError, SavedAdapter, Target, Truncation
+from kasa import KasaConfig, KasaError
+from kasa.adapter_file import SavedAdapter
+from kasa.calibration import CalibrationSums
+from kasa.checkpoint import weight_digest
+from kasa.spectra import bottom_triplets
+from kasa.targets import Target
+from kasa.truncation import Truncation
+from kasa.weighting import Weighting
 from pipeline.base_model import BaseModel, find_base, load_base
 from pipeline.logit_difference import logits_of, text_sequences
 from pipeline.prepare.stage import load_tokenizer
@@ -72,7 +79,7 @@ def layer_differences(weight_OI: torch.Tensor) -> dict[str, float]:
     weight_OI = weight_OI.float()
     target = Target("layer", *weight_OI.shape)
     config = KasaConfig(RANK, 2.0 * RANK, dropped_rank=RANK)
-    left_OD, right_DI = kasa.bottom_triplets(weight_OI, RANK).dropped_factors(RANK)
+    left_OD, right_DI = bottom_triplets(weight_OI, RANK).dropped_factors(RANK)
     a_RI, d_R, b_OR = _random_update(weight_OI, config.scale, seed=1)
     tensors = {"layer.a": a_RI, "layer.d": d_R, "layer.b": b_OR}
     dropped = {"layer.dropped_left": left_OD, "layer.dropped_right": right_DI}
@@ -129,7 +136,7 @@ def difference(ours: Outputs, theirs: Outputs) -> float:
 
 
 def random_adapter(
-    base: BaseModel, truncation: Truncation, weighting: Callable[[str], kasa.Weighting] | None = None
+    base: BaseModel, truncation: Truncation, weighting: Callable[[str], Weighting] | None = None
 ) -> SavedAdapter:
     """Every linear weight adapted: real dropped components, and an update of `UPDATE_SHARE` of the weight's norm."""
     config = KasaConfig(RANK, 2.0 * RANK, truncation=truncation, dropped_rank=RANK)
@@ -139,10 +146,10 @@ def random_adapter(
     dropped: dict[str, torch.Tensor] = {}
     for target in targets:
         weight_OI = base.weights.weight(target)
-        triplets = kasa.bottom_triplets(weight_OI, RANK, target.name, weighting and weighting(target.name))
+        triplets = bottom_triplets(weight_OI, RANK, target.name, weighting and weighting(target.name))
         left_OD, right_DI = triplets.dropped_factors(RANK)
         a_RI, d_R, b_OR = _random_update(weight_OI.float(), config.scale, seed=len(digests))
-        digests[target.name] = kasa.weight_digest(weight_OI)
+        digests[target.name] = weight_digest(weight_OI)
         tensors |= {f"{target.name}.a": a_RI, f"{target.name}.d": d_R, f"{target.name}.b": b_OR}
         dropped |= {f"{target.name}.dropped_left": left_OD, f"{target.name}.dropped_right": right_DI}
     return SavedAdapter(config, tuple(targets), str(base.folder), digests, tensors, dropped)
@@ -182,7 +189,7 @@ def _adapters(base: BaseModel, scratch: Path) -> Iterable[tuple[str, SavedAdapte
         yield truncation, kasa.read_adapter(folder)
 
 
-def _calibrated(base: BaseModel) -> kasa.CalibrationSums:
+def _calibrated(base: BaseModel) -> CalibrationSums:
     """What a text does in the base's layers."""
     model, tokenizer = load_base(base.folder, "fp32"), load_tokenizer(base.folder)
     tokens = torch.tensor(tokenizer(CALIBRATION_TEXT.read_text(encoding="utf-8"))["input_ids"])

@@ -23,16 +23,9 @@ import yaml
 from torch import nn
 
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
-from kasa import (
-    BottomTriplets,
-    KasaConfig,
-    KasaError,
-    adapted_layers,
-    attach,
-    find_targets,
-    penalty,
-    save_spectra,
-)
+from kasa import KasaConfig, KasaError, adapted_layers, attach, find_targets, penalty
+from kasa.spectra import BottomTriplets
+from kasa.spectra_file import save_spectra
 from pipeline.base_model import DTYPES, find_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.memory import GIB

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
-from kasa import KasaConfig, KasaError, ModelWeights, attach, bottom_triplets, compute_spectra, find_targets
+from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets
+from kasa.spectra import bottom_triplets
 from pipeline.base_model import find_base, load_base
 from pipeline.recipe import BaseSettings
 

@@ -8,21 +8,12 @@ from torch import nn
 
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.texts import TokenRows, text_sets, token_rows
-from kasa import (
-    CalibrationSums,
-    KasaConfig,
-    KasaError,
-    ModelWeights,
-    Spectra,
-    Target,
-    Truncation,
-    Weighting,
-    attach,
-    compute_spectra,
-    detach,
-    find_targets,
-    observe_layers,
-)
+from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, detach, find_targets, observe_layers
+from kasa.calibration import CalibrationSums
+from kasa.spectra import Spectra
+from kasa.targets import Target
+from kasa.truncation import Truncation
+from kasa.weighting import Weighting
 from pipeline.base_model import BaseModel, find_base, load_base
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.recipe import AdapterSettings, BaseSettings

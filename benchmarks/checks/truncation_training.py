@@ -26,20 +26,10 @@ from torch.nn import functional
 from benchmarks.checks.truncation import weighting_of
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows, text_sets, token_rows
-from kasa import (
-    CALIBRATED,
-    KasaConfig,
-    KasaError,
-    ModelWeights,
-    Target,
-    Truncation,
-    Weighting,
-    attach,
-    compute_spectra,
-    find_targets,
-    observe_layers,
-    penalty,
-)
+from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets, observe_layers, penalty
+from kasa.targets import Target
+from kasa.truncation import CALIBRATED, Truncation
+from kasa.weighting import Weighting
 from pipeline.base_model import find_base, load_base
 from pipeline.language_model import collate, label_losses
 from pipeline.prepare.stage import load_tokenizer

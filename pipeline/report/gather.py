@@ -14,7 +14,10 @@ from typing import Any
 
 import yaml
 
-from kasa import dropped_rank, load_spectra, product_singular_values, read_adapter
+from kasa import read_adapter
+from kasa.spectra_file import load_spectra
+from kasa.truncation import dropped_rank
+from kasa.update import product_singular_values
 from pipeline.artifacts import Artifact, package_versions
 from pipeline.context import RunContext
 from pipeline.journal import read_journal

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kasa import Target
+from kasa.targets import Target
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
 from pipeline.cluster import Resources, run_tasks

@@ -13,16 +13,12 @@ from typing import Any
 
 import torch
 
-from kasa import (
-    BottomTriplets,
-    CheckpointWeights,
-    StoredCalibration,
-    Target,
-    bottom_triplets,
-    load_spectra,
-    save_spectra,
-    weight_digest,
-)
+from kasa import CheckpointWeights
+from kasa.calibration import StoredCalibration
+from kasa.checkpoint import weight_digest
+from kasa.spectra import BottomTriplets, bottom_triplets
+from kasa.spectra_file import load_spectra, save_spectra
+from kasa.targets import Target
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
 from pipeline.cluster import Resources, run_tasks

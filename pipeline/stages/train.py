@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kasa import KasaConfig, Target
+from kasa import KasaConfig
+from kasa.targets import Target
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
 from pipeline.cluster import Resources, run_training_workers

@@ -22,19 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kasa import (
-    KasaConfig,
-    KasaError,
-    SavedAdapter,
-    Target,
-    adapted_layers,
-    attach,
-    frozen_factors,
-    load_spectra,
-    penalty,
-    save_adapter,
-    trainable_parameters,
-)
+from kasa import KasaConfig, KasaError, adapted_layers, attach, penalty, save_adapter
+from kasa.adapter import frozen_factors, trainable_parameters
+from kasa.adapter_file import SavedAdapter
+from kasa.spectra_file import load_spectra
+from kasa.targets import Target
 from pipeline.base_model import load_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.errors import TrainingError

@@ -4,7 +4,8 @@ import pytest
 import torch
 from shapes import Shapes, weight_of
 
-from kasa import KasaConfig, bottom_triplets, find_targets
+from kasa import KasaConfig, find_targets
+from kasa.spectra import bottom_triplets
 
 
 @pytest.fixture

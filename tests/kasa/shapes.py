@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kasa import trainable_parameters
+from kasa.adapter import trainable_parameters
 
 WIDTHS = {"square": (24, 24), "tall": (24, 40), "wide": (40, 24), "conv": (24, 36)}
 

@@ -7,20 +7,10 @@ import torch
 from shapes import WIDTHS, weight_of
 from torch.nn import functional
 
-from kasa import (
-    KasaConfig,
-    SpectrumError,
-    TargetError,
-    adapted_layers,
-    attach,
-    bottom_triplets,
-    detach,
-    disabled,
-    find_targets,
-    frozen_factors,
-    load_tensors,
-    trainable_parameters,
-)
+from kasa import KasaConfig, adapted_layers, attach, detach, disabled, find_targets
+from kasa.adapter import frozen_factors, load_tensors, trainable_parameters
+from kasa.errors import SpectrumError, TargetError
+from kasa.spectra import bottom_triplets
 
 NAMES = tuple(WIDTHS)
 

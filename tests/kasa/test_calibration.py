@@ -5,7 +5,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kasa import SpectrumError, StoredCalibration, find_targets, observe_dropped, observe_layers, save_sums
+from kasa import find_targets, observe_layers
+from kasa.audit import observe_dropped
+from kasa.calibration import StoredCalibration, save_sums
+from kasa.errors import SpectrumError
 
 
 class Shared(nn.Module):

@@ -10,22 +10,20 @@ from safetensors.torch import save_file
 from shapes import Shapes
 
 from kasa import (
-    AdapterFileError,
     CheckpointWeights,
-    SavedAdapter,
-    SpectrumError,
-    Target,
     attach,
     attach_saved,
-    check_base,
+    capture_adapter,
     find_targets,
     folders,
-    frozen_factors,
     read_adapter,
     save_adapter,
-    trainable_parameters,
-    weight_digest,
 )
+from kasa.adapter import frozen_factors, trainable_parameters
+from kasa.adapter_file import SavedAdapter, check_base
+from kasa.checkpoint import weight_digest
+from kasa.errors import AdapterFileError, SpectrumError
+from kasa.targets import Target
 
 
 @pytest.fixture
@@ -63,6 +61,17 @@ def test_round_trip(adapter, tmp_path) -> None:
         ours, theirs = getattr(loaded, field), getattr(adapter, field)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_live_adapter_is_captured_whole(adapter, model, base_folder) -> None:
+    captured = capture_adapter(model, adapter.config, base_folder)
+    assert (captured.targets, captured.weight_digests) == (adapter.targets, adapter.weight_digests)
+    for field in ("tensors", "dropped"):
+        ours, theirs = getattr(captured, field), getattr(adapter, field)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    next(iter(trainable_parameters(model).values())).data.zero_()
+    assert all(tensor.any() for tensor in captured.tensors.values())
 
 
 def test_a_loaded_adapter_computes_what_the_saved_one_did(adapter, model, tmp_path) -> None:

@@ -10,7 +10,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from kasa import InterchangeError, KasaConfig, SavedAdapter, export_lora, interchange, lora_rank, vllm_rank
+from kasa import KasaConfig, export_lora, interchange
+from kasa.adapter_file import SavedAdapter
+from kasa.errors import InterchangeError
+from kasa.lora_export import lora_rank, vllm_rank
 
 CONFIG = KasaConfig(rank=4, alpha=6.0, dropped_rank=3)
 

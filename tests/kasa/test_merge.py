@@ -9,7 +9,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from kasa import InterchangeError, KasaConfig, SavedAdapter, SpectrumError, merge
+from kasa import KasaConfig, merge
+from kasa.adapter_file import SavedAdapter
+from kasa.errors import InterchangeError, SpectrumError
 from kasa.interchange import update_factors
 
 CONFIG = KasaConfig(rank=4, alpha=6.0, dropped_rank=3)

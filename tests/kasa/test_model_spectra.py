@@ -5,16 +5,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kasa import (
-    CheckpointWeights,
-    ModelWeights,
-    SpectrumError,
-    Target,
-    Weighting,
-    bottom_triplets,
-    compute_spectra,
-    find_targets,
-)
+from kasa import CheckpointWeights, ModelWeights, compute_spectra, find_targets
+from kasa.errors import SpectrumError
+from kasa.spectra import bottom_triplets
+from kasa.targets import Target
+from kasa.weighting import Weighting
 
 
 def test_a_model_and_its_checkpoint_have_the_same_spectra(model, tmp_path) -> None:

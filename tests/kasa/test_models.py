@@ -12,21 +12,20 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kasa import (
     KasaConfig,
-    SavedAdapter,
-    TargetError,
     activate,
     attach,
     attach_saved,
-    bottom_triplets,
     detach,
     disabled,
     find_targets,
     fold,
-    frozen_factors,
     read_adapter,
     save_adapter,
-    trainable_parameters,
 )
+from kasa.adapter import frozen_factors, trainable_parameters
+from kasa.adapter_file import SavedAdapter
+from kasa.errors import TargetError
+from kasa.spectra import bottom_triplets
 from kasa.targets import as_target
 
 CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=3)

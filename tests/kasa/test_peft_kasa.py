@@ -11,7 +11,9 @@ from peft import KasaConfig as PeftKasaConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from kasa import InterchangeError, KasaConfig, export_peft_kasa, import_peft_kasa
+from kasa import KasaConfig
+from kasa.errors import InterchangeError
+from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 
 CONFIG = KasaConfig(
     rank=4, alpha=6.0, dropped_rank=4, regulariser="paper", singular_value_weight=0.25, orthogonality_weight=0.5

@@ -4,15 +4,9 @@ import pytest
 import torch
 from shapes import weight_of
 
-from kasa import (
-    KasaConfig,
-    adapted_layers,
-    attach,
-    find_targets,
-    penalty,
-    product_singular_values,
-    trainable_parameters,
-)
+from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty
+from kasa.adapter import trainable_parameters
+from kasa.update import product_singular_values
 
 
 def plain_reference(tensors: dict[str, torch.Tensor], names: list[str], convention: str):

@@ -4,21 +4,10 @@ import pytest
 import torch
 from shapes import WIDTHS, Shapes, randomise
 
-from kasa import (
-    KasaConfig,
-    KasaLayer,
-    TargetError,
-    activate,
-    adapted_layers,
-    adapter_names,
-    attach,
-    detach,
-    disabled,
-    find_targets,
-    frozen_factors,
-    penalty,
-    trainable_parameters,
-)
+from kasa import KasaConfig, activate, adapted_layers, attach, detach, disabled, find_targets, penalty
+from kasa.adapter import adapter_names, frozen_factors, trainable_parameters
+from kasa.errors import TargetError
+from kasa.layer import KasaLayer
 
 FIRST = KasaConfig(rank=6, alpha=9.0, dropped_rank=4)
 SECOND = KasaConfig(rank=3, alpha=6.0, dropped_rank=2)

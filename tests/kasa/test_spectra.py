@@ -7,7 +7,11 @@ import pytest
 import torch
 from matrices import SHAPES, spectrum, weight_with_values
 
-from kasa import SpectrumError, Weighting, bottom, bottom_triplets, load_spectra, save_spectra, spectra
+from kasa import bottom, spectra
+from kasa.errors import SpectrumError
+from kasa.spectra import bottom_triplets
+from kasa.spectra_file import load_spectra, save_spectra
+from kasa.weighting import Weighting
 
 KINDS = ("random", "rank deficient", "zero", "constant", "clustered", "badly scaled")
 

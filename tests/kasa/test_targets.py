@@ -3,7 +3,9 @@
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kasa import TargetError, check_rank, find_targets
+from kasa import find_targets
+from kasa.errors import TargetError
+from kasa.targets import check_rank
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from matrices import SHAPES, spectrum, weight_with_values
 
-from kasa import SpectrumError, Weighting, bottom_triplets
-from kasa.weighting import SHRINKAGE
+from kasa.errors import SpectrumError
+from kasa.spectra import bottom_triplets
+from kasa.weighting import SHRINKAGE, Weighting
 
 
 def covariance_of(tokens_TI: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kasa import (
-    CheckpointWeights,
-    KasaConfig,
-    SavedAdapter,
-    attach_saved,
-    bottom_triplets,
-    dropped_rank,
-    find_targets,
-    weight_digest,
-)
+from kasa import CheckpointWeights, KasaConfig, attach_saved, find_targets
+from kasa.adapter_file import SavedAdapter
+from kasa.checkpoint import weight_digest
+from kasa.spectra import bottom_triplets
+from kasa.truncation import dropped_rank
 
 VOCABULARY = 64
 TOKENS = torch.randint(VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(5))

@@ -18,17 +18,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from kasa import (
-    CheckpointWeights,
-    KasaConfig,
-    SavedAdapter,
-    attach_saved,
-    bottom_triplets,
-    find_targets,
-    read_adapter,
-    save_adapter,
-    weight_digest,
-)
+from kasa import CheckpointWeights, KasaConfig, attach_saved, find_targets, read_adapter, save_adapter
+from kasa.adapter_file import SavedAdapter
+from kasa.checkpoint import weight_digest
+from kasa.spectra import bottom_triplets
 from pipeline import base_model, generation, logit_difference
 from pipeline.cli import main
 from pipeline.prompting import Prompting

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kasa import Target
+from kasa.targets import Target
 from pipeline import keys
 from pipeline.recipe import Recipe
 

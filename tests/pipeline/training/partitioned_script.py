@@ -16,7 +16,8 @@ warnings.filterwarnings("ignore")
 
 import torch.distributed as dist  # noqa: E402
 
-from kasa import KasaConfig, attach, find_targets, trainable_parameters  # noqa: E402
+from kasa import KasaConfig, attach, find_targets  # noqa: E402
+from kasa.adapter import trainable_parameters  # noqa: E402
 from pipeline.base_model import load_base  # noqa: E402
 from pipeline.deepspeed_config import complete_config, load_deepspeed_config, with_passes  # noqa: E402
 from pipeline.recipe import TrainSettings  # noqa: E402

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kasa import AdapterFileError
+from kasa.errors import AdapterFileError
 from pipeline.training.checkpoints import Checkpoint, load_checkpoint, newest_step, save_checkpoint
 
 

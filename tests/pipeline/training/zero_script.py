@@ -18,15 +18,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from kasa import (  # noqa: E402
-    KasaConfig,
-    adapted_layers,
-    attach,
-    bottom_triplets,
-    find_targets,
-    penalty,
-    trainable_parameters,
-)
+from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty  # noqa: E402
+from kasa.adapter import trainable_parameters  # noqa: E402
+from kasa.spectra import bottom_triplets  # noqa: E402
 from pipeline.deepspeed_config import with_passes  # noqa: E402
 from pipeline.language_model import collate, label_losses  # noqa: E402
 from pipeline.training import zero  # noqa: E402
