@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
-PATIENCE_S = 150
+PATIENCE_S = 400
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.nn import functional
 from benchmarks.checks.truncation import spectra_of
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows, text_sets, token_rows
-from kasa import KasaConfig, KasaError, attach, find_targets, observe_inputs, penalty, trainable_parameters
+from kasa import KasaConfig, KasaError, attach, find_targets, observe_inputs, penalty
 from pipeline.base_model import find_base, load_base
 from pipeline.language_model import collate, label_losses
 from pipeline.prepare.stage import load_tokenizer
@@ -136,7 +136,8 @@ def _adapted(task: Task, arm: str, seed: int) -> tuple[nn.Module, Callable[[], t
 
         names = [target.name for target in targets]
         inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=names), task.model)
-        _train_head(task)
+        for name in task.head:
+            task.model.get_submodule(name).requires_grad_(True)
         return task.model, lambda: torch.zeros(())
     config = KasaConfig(rank=RANK, alpha=ALPHA, truncation=arm, dropped_rank=RANK)  # type: ignore[arg-type]
     sums = None
@@ -145,15 +146,8 @@ def _adapted(task: Task, arm: str, seed: int) -> tuple[nn.Module, Callable[[], t
             for sample in task.train[:128]:
                 task.losses(task.model, [sample])
     spectra = None if arm == "none" else spectra_of(task.model, targets, RANK, sums)
-    layers = attach(task.model, targets, config, spectra, seed)
-    _train_head(task)
-    assert trainable_parameters(task.model)
+    layers = attach(task.model, targets, config, spectra, seed, trained_modules=task.head)
     return task.model, lambda: penalty(layers.values(), config.regulariser).weighted(config)
-
-
-def _train_head(task: Task) -> None:
-    for name in task.head:
-        task.model.get_submodule(name).requires_grad_(True)
 
 
 def _language_losses(model: nn.Module, samples: Sequence[Sample]) -> torch.Tensor:

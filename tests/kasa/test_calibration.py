@@ -110,4 +110,4 @@ def test_output_share_is_the_energy_that_dropping_takes(model: Shared) -> None:
         model(x[:, 2:])
     rows = x.flatten(0, 1)
     expected = (rows @ right.T @ left.T).square().sum() / (rows @ model.q.weight.T).square().sum()
-    assert observed.shares() == {"q": pytest.approx(float(expected), rel=1e-5)}
+    assert observed.shares() == {"q": pytest.approx(expected.item(), rel=1e-5)}

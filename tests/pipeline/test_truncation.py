@@ -31,7 +31,7 @@ def test_language_loss_is_the_mean_over_all_tokens_but_the_first() -> None:
     for text in TEXTS:
         logits = model(torch.tensor([text])).logits[0, :-1]
         losses.append(functional.cross_entropy(logits, torch.tensor(text[1:]), reduction="none"))
-    assert language_loss(model, TEXTS) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    assert language_loss(model, TEXTS) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_the_first_rows_reach_the_tokens_asked_for() -> None:
