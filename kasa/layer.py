@@ -1,5 +1,8 @@
 """The adapted layer: W x + s B (d * (A x)) - U_d S_d (V_d^T x). One base module carries any number of updates.
 
+Beside any base module the update is added to its output. A plain linear base and its update are computed as one
+(`_AdaptedLinear`), which makes the dropped part nearly free.
+
 Legend: O = out features, I = in features, R = adapter rank, D = dropped rank, N = positions.
 """
 
@@ -71,7 +74,7 @@ class KasaUpdate(nn.Module):
         """
         # Without autocast the adapter may be kept in another type than the activations.
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.a.dtype)
-        up = self.b * (self.scale * self.d)
+        up = self._scaled_b()
         if self.dropped_left is None or self.dropped_right is None or base_is_truncated:
             down = functional.linear(self._drop_inputs(x), self.a)
         else:
@@ -85,6 +88,28 @@ class KasaUpdate(nn.Module):
             return y + functional.linear(down, up).to(y.dtype)
         sum_NO = torch.addmm(y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1]), up.t())
         return sum_NO.view(y.shape)
+
+    def with_base(self, x: torch.Tensor, base: nn.Linear, base_is_truncated: bool = False) -> torch.Tensor:
+        """What `forward` makes of x and base(x), where `fits` allows: (..., I) -> (..., O)."""
+        left, right = (None, None) if base_is_truncated else (self.dropped_left, self.dropped_right)
+        y_NO = _AdaptedLinear.apply(x.flatten(0, -2), base.weight, base.bias, self.a, self._scaled_b(), left, right)
+        return y_NO.view(*x.shape[:-1], -1)
+
+    def fits(self, x: torch.Tensor, base: nn.Module) -> bool:
+        """Whether base and update can be computed as one: all in one type, and a call of either does nothing else."""
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and not any(parameter.requires_grad for parameter in base.parameters(recurse=False))
+            and x.dtype == base.weight.dtype == self.a.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not (self.training and self.dropout)
+            and _is_bare(base)
+            and _is_bare(self)
+        )
+
+    def _scaled_b(self) -> torch.Tensor:
+        return self.b * (self.scale * self.d)
 
     def _drop_inputs(self, x: torch.Tensor) -> torch.Tensor:
         return functional.dropout(x, self.dropout, self.training)
@@ -136,9 +161,12 @@ class KasaLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) -> (..., O)."""
-        y = self.base(x)
-        update = self.update
-        return y if update is None else update(x, y, self._whole_weight is not None)
+        update, is_truncated = self.update, self._whole_weight is not None
+        if update is None:
+            return self.base(x)
+        if update.fits(x, self.base):
+            return update.with_base(x, self.base, is_truncated)
+        return update(x, self.base(x), is_truncated)
 
     def switch(self, name: str | None) -> None:
         """Make adapter `name` the active one; where it has no update of this layer, or for None, the base alone."""
@@ -187,6 +215,60 @@ class KasaLayer(nn.Module):
         if folded:
             self.fold()
         return self
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x W^T + bias + (x [A; V_d^T]^T) [s B diag(d) | -U_d S_d]^T of x (N, I); the last two tensors may be None.
+
+    Against the same written with torch's operations the sums are made in place, in the backward pass too, and the frozen
+    halves of both products get no gradient. Gradients go to x, A and s B diag(d).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        a_RI: torch.Tensor,
+        up_OR: torch.Tensor,
+        left_OD: torch.Tensor | None,
+        right_DI: torch.Tensor | None,
+    ) -> torch.Tensor:
+        y_NO = functional.linear(x_NI, weight_OI, bias_O)
+        down_NK = x_NI @ _stacked_down(a_RI, right_DI).t()
+        ctx.save_for_backward(x_NI, weight_OI, a_RI, up_OR, left_OD, right_DI, down_NK[:, : len(a_RI)])
+        return y_NO.addmm_(down_NK, _stacked_up(up_OR, left_OD).t())
+
+    @staticmethod
+    def backward(ctx: Any, slope_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NI, weight_OI, a_RI, up_OR, left_OD, right_DI, down_NR = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again, for which the product has to be part of the graph
+            down_NR = x_NI @ a_RI.t()
+        slope_NK = slope_NO @ _stacked_up(up_OR, left_OD)
+        x_slope_NI = a_slope_RI = up_slope_OR = None
+        if ctx.needs_input_grad[0]:
+            x_slope_NI = (slope_NO @ weight_OI).addmm_(slope_NK, _stacked_down(a_RI, right_DI))
+        if ctx.needs_input_grad[3]:
+            a_slope_RI = slope_NK[:, : len(a_RI)].t() @ x_NI
+        if ctx.needs_input_grad[4]:
+            # Not slope^T down: for wide outputs this order takes half the time.
+            up_slope_OR = (down_NR.t() @ slope_NO).t()
+        return x_slope_NI, None, None, a_slope_RI, up_slope_OR, None, None
+
+
+def _stacked_down(a_RI: torch.Tensor, right_DI: torch.Tensor | None) -> torch.Tensor:
+    return a_RI if right_DI is None else torch.cat([a_RI, right_DI])
+
+
+def _stacked_up(up_OR: torch.Tensor, left_OD: torch.Tensor | None) -> torch.Tensor:
+    return up_OR if left_OD is None else torch.cat([up_OR, -left_OD], dim=1)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's forward: ZeRO-3, offloading and profilers add to the call."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in vars(module) and not any(hooks)
 
 
 def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
