@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -95,7 +95,7 @@ class KasaUpdate(nn.Module):
         y_NO = _AdaptedLinear.apply(x.flatten(0, -2), base.weight, base.bias, self.a, self._scaled_b(), left, right)
         return y_NO.view(*x.shape[:-1], -1)
 
-    def fits(self, x: torch.Tensor, base: nn.Module) -> bool:
+    def fits(self, base: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
         """Whether base and update can be computed as one: all in one type, and a call of either does nothing else."""
         return (
             type(base) is nn.Linear
@@ -164,7 +164,7 @@ class KasaLayer(nn.Module):
         update, is_truncated = self.update, self._whole_weight is not None
         if update is None:
             return self.base(x)
-        if update.fits(x, self.base):
+        if update.fits(self.base, x):
             return update.with_base(x, self.base, is_truncated)
         return update(x, self.base(x), is_truncated)
 

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from torch import nn
 
 import kasa
 from benchmarks.checks.interchange import random_adapter
-from benchmarks.checks.truncation import spectra_of
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.texts import SEQUENCE_TOKENS, text_sets, token_rows
-from kasa import KasaConfig, KasaError, attach, find_targets, fold, penalty
+from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets, fold, penalty
+from kasa.peft_kasa import export_peft_kasa
 from pipeline.base_model import BaseModel, find_base, load_base
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.recipe import BaseSettings
@@ -69,7 +70,7 @@ def train_step(setting: Setting) -> Measurement:
         arm.optimizer.zero_grad()
         losses[name] = loss.item()
 
-    seconds = take_turns({name: lambda turn, name=name: step(name, turn) for name in arms}, STEPS)
+    seconds = take_turns({name: partial(step, name) for name in arms}, STEPS)
     return step_of(seconds, losses, {name: _adapted_count(arm.model) for name, arm in arms.items()})
 
 
@@ -102,7 +103,7 @@ def regulariser(setting: Setting) -> Measurement:
 
     seconds = take_turns(
         {
-            "PEFT": lambda _: once("PEFT", theirs, theirs._get_kasa_loss),  # type: ignore[arg-type, operator]
+            "PEFT": lambda _: once("PEFT", theirs, theirs._get_kasa_loss),  # type: ignore[arg-type]
             "KaSA": lambda _: once("KaSA", ours, lambda: penalty(layers.values(), "paper").weighted(config)),
         },
         REGULARISER_TURNS,
@@ -118,7 +119,7 @@ def adapter_load(setting: Setting) -> Measurement:
     base = _base(setting)
     ours, theirs = setting.scratch / "adapter-load", setting.scratch / "adapter-load-peft"
     kasa.save_adapter(ours, adapter := random_adapter(base, "weight"))
-    kasa.export_peft_kasa(adapter, theirs)
+    export_peft_kasa(adapter, theirs)
     plain = load_base(base.folder, "fp32")
 
     def load_ours(model: nn.Module) -> nn.Module:
@@ -158,9 +159,7 @@ def speed(seconds: Mapping[str, list[float]], name: str, other: str) -> float:
     return statistics.median(theirs / ours for ours, theirs in zip(seconds[name], seconds[other], strict=True))
 
 
-def step_of(
-    seconds: Mapping[str, list[float]], losses: Mapping[str, float], layers: Mapping[str, int]
-) -> Measurement:
+def step_of(seconds: Mapping[str, list[float]], losses: Mapping[str, float], layers: Mapping[str, int]) -> Measurement:
     """Our tokens per second over those of PEFT's LoRA; slower than PEFT's KaSA, or fewer layers adapted, is a flaw."""
     against_kasa = speed(seconds, "KaSA", "PEFT KaSA")
     flaws = [f"{against_kasa:.3f} times as fast as PEFT's KaSA"] if against_kasa <= 1 else []
@@ -214,7 +213,7 @@ def load_of(peft_seconds: float, seconds: list[float], logits_apart: float, fold
 def _our_arm(base: BaseModel, folded: bool) -> Arm:
     model, config = load_base(base.folder, "fp32"), _config(truncation="weight")
     targets = find_targets(model, "all-linear")
-    layers = attach(model, targets, config, spectra_of(model, targets, RANK))
+    layers = attach(model, targets, config, compute_spectra(ModelWeights(model), targets, RANK))
     if folded:
         fold(model)
     return _arm(model, lambda: penalty(layers.values(), config.regulariser).weighted(config))

@@ -9,22 +9,12 @@ from shapes import randomise
 from tiny import TOKENS, load, logits, save_llama
 from torch import nn
 
-from kasa import (
-    AdapterFileError,
-    KasaConfig,
-    KasaError,
-    SavedAdapter,
-    Target,
-    adapted_layers,
-    attach,
-    attach_saved,
-    bottom_triplets,
-    disabled,
-    find_targets,
-    fold,
-    penalty,
-    trainable_parameters,
-)
+from kasa import KasaConfig, KasaError, adapted_layers, attach, attach_saved, disabled, find_targets, fold, penalty
+from kasa.adapter import trainable_parameters
+from kasa.adapter_file import SavedAdapter
+from kasa.errors import AdapterFileError
+from kasa.spectra import bottom_triplets
+from kasa.targets import Target
 
 CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=3)
 KINDS = ["4bit", "8bit"]
