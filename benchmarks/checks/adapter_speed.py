@@ -49,8 +49,7 @@ class Arm:
 
 @check(bar=0.97, direction="at least", unit="times the tokens per second of PEFT's LoRA")
 def train_step(setting: Setting) -> Measurement:
-    """A training step with regularisers, all linear layers of SmolLM2-135M in fp32, r=16, against PEFT's LoRA; a flaw
-    if it is not faster than PEFT's KaSA."""
+    """A training step with regularisers, all linear layers of SmolLM2-135M, r=16, against PEFT's LoRA and KaSA."""
     base = _base(setting)
     rows = token_rows(text_sets(setting.workspace)["python reference"][0], load_tokenizer(base.folder), 8192)
     batches = torch.tensor(rows).split(BATCH)
