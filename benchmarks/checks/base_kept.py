@@ -159,7 +159,9 @@ def _differing_in_all(
 
 
 def _differing_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> int:
-    now = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items() if ".updates." not in name}
+    now = {
+        name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items() if ".updates." not in name
+    }
     assert now.keys() == weights.keys()
     return sum(different_bits(now[name], weights[name]) for name in weights)
 
@@ -174,9 +176,7 @@ def _packed(base: BaseModel) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    packing = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(
         base.folder, dtype=torch.float32, quantization_config=packing, local_files_only=True
     )
