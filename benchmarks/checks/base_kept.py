@@ -177,9 +177,11 @@ def _packed(base: BaseModel) -> nn.Module:
 
     logging.disable_progress_bar()
     packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         base.folder, dtype=torch.float32, quantization_config=packing, local_files_only=True
     )
+    # Outside training bitsandbytes computes in bf16 on CPUs that can, and stores the weights in another order for it.
+    return model.train()
 
 
 def _unpacked(packed: nn.Module, plain: nn.Module) -> nn.Module:
