@@ -5,14 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,16 +20,13 @@ import yaml
 from torch import nn
 
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
+from benchmarks.ranks import process_group, shape_of, stand_in_spectra, start_ranks, training_job, write_inputs
 from kasa import KasaConfig, KasaError, adapted_layers, attach, find_targets, penalty
-from kasa.spectra import BottomTriplets
-from kasa.spectra_file import save_spectra
 from pipeline.base_model import DTYPES, find_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.memory import GIB
-from pipeline.model_shapes import meta_model, model_config
 from pipeline.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.recipe import BaseSettings, Recipe, parse_recipe
-from pipeline.stages.train import adapter_config, deepspeed_settings
 
 LLAMAS = (
     "meta-llama/Llama-2-7b-hf",
@@ -147,35 +141,16 @@ def compare(case: Case, base: Path, scratch: Path) -> dict[str, Any]:
 def planned_estimate(recipe: Recipe) -> Estimate:
     """The plan of a run whose rows are all of about the full length."""
     facts = DataFacts(recipe.train.batch_size, ROW_TOKENS, ROW_TOKENS)
-    return estimate(recipe, _shape(recipe), checked_targets(recipe, _shape(recipe)), data=facts)
+    return estimate(recipe, shape_of(recipe), checked_targets(recipe, shape_of(recipe)), data=facts)
 
 
 def run_workers(case: Case, base: Path, scratch: Path, environment: dict[str, str]) -> dict[str, float]:
     """Train in processes of their own; what rank 0 measured, in GiB."""
     folder = scratch / f"plan-{time.monotonic_ns()}"
     _write_inputs(case.recipe(base), folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
-    for rank in range(case.workers):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.workers)}
-        with (folder / f"rank-{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.checks.plan", str(CASES.index(case)), str(folder), str(base)],
-                    cwd=ROOT,
-                    env={**os.environ, **shared, **ranks, **environment},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    for process in processes:
-        process.wait()
+    arguments = [str(CASES.index(case)), str(folder), str(base)]
+    start_ranks("benchmarks.checks.plan", arguments, case.workers, folder, environment).wait()
     result = folder / "measured.json"
-    if not result.exists():
-        raise RuntimeError(f"{case.name} failed: {(folder / 'rank-0.log').read_text()[-2000:]}")
     return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -198,58 +173,21 @@ def seconds_to_answer(model: str, scratch: Path) -> float:
     return taken
 
 
-def _shape(recipe: Recipe) -> nn.Module:
-    """The base on the meta device."""
-    config = model_config(recipe.base.model)
-    assert config is not None
-    return meta_model(config)
-
-
 def _write_inputs(recipe: Recipe, folder: Path) -> None:
-    """Prepared data of one global batch, no two rows of one length, and spectra of the right shapes."""
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
+    """One global batch, no two rows of one length."""
     rows = [[7 + token % 1000 for token in range(ROW_TOKENS - row)] for row in range(recipe.train.batch_size)]
-    columns = {"input_ids": rows, "labels": rows, "source": ["rows"] * len(rows)}
-    Dataset.from_dict(columns).save_to_disk(str(folder / "prepared" / "train"))
-    (folder / "prepared" / "summary.json").write_text(json.dumps({"train_rows": len(rows)}), encoding="utf-8")
-    rank = recipe.spectra_rank
-    generator = torch.Generator().manual_seed(0)
-    spectra = {
-        target.name: BottomTriplets(
-            left_OR=1e-3 * torch.randn(target.out_features, rank, generator=generator),
-            singular_values_R=torch.full((rank,), 1e-3),
-            right_RI=1e-3 * torch.randn(rank, target.in_features, generator=generator),
-            largest=1.0,
-            residual=0.0,
-            orthogonality=0.0,
-            method="svd",
-        )
-        for target in checked_targets(recipe, _shape(recipe))
-    }
-    save_spectra(folder / "spectra", spectra, dict.fromkeys(spectra, "0"))
-    (folder / "work").mkdir()
+    targets = checked_targets(recipe, shape_of(recipe))
+    write_inputs(
+        folder, [{"input_ids": ids, "labels": ids} for ids in rows], stand_in_spectra(targets, recipe.spectra_rank)
+    )
 
 
 def measure_worker(case: Case, folder: Path, base: Path) -> None:
     """One rank: the pipeline's own training, with the resident memory of its phases."""
     from pipeline.training import worker, zero
 
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-    torch.set_num_threads(1)
     recipe = case.recipe(base)
-    job = worker.TrainJob(
-        base_name="base",
-        base_folder=base,
-        prepared=folder / "prepared",
-        spectra=folder / "spectra",
-        work=folder / "work",
-        targets=tuple(checked_targets(recipe, _shape(recipe))),
-        config=adapter_config(recipe),
-        settings=recipe.train,
-        deepspeed=deepspeed_settings(recipe),
-    )
+    job = training_job(recipe, folder)
     toy = job.deepspeed | {"zero_optimization": {"stage": min(case.stage, 2)}}
     _train_toy(case, zero.start_engine, with_passes(toy, case.workers, 1))
     measured = {"process": _resident_gib("VmRSS")}
@@ -268,8 +206,6 @@ def measure_worker(case: Case, folder: Path, base: Path) -> None:
     measured["peak"] = _resident_gib("VmHWM")
     if dist.get_rank() == 0:
         (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _train_toy(case: Case, start_engine: Callable[..., Any], deepspeed: dict[str, Any]) -> None:
@@ -313,4 +249,5 @@ def _forget_peak() -> None:
 
 
 if __name__ == "__main__":
-    measure_worker(CASES[int(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]))
+    with process_group():
+        measure_worker(CASES[int(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,357 @@
+"""DeepSpeed ZeRO against plain torch, across changes of the number of workers, and what it holds and saves."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.core import CannotRunError, Measurement, Setting, check
+from benchmarks.ranks import (
+    count_bytes,
+    process_group,
+    shape_of,
+    stand_in_spectra,
+    start_ranks,
+    training_job,
+    write_inputs,
+)
+from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets, read_adapter
+from kasa.adapter import trainable_parameters
+from kasa.spectra import BottomTriplets
+from pipeline.base_model import find_base, load_base
+from pipeline.journal import Record, read_journal
+from pipeline.plan import checked_targets
+from pipeline.recipe import BaseSettings, Recipe, parse_recipe
+from pipeline.stages.train import adapter_config
+from pipeline.training import worker, zero
+from pipeline.training.batches import BatchPlan, learning_rate
+
+STEPS, BATCH, SAMPLES, RANK = 30, 8, 60, 8
+WORLDS = (1, 2)
+# Of a linear layer's A and B (64 x 8 and 160 x 8) stage 3 keeps the smaller whole on every rank.
+PERSISTENT_ELEMENTS = 600
+CHECKPOINT_EVERY, KILLED_AFTER = 4, (10, 19)
+PATIENCE_S = 300
+
+Sample = dict[str, list[int]]
+
+
+@check(bar=1e-5, direction="at most", unit="nats")
+def zero_parity(setting: Setting) -> Measurement:
+    """Loss of 30 fp32 steps of a small LLaMA at ZeRO 0 to 3 on 1 and 2 workers, against plain torch with textbook terms."""
+    folder = setting.scratch / "zero-parity"
+    base, spectra = _small_base(folder)
+    reference, adapter = _reference(_recipe(base, folder, 0, 1), spectra)
+    found: dict[str, Any] = {}
+    for stage in range(4):
+        for workers in WORLDS:
+            recipe = _recipe(base, folder, stage, workers)
+            run = _prepare(recipe, folder / f"zero-{stage}-{workers}", spectra)
+            _train(recipe, run)
+            records, values = _outcome(run)
+            found[f"ZeRO-{stage}, {workers} workers"] = {
+                "loss": _apart(records, reference, "loss"),
+                # DeepSpeed does not tell it at stage 0.
+                **({"gradient_norm": _apart(records, reference, "gradient_norm")} if stage else {}),
+                "adapter": max(float((values[name] - adapter[name]).abs().max()) for name in adapter),
+            }
+    first, last = reference[0]["loss"], reference[-1]["loss"]
+    flaws = () if last < first - 0.1 else (f"the reference's loss went from {first:.3f} to {last:.3f} only",)
+    worst = max(one["loss"] for one in found.values())
+    return Measurement(worst, {"runs": found, "reference": [record["loss"] for record in reference]}, flaws=flaws)
+
+
+@check(bar=1e-5, direction="at most", unit="nats")
+def elastic_resume(setting: Setting) -> Measurement:
+    """Loss of a run killed twice and resumed on 2, 1, 2 workers, against undisturbed: 30 fp32 steps, ZeRO 2 and 3."""
+    folder = setting.scratch / "elastic"
+    base, spectra = _small_base(folder)
+    found = {}
+    for stage in (2, 3):
+        undisturbed = _prepare(_recipe(base, folder, stage, 2), folder / f"undisturbed-{stage}", spectra)
+        _train(_recipe(base, folder, stage, 2), undisturbed)
+        run = folder / f"elastic-{stage}"
+        _prepare(_recipe(base, folder, stage, 2), run, spectra)
+        starts = []
+        for workers, until in ((2, KILLED_AFTER[0]), (1, KILLED_AFTER[1]), (2, None)):
+            starts.append(_train(_recipe(base, folder, stage, workers), run, until))
+        (records, values), (expected, whole) = _outcome(run), _outcome(undisturbed)
+        found[f"ZeRO-{stage}"] = {
+            "loss": _apart(records, expected, "loss"),
+            "adapter": max(float((values[name] - whole[name]).abs().max()) for name in whole),
+            "resumed_after_step": starts[1:],
+        }
+    flaws = [
+        f"{name} did not resume from a checkpoint" for name, one in found.items() if not all(one["resumed_after_step"])
+    ]
+    return Measurement(max(one["loss"] for one in found.values()), found, flaws=tuple(flaws))
+
+
+@check(bar=3.1, direction="at most", unit="times the adapter's fp32 bytes")
+def checkpoint_size(setting: Setting) -> Measurement:
+    """A training checkpoint of SmolLM2-135M, all linear layers, r=16: all files, none of them pickle."""
+    run = setting.scratch / "checkpoint-size"
+    recipe = _smollm(setting, stage=2, workers=1)
+    _prepare(recipe, run, stand_in_spectra(checked_targets(recipe, shape_of(recipe)), RANK))
+    _train(recipe, run)
+    (checkpoint,) = (run / "work" / "checkpoints").iterdir()
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    _, values = _outcome(run)
+    adapter = sum(value.numel() * 4 for value in values.values())
+    details = {"files": {path.name: path.stat().st_size for path in files}, "adapter_bytes": adapter}
+    strangers = [path.name for path in files if not _is_json(path) and not _is_safetensors(path)]
+    flaws = [f"{name} is neither JSON nor safetensors" for name in strangers]
+    return Measurement(sum(path.stat().st_size for path in files) / adapter, details, flaws=tuple(flaws))
+
+
+@check(bar=55, direction="at most", unit="% of the base's bytes")
+def zero3_memory(setting: Setting) -> Measurement:
+    """What a rank holds of SmolLM2's frozen parameters after training at ZeRO-3 on two workers; the larger of both."""
+    run = setting.scratch / "zero3-memory"
+    recipe = _smollm(setting, stage=3, workers=2)
+    _prepare(recipe, run, stand_in_spectra(checked_targets(recipe, shape_of(recipe)), RANK))
+    _write_recipe(recipe, run)
+    start_ranks("benchmarks.checks.zero_training", [str(run)], 2, run).wait()
+    found = [json.loads((run / f"held-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return Measurement(100 * max(one["base"] / one["whole_base"] for one in found), {"ranks": found})
+
+
+def measure_held(folder: Path) -> None:
+    """One rank: train, then write what it holds of base and dropped factors, in bytes of distinct storages."""
+    engines = []
+    start_engine = zero.start_engine
+
+    def start_and_keep(*arguments: Any) -> Any:
+        engines.append(start_engine(*arguments))
+        return engines[0]
+
+    recipe = parse_recipe(json.loads((folder / "recipe.json").read_text(encoding="utf-8")), str(folder))
+    with process_group(), mock.patch.object(zero, "start_engine", start_and_keep):
+        worker.train_worker(training_job(recipe, folder))
+        parameters = dict(engines[0].module.named_parameters())
+        dropped = {name: parameter for name, parameter in parameters.items() if ".dropped_" in name}
+        base = {n: p for n, p in parameters.items() if not p.requires_grad and n not in dropped}
+        held = {
+            "base": count_bytes([part for parameter in base.values() for part in _parts(parameter)]),
+            "whole_base": sum(parameter.ds_numel * parameter.element_size() for parameter in base.values()),
+            "dropped": count_bytes([part for parameter in dropped.values() for part in _parts(parameter)]),
+            "whole_dropped": sum(parameter.ds_numel * parameter.element_size() for parameter in dropped.values()),
+        }
+        (folder / f"held-{dist.get_rank()}.json").write_text(json.dumps(held), encoding="utf-8")
+
+
+def _parts(parameter: Any) -> list[torch.Tensor]:
+    """The rank's own part of a partitioned parameter, and whatever of the whole is in memory."""
+    return [parameter.ds_tensor, parameter.data] if parameter.data.numel() else [parameter.ds_tensor]
+
+
+def _small_base(folder: Path) -> tuple[Path, dict[str, BottomTriplets]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256, initializer_range=0.1, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base")
+    spectra = compute_spectra(ModelWeights(model), find_targets(model, "all-linear"), RANK)
+    return folder / "base", spectra
+
+
+def _recipe(base: Path, folder: Path, stage: int, workers: int) -> Recipe:
+    deepspeed = f"cpu_zero{stage}"
+    if stage == 3:
+        deepspeed = str(folder / "zero3.json")
+        section = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS}
+        Path(deepspeed).write_text(json.dumps({"zero_optimization": section}), encoding="utf-8")
+    return parse_recipe(
+        {
+            "name": "zero",
+            "base": {"model": str(base)},
+            "data": {"train": "rows.jsonl", "max_tokens": 64},
+            "adapter": {"rank": RANK, "truncation": "weight", "singular_value_weight": 1e-2, "orthogonality_weight": 1e-2},
+            "train": {
+                "workers": workers, "deepspeed": deepspeed, "precision": "fp32", "epochs": STEPS * BATCH / SAMPLES,
+                "batch_size": BATCH, "micro_batch_size": 2, "learning_rate": 5e-3, "weight_decay": 0.1,
+                "checkpoint_every": CHECKPOINT_EVERY,
+            },
+        },
+        "zero",
+    )  # fmt: skip
+
+
+def _smollm(setting: Setting, stage: int, workers: int) -> Recipe:
+    """Two steps of SmolLM2, r=16, with a checkpoint in between."""
+    try:
+        base = find_base(BaseSettings(), setting.workspace)
+    except KasaError as error:
+        raise CannotRunError(str(error)) from None
+    assert base is not None
+    return parse_recipe(
+        {
+            "name": "smollm",
+            "base": {"model": str(base.folder)},
+            "data": {"train": "rows.jsonl", "max_tokens": 64},
+            "adapter": {"rank": 16, "truncation_rank": RANK, "truncation": "weight"},
+            "train": {
+                "workers": workers, "deepspeed": f"cpu_zero{stage}", "precision": "fp32", "max_steps": 2,
+                "batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 1,
+            },
+        },
+        "smollm",
+    )  # fmt: skip
+
+
+def _samples(vocabulary: int = 250) -> list[Sample]:
+    """Unlike lengths and numbers of labels, with something to learn: each token follows from the one before."""
+    generator = random.Random(0)
+    samples = []
+    for index in range(SAMPLES):
+        ids = [generator.randrange(1, vocabulary)]
+        while len(ids) < 8 + index % 17:
+            ids.append((ids[-1] * 7 + 3) % (vocabulary - 1) + 1)
+        prompt = 1 + index % 4
+        samples.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return samples
+
+
+def _prepare(recipe: Recipe, run: Path, spectra: Mapping[str, BottomTriplets]) -> Path:
+    write_inputs(run, _samples(), spectra)
+    return run
+
+
+def _write_recipe(recipe: Recipe, run: Path) -> None:
+    (run / "recipe.json").write_text(recipe.model_dump_json(by_alias=True), encoding="utf-8")
+
+
+def _train(recipe: Recipe, run: Path, kill_after: int | None = None) -> int:
+    """Train to the end, or until SIGKILL after some step; the step it began after."""
+    _write_recipe(recipe, run)
+    journal = run / "work" / worker.JOURNAL
+    checkpoints = run / "work" / "checkpoints"
+    begun = worker.newest_step(checkpoints)
+    group = start_ranks("benchmarks.ranks", [str(run)], recipe.train.workers, run)
+    if kill_after is None:
+        group.wait()
+        return begun
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(record["step"] >= kill_after for record in read_journal(journal)):
+        if time.monotonic() > deadline or any(process.poll() is not None for process in group.processes):
+            group.kill()
+            raise RuntimeError(f"step {kill_after} was not seen: {group.logs[0].read_text()[-2000:]}")
+        time.sleep(0.01)
+    group.kill()
+    return begun
+
+
+def _outcome(run: Path) -> tuple[list[Record], dict[str, torch.Tensor]]:
+    return read_journal(run / "work" / worker.JOURNAL), read_adapter(run / "work" / worker.ADAPTER).tensors
+
+
+def _apart(records: Sequence[Record], expected: Sequence[Record], name: str) -> float:
+    """The largest difference over all steps; each has to be there once, in order."""
+    if [record["step"] for record in records] != [record["step"] for record in expected]:
+        raise RuntimeError(f"steps {[record['step'] for record in records]} were recorded")
+    pairs = [(one[name], other[name]) for one, other in zip(records, expected, strict=True) if name in one]
+    return max((abs(one - other) for one, other in pairs))
+
+
+class _PlainLayer(nn.Module):
+    """KaSA as the paper writes it, on a weight truncated beforehand."""
+
+    def __init__(
+        self, linear: nn.Linear, dropped_OI: torch.Tensor, start: Mapping[str, torch.Tensor], scale: float
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach() - dropped_OI, requires_grad=False)
+        self.a, self.d, self.b = (nn.Parameter(start[name].detach().clone()) for name in "adb")
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight + self.scale * self.b @ torch.diag(self.d) @ self.a)
+
+    def penalties(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The authors' terms of one layer, with their large Gram matrices."""
+        a_gram, b_gram = self.a.t() @ self.a, self.b @ self.b.t()
+        return self.d.square().sum(), sum(torch.linalg.norm(gram - torch.eye(len(gram))) for gram in (a_gram, b_gram))
+
+
+def _reference(recipe: Recipe, spectra: Mapping[str, BottomTriplets]) -> tuple[list[Record], dict[str, torch.Tensor]]:
+    """The same training with torch alone: one process, one sample after another."""
+    settings, config, samples = recipe.train, adapter_config(recipe), _samples()
+    base = Path(recipe.base.model)
+    started = load_base(base, "fp32")
+    attach(started, find_targets(started, "all-linear"), config, spectra, settings.seed)
+    model = load_base(base, "fp32").train().requires_grad_(False)
+    layers = _plain_layers(model, config, spectra, trainable_parameters(started))
+    parameters = [parameter for layer in layers.values() for parameter in (layer.a, layer.d, layer.b)]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
+    order = BatchPlan([len(s["input_ids"]) for s in samples], STEPS, BATCH, settings.micro_batch_size, 1, settings.seed)
+    records = []
+    for step in range(STEPS):
+        rate = learning_rate(step, STEPS, settings.learning_rate, settings.warmup_share, settings.schedule)
+        optimizer.param_groups[0]["lr"] = rate
+        chosen = [samples[int(index)] for index in order.samples(step)]
+        labels = sum(label >= 0 for sample in chosen for label in sample["labels"][1:])
+        task = sum(_loss_sum(model, sample) for sample in chosen) / labels
+        squares, norms = zip(*(layer.penalties() for layer in layers.values()), strict=True)
+        regularisers = config.singular_value_weight * sum(squares) + config.orthogonality_weight * sum(norms)
+        loss = task + regularisers / len(layers)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clipping)
+        optimizer.step()
+        records.append({"step": step + 1, "loss": loss.item(), "gradient_norm": float(norm)})
+    adapter = {f"{name}.{part}": getattr(layer, part).detach() for name, layer in layers.items() for part in "adb"}
+    return records, adapter
+
+
+def _plain_layers(
+    model: nn.Module, config: KasaConfig, spectra: Mapping[str, BottomTriplets], start: Mapping[str, torch.Tensor]
+) -> dict[str, _PlainLayer]:
+    layers = {}
+    for target in find_targets(model, "all-linear"):
+        left_OD, right_DI = spectra[target.name].dropped_factors(config.dropped_rank)
+        tensors = {part: start[f"{target.name}.{part}"] for part in "adb"}
+        linear: Any = model.get_submodule(target.name)
+        layers[target.name] = _PlainLayer(linear, left_OD @ right_DI, tensors, config.scale)
+        model.set_submodule(target.name, layers[target.name])
+    return layers
+
+
+def _loss_sum(model: nn.Module, sample: Sample) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0, :-1]
+    return functional.cross_entropy(logits, torch.tensor(sample["labels"][1:]), reduction="sum")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except Exception:  # whatever it says of a file that is none
+        return False
+
+
+if __name__ == "__main__":
+    measure_held(Path(sys.argv[1]))
