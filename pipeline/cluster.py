@@ -8,6 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
+import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +39,9 @@ _WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+# A head that did not answer so often in a row is dead.
+_HEAD_CHECK_S, _HEAD_MISSES = 1.0, 3
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,14 @@ def ray_cluster(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
         raise ClusterError(
             f"cannot use the Ray cluster at {address or 'this machine'}: {_first_line(error)}"
         ) from error
+    done = threading.Event()
+    if not address:
+        _end_with_head(ray.get_runtime_context().gcs_address, done)
     try:
         _check_size(ray.cluster_resources(), cpus, gpus)
         yield
     finally:
+        done.set()
         ray.shutdown()
 
 
@@ -163,6 +173,28 @@ def run_training_workers(
         raise _worker_error(error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _end_with_head(address: str, done: threading.Event) -> None:
+    """End this process soon after the head of a Ray of its own, unless `done`: nothing will bring that head back.
+
+    Ray would try to reach it for a minute, then end the process from within, where no exception can be caught.
+    """
+    host, port = address.rsplit(":", 1)
+
+    def watch() -> None:
+        misses = 0
+        while not done.wait(_HEAD_CHECK_S) and misses < _HEAD_MISSES:
+            try:
+                socket.create_connection((host, int(port)), timeout=_HEAD_CHECK_S).close()
+                misses = 0
+            except OSError:
+                misses += 1
+        if not done.is_set():
+            print("failed: Ray's head process died; the same command goes on from here", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _worker_error(error: Exception) -> Exception:

@@ -1,7 +1,8 @@
 """An append-only JSON-lines file: how a worker tells the driver what it has done, and how a restart knows it too.
 
 One process writes, any process reads, on shared storage if need be. A torn last line (the writer was killed) is ignored
-by readers and cut off before the next append.
+by readers and cut off before the next append. A writer that outlives its driver, while a new one has taken the journal
+over, writes to a file that nobody reads any more (`JournalWriter`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def rewrite_journal(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
     records = [record for record in read_journal(path) if keep(record)]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".new")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    temporary.write_bytes(_lines(records))
     os.replace(temporary, path)
     return records
 
@@ -37,7 +38,30 @@ def rewrite_journal(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
 def append_journal(path: Path, records: list[Record]) -> None:
     """Append records; durable against the death of this process once the call returns."""
     with path.open("ab") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        file.write(_lines(records))
+
+
+class JournalWriter:
+    """Takes a journal over, keeping the records for which `keep` holds; whoever wrote it before is cut off.
+
+    Attributes:
+        kept: the records that were kept.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[Record], bool]) -> None:
+        self.kept = rewrite_journal(path, keep)
+        self._path = path
+        # Held open: once another writer has replaced the file, this one goes on in the file that was.
+        self._file = path.open("ab")
+
+    def append(self, records: list[Record]) -> None:
+        """As `append_journal`."""
+        self._file.write(_lines(records))
+        self._file.flush()
+
+    def is_current(self) -> bool:
+        """Whether nobody else has taken the journal over."""
+        return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
 
 
 class JournalTail:
@@ -62,3 +86,7 @@ class JournalTail:
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         return [json.loads(line) for line in complete.splitlines()]
+
+
+def _lines(records: list[Record]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

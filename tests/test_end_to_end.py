@@ -6,22 +6,18 @@ The tests build on one another's workspace, in the order in which they stand her
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from pipeline.journal import read_journal
 from pipeline.keys import STAGES
 
@@ -39,19 +35,7 @@ class Bench:
     folder: Path
 
     def start(self, workspace: str, *overrides: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "pipeline.cli", "run", "recipe.yaml", f"workspace={workspace}", *overrides]
-        unwanted = ("MLFLOW_", "RAY_", "KASA_")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        return subprocess.Popen(
-            [*command, "--json"],
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return start_kasa(["run", "recipe.yaml", f"workspace={workspace}", *overrides, "--json"], self.folder)
 
     def finish(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         out, err = process.communicate(timeout=PATIENCE_S)
@@ -180,41 +164,16 @@ def test_another_learning_rate_trains_again_and_only_that(bench: Bench, first: d
     assert_recorded_once(bench, "workspace", changed)
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.02)
-    raise TimeoutError
-
-
-def descendants(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
-    yield from psutil.Process(process.pid).children(recursive=True)
-
-
-def training_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = []
-    for child in descendants(process):
-        try:
-            if any("RayTrainWorker" in part for part in child.cmdline()):
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
 def mid_training(bench: Bench, workspace: str, process: subprocess.Popen[str]) -> None:
     """Wait until step 3 is done: behind the checkpoint of step 2, before that of step 4."""
-    wait_for(lambda: any(record.get("step", 0) >= 3 for record in bench.journal(workspace)), process)
+    wait_for(lambda: any(record.get("step", 0) >= 3 for record in bench.journal(workspace)), process, PATIENCE_S)
     assert not any(record.get("step") == STEPS for record in bench.journal(workspace)), "too fast to be interrupted"
 
 
 def test_a_killed_worker_changes_nothing_in_the_result(bench: Bench, first: dict[str, Any]) -> None:
     process = bench.start("killed-worker")
     mid_training(bench, "killed-worker", process)
-    victims = training_workers(process)
+    victims = beneath(process, "RayTrainWorker")
     assert len(victims) == 2
     victims[-1].send_signal(signal.SIGKILL)
     result = bench.finish(process)
@@ -225,7 +184,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(bench: Bench, first: dict
 def test_a_killed_driver_is_resumed_in_the_same_mlflow_runs(bench: Bench, first: dict[str, Any]) -> None:
     process = bench.start("killed-driver")
     mid_training(bench, "killed-driver", process)
-    ray_processes = list(descendants(process))
+    ray_processes = beneath(process)
     process.kill()
     process.wait()
     (interrupted,) = parents(bench.mlflow("killed-driver"))
@@ -233,9 +192,7 @@ def test_a_killed_driver_is_resumed_in_the_same_mlflow_runs(bench: Bench, first:
     try:
         result = bench.run("killed-driver")
     finally:
-        for orphan in ray_processes:
-            if orphan.is_running():
-                orphan.kill()
+        end_all(ray_processes)
     assert result["run_id"] == interrupted.info.run_id
     assert len(parents(bench.mlflow("killed-driver"))) == 1
     assert_recorded_once(bench, "killed-driver", result)
@@ -244,4 +201,21 @@ def test_a_killed_driver_is_resumed_in_the_same_mlflow_runs(bench: Bench, first:
         "spectra": "reused",
         "audit": "reused",
     }
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+
+
+def test_a_killed_head_ends_the_run_soon_and_the_next_goes_on(bench: Bench, first: dict[str, Any]) -> None:
+    process = bench.start("killed-head")
+    mid_training(bench, "killed-head", process)
+    ray_processes = beneath(process)
+    (head,) = beneath(process, "gcs_server")
+    head.kill()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == "failed: Ray's head process died; the same command goes on from here"
+    try:
+        result = bench.run("killed-head")
+    finally:
+        end_all(ray_processes)
+    assert_recorded_once(bench, "killed-head", result)
     assert adapter_bytes(result, bench) == adapter_bytes(first, bench)

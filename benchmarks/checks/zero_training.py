@@ -78,7 +78,7 @@ def elastic_resume(setting: Setting) -> Measurement:
     """Loss of a run killed twice and resumed on 2, 1, 2 workers, against undisturbed: 30 fp32 steps, ZeRO 2 and 3."""
     folder = setting.scratch / "elastic"
     base, spectra = _small_base(folder)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for stage in (2, 3):
         undisturbed = _prepare(_recipe(base, folder, stage, 2), folder / f"undisturbed-{stage}", spectra)
         _train(_recipe(base, folder, stage, 2), undisturbed)

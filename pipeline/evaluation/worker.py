@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.evaluation.metrics import text_scores
 from pipeline.generation import Answerer, greedy_answers, load_answerer
-from pipeline.journal import Record, append_journal, read_journal, rewrite_journal
+from pipeline.journal import JournalWriter, Record, read_journal
 from pipeline.language_model import collate, label_losses
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import EvaluateSettings
@@ -45,7 +45,8 @@ def evaluate_shard(shard: EvaluationShard) -> int:
     """Score the shard's samples that its journal lacks; returns how many it holds in the end."""
     torch.set_num_threads(1)
     samples = load_prepared(shard.prepared).heldout
-    done = {record["sample"] for record in rewrite_journal(shard.journal, keep=lambda record: True)}
+    journal = JournalWriter(shard.journal, keep=lambda record: True)
+    done = {record["sample"] for record in journal.kept}
     mine = [index for index in range(shard.index, len(samples), shard.count) if index not in done]
     if mine:
         answerer = load_answerer(
@@ -55,7 +56,7 @@ def evaluate_shard(shard: EvaluationShard) -> int:
         mine.sort(key=lambda index: -len(samples[index]["input_ids"]))
         for start in range(0, len(mine), shard.settings.batch_size):
             chosen = mine[start : start + shard.settings.batch_size]
-            append_journal(shard.journal, _score(answerer, [samples[i] for i in chosen], chosen, shard.settings))
+            journal.append(_score(answerer, [samples[i] for i in chosen], chosen, shard.settings))
     return len(read_journal(shard.journal))
 
 

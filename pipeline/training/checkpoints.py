@@ -6,6 +6,7 @@ are functions of the step and the seed.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,10 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, kept: int) -> None:
         shutil.rmtree(orphan, ignore_errors=True)
 
 
-def newest_step(root: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
-    complete = _complete(root)
-    return int(complete[-1].name.removeprefix("step-")) if complete else 0
+def newest_step(root: Path, at_most: float = math.inf) -> int:
+    """The step of the newest checkpoint, of those up to `at_most`; 0 where there is none."""
+    steps = [int(folder.name.removeprefix("step-")) for folder in _complete(root)]
+    return max((step for step in steps if step <= at_most), default=0)
 
 
 def load_checkpoint(root: Path, step: int) -> Checkpoint:

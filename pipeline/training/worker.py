@@ -30,7 +30,7 @@ from kasa.targets import Target
 from pipeline.base_model import load_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.errors import TrainingError
-from pipeline.journal import Record, append_journal, read_journal, rewrite_journal
+from pipeline.journal import JournalWriter, Record, append_journal, read_journal
 from pipeline.language_model import collate, label_losses, pack
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import TrainSettings
@@ -127,16 +127,18 @@ def _train(job: TrainJob) -> None:
     model.train()
     parameters = trainable_parameters(model)
     start = _resume(job, engine, parameters)
+    journal = _take_over(job, start)
 
     for step in range(start, plan.steps):
         rate = learning_rate(step, plan.steps, settings.learning_rate, settings.warmup_share, settings.schedule)
         zero.set_learning_rate(engine, rate)
         record = _optimizer_step(job, engine, plan, samples, step)
         record |= {"step": step + 1, "steps": plan.steps, "learning_rate": rate}
-        _write_record(job, record)
+        if journal:
+            journal.append([record])
         _refuse_divergence(record, plan.samples(step), samples, job)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.steps:
-            _save_checkpoint(job, engine, parameters, step + 1)
+            _save_checkpoint(job, engine, parameters, step + 1, journal)
 
     values = zero.whole_parameters(engine, parameters)
     if dist.get_rank() == 0:
@@ -188,26 +190,34 @@ def _label_count(sample: dict[str, Sequence[int]]) -> int:
 
 def _resume(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter]) -> int:
     """Restore the newest checkpoint that rank 0 sees; returns the steps already done."""
-    found = [newest_step(job.checkpoints) if dist.get_rank() == 0 else 0]
+    found = [0]
+    if dist.get_rank() == 0:
+        # Beyond the journal only an earlier run's worker can have saved, after this run took over from it.
+        recorded = max((record.get("step", 0) for record in read_journal(job.work / JOURNAL)), default=0)
+        found = [newest_step(job.checkpoints, at_most=recorded)]
     dist.broadcast_object_list(found)
     step = int(found[0])
     if step:
         checkpoint = load_checkpoint(job.checkpoints, step)
         zero.restore_state(engine, parameters, checkpoint.values, checkpoint.moments, step)
-    if dist.get_rank() == 0:
-        rewrite_journal(job.work / JOURNAL, keep=lambda record: record.get("step", math.inf) <= step)
     return step
 
 
-def _save_checkpoint(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter], step: int) -> None:
+def _take_over(job: TrainJob, step: int) -> JournalWriter | None:
+    """Rank 0's journal, cut back to `step`."""
+    if dist.get_rank():
+        return None
+    return JournalWriter(job.work / JOURNAL, keep=lambda record: record.get("step", math.inf) <= step)
+
+
+def _save_checkpoint(
+    job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter], step: int, journal: JournalWriter | None
+) -> None:
     checkpoint = Checkpoint(step, zero.whole_parameters(engine, parameters), zero.whole_moments(engine, parameters))
-    if dist.get_rank() == 0:
+    if journal:
+        if not journal.is_current():
+            raise RuntimeError("another run has taken this training over")
         save_checkpoint(job.checkpoints, checkpoint, job.settings.checkpoints_kept)
-
-
-def _write_record(job: TrainJob, record: dict[str, float]) -> None:
-    if dist.get_rank() == 0:
-        append_journal(job.work / JOURNAL, [record])
 
 
 def _refuse_divergence(record: dict[str, float], indices: np.ndarray, samples: Any, job: TrainJob) -> None:

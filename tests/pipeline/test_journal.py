@@ -1,6 +1,6 @@
 """Journals survive the death of their writer, and readers see each record once."""
 
-from pipeline.journal import JournalTail, append_journal, read_journal, rewrite_journal
+from pipeline.journal import JournalTail, JournalWriter, append_journal, read_journal, rewrite_journal
 
 
 def records(*steps: int) -> list[dict]:
@@ -51,3 +51,17 @@ def test_after_a_rewrite_a_tail_starts_again(tmp_path) -> None:
     append_journal(path, records(3, 4))
     assert tail.new_records() == records(1, 2, 3, 4)
     assert [file.name for file in path.parent.iterdir()] == ["journal.jsonl"]
+
+
+def test_a_writer_that_was_replaced_reaches_no_reader(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = JournalWriter(path, keep=lambda record: True)
+    first.append(records(1, 2, 3))
+    assert first.is_current()
+    second = JournalWriter(path, keep=lambda record: record["step"] <= 2)
+    assert second.kept == records(1, 2)
+    first.append(records(4))
+    second.append(records(3))
+    assert read_journal(path) == records(1, 2, 3)
+    assert second.is_current()
+    assert not first.is_current()

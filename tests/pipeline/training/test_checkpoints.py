@@ -18,6 +18,7 @@ def test_round_trip_and_how_many_are_kept(tmp_path) -> None:
     for one in saved:
         save_checkpoint(tmp_path, one, kept=2)
     assert newest_step(tmp_path) == 15
+    assert newest_step(tmp_path, at_most=14) == 10
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-0000010", "step-0000015"]
     loaded = load_checkpoint(tmp_path, 15)
     assert loaded.step == 15
