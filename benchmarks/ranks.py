@@ -111,19 +111,22 @@ def training_job(recipe: Recipe, folder: Path) -> TrainJob:
     )
 
 
-def write_inputs(
-    folder: Path, rows: Sequence[Mapping[str, Sequence[int]]], spectra: Mapping[str, BottomTriplets]
-) -> None:
+Rows = Sequence[Mapping[str, Sequence[int]]]
+
+
+def write_inputs(folder: Path, rows: Rows, spectra: Mapping[str, BottomTriplets], validation: Rows = ()) -> None:
     """Prepared data of `rows` (input_ids, labels) and spectra, as the stages before training leave them."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
-    columns = {
-        "input_ids": [list(row["input_ids"]) for row in rows],
-        "labels": [list(row["labels"]) for row in rows],
-        "source": [f"row {index}" for index in range(len(rows))],
-    }
-    Dataset.from_dict(columns).save_to_disk(str(folder / "prepared" / "train"))
+    for split, samples in (("train", rows), ("validation", validation)):
+        columns = {
+            "input_ids": [list(row["input_ids"]) for row in samples],
+            "labels": [list(row["labels"]) for row in samples],
+            "source": [f"row {index}" for index in range(len(samples))],
+        }
+        if samples:
+            Dataset.from_dict(columns).save_to_disk(str(folder / "prepared" / split))
     (folder / "prepared" / "summary.json").write_text(json.dumps({"train_rows": len(rows)}), encoding="utf-8")
     save_spectra(folder / "spectra", dict(spectra), dict.fromkeys(spectra, "0"))
     (folder / "work").mkdir()

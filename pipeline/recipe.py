@@ -82,6 +82,12 @@ class DataSettings(Section):
     )
     train_rows: int | None = Field(None, ge=1, description="Use at most this many training samples (after the split).")
     heldout_rows: int | None = Field(None, ge=1, description="Use at most this many held-out samples.")
+    validation_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Set at least this many training samples aside, whole prompts, to watch training by; they are never "
+        "trained on, and the final evaluation does not see them.",
+    )
     split_seed: int = Field(0, description="Decides which prompts are held out, and which rows a limit keeps.")
 
     @model_validator(mode="after")
@@ -163,6 +169,15 @@ class TrainSettings(Section):
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
+    )
+    validate_every: int = Field(
+        50,
+        ge=1,
+        description="With `data.validation_rows`: optimizer steps between looks at the validation loss. The adapter with "
+        "the lowest is kept.",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many looks in a row without a lower validation loss."
     )
     seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
     checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
@@ -275,6 +290,8 @@ class Recipe(Section):
                     f"train.pack_tokens {train.pack_tokens} is less than data.max_tokens {self.data.max_tokens}: the "
                     "longest sample would not fit"
                 )
+        if train.patience is not None and self.data.validation_rows is None:
+            raise ValueError("train.patience needs validation samples; set data.validation_rows, such as 200")
         if train.batch_size % at_once:
             raise ValueError(f"train.batch_size {train.batch_size} is not a multiple of {of_what} = {numbers}")
         if self.spectra_rank < self.dropped_rank:

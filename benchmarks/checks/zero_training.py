@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,42 +23,48 @@ from benchmarks.ranks import (
     stand_in_spectra,
     start_ranks,
     training_job,
-    write_inputs,
 )
-from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets, read_adapter
+from benchmarks.small_training import (
+    BATCH,
+    RANK,
+    STEPS,
+    Sample,
+    outcome,
+    prepare_run,
+    small_base,
+    small_recipe,
+    small_samples,
+    train_run,
+    write_recipe,
+)
+from kasa import KasaConfig, KasaError, attach, find_targets
 from kasa.adapter import trainable_parameters
 from kasa.spectra import BottomTriplets
 from pipeline.base_model import find_base, load_base
-from pipeline.journal import Record, read_journal
+from pipeline.journal import Record
 from pipeline.plan import checked_targets
 from pipeline.recipe import BaseSettings, Recipe, parse_recipe
 from pipeline.stages.train import adapter_config
 from pipeline.training import worker, zero
 from pipeline.training.batches import BatchPlan, learning_rate
 
-STEPS, BATCH, SAMPLES, RANK = 30, 8, 60, 8
 WORLDS = (1, 2)
-# Of a linear layer's A and B (64 x 8 and 160 x 8) stage 3 keeps the smaller whole on every rank.
-PERSISTENT_ELEMENTS = 600
-CHECKPOINT_EVERY, KILLED_AFTER = 4, (10, 19)
-PATIENCE_S = 300
-
-Sample = dict[str, list[int]]
+KILLED_AFTER = (10, 19)
 
 
 @check(bar=1e-5, direction="at most", unit="nats")
 def zero_parity(setting: Setting) -> Measurement:
     """Loss of 30 fp32 steps of a small LLaMA at ZeRO 0 to 3 on 1 and 2 workers, against plain torch with textbook terms."""
     folder = setting.scratch / "zero-parity"
-    base, spectra = _small_base(folder)
-    reference, adapter = _reference(_recipe(base, folder, 0, 1), spectra)
+    base, spectra = small_base(folder)
+    reference, adapter = _reference(small_recipe(base, folder, 0, 1), spectra)
     found: dict[str, Any] = {}
     for stage in range(4):
         for workers in WORLDS:
-            recipe = _recipe(base, folder, stage, workers)
-            run = _prepare(recipe, folder / f"zero-{stage}-{workers}", spectra)
-            _train(recipe, run)
-            records, values = _outcome(run)
+            recipe = small_recipe(base, folder, stage, workers)
+            run = prepare_run(folder / f"zero-{stage}-{workers}", spectra)
+            train_run(recipe, run)
+            records, values = outcome(run)
             found[f"ZeRO-{stage}, {workers} workers"] = {
                 "loss": _apart(records, reference, "loss"),
                 # DeepSpeed does not tell it at stage 0.
@@ -77,17 +81,17 @@ def zero_parity(setting: Setting) -> Measurement:
 def elastic_resume(setting: Setting) -> Measurement:
     """Loss of a run killed twice and resumed on 2, 1, 2 workers, against undisturbed: 30 fp32 steps, ZeRO 2 and 3."""
     folder = setting.scratch / "elastic"
-    base, spectra = _small_base(folder)
+    base, spectra = small_base(folder)
     found: dict[str, dict[str, Any]] = {}
     for stage in (2, 3):
-        undisturbed = _prepare(_recipe(base, folder, stage, 2), folder / f"undisturbed-{stage}", spectra)
-        _train(_recipe(base, folder, stage, 2), undisturbed)
+        undisturbed = prepare_run(folder / f"undisturbed-{stage}", spectra)
+        train_run(small_recipe(base, folder, stage, 2), undisturbed)
         run = folder / f"elastic-{stage}"
-        _prepare(_recipe(base, folder, stage, 2), run, spectra)
+        prepare_run(run, spectra)
         starts = []
         for workers, until in ((2, KILLED_AFTER[0]), (1, KILLED_AFTER[1]), (2, None)):
-            starts.append(_train(_recipe(base, folder, stage, workers), run, until))
-        (records, values), (expected, whole) = _outcome(run), _outcome(undisturbed)
+            starts.append(train_run(small_recipe(base, folder, stage, workers), run, until))
+        (records, values), (expected, whole) = outcome(run), outcome(undisturbed)
         found[f"ZeRO-{stage}"] = {
             "loss": _apart(records, expected, "loss"),
             "adapter": max(float((values[name] - whole[name]).abs().max()) for name in whole),
@@ -104,11 +108,11 @@ def checkpoint_size(setting: Setting) -> Measurement:
     """A training checkpoint of SmolLM2-135M, all linear layers, r=16: all files, none of them pickle."""
     run = setting.scratch / "checkpoint-size"
     recipe = _smollm(setting, stage=2, workers=1)
-    _prepare(recipe, run, stand_in_spectra(checked_targets(recipe, shape_of(recipe)), RANK))
-    _train(recipe, run)
+    prepare_run(run, stand_in_spectra(checked_targets(recipe, shape_of(recipe)), RANK))
+    train_run(recipe, run)
     (checkpoint,) = (run / "work" / "checkpoints").iterdir()
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    _, values = _outcome(run)
+    _, values = outcome(run)
     adapter = sum(value.numel() * 4 for value in values.values())
     details = {"files": {path.name: path.stat().st_size for path in files}, "adapter_bytes": adapter}
     strangers = [path.name for path in files if not _is_json(path) and not _is_safetensors(path)]
@@ -121,8 +125,8 @@ def zero3_memory(setting: Setting) -> Measurement:
     """What a rank holds of SmolLM2's frozen parameters after training at ZeRO-3 on two workers; the larger of both."""
     run = setting.scratch / "zero3-memory"
     recipe = _smollm(setting, stage=3, workers=2)
-    _prepare(recipe, run, stand_in_spectra(checked_targets(recipe, shape_of(recipe)), RANK))
-    _write_recipe(recipe, run)
+    prepare_run(run, stand_in_spectra(checked_targets(recipe, shape_of(recipe)), RANK))
+    write_recipe(recipe, run)
     start_ranks("benchmarks.checks.zero_training", [str(run)], 2, run).wait()
     found = [json.loads((run / f"held-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     return Measurement(100 * max(one["base"] / one["whole_base"] for one in found), {"ranks": found})
@@ -157,42 +161,6 @@ def _parts(parameter: Any) -> list[torch.Tensor]:
     return [parameter.ds_tensor, parameter.data] if parameter.data.numel() else [parameter.ds_tensor]
 
 
-def _small_base(folder: Path) -> tuple[Path, dict[str, BottomTriplets]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256, initializer_range=0.1, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder / "base")
-    spectra = compute_spectra(ModelWeights(model), find_targets(model, "all-linear"), RANK)
-    return folder / "base", spectra
-
-
-def _recipe(base: Path, folder: Path, stage: int, workers: int) -> Recipe:
-    deepspeed = f"cpu_zero{stage}"
-    if stage == 3:
-        deepspeed = str(folder / "zero3.json")
-        section = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS}
-        Path(deepspeed).write_text(json.dumps({"zero_optimization": section}), encoding="utf-8")
-    return parse_recipe(
-        {
-            "name": "zero",
-            "base": {"model": str(base)},
-            "data": {"train": "rows.jsonl", "max_tokens": 64},
-            "adapter": {"rank": RANK, "truncation": "weight", "singular_value_weight": 1e-2, "orthogonality_weight": 1e-2},
-            "train": {
-                "workers": workers, "deepspeed": deepspeed, "precision": "fp32", "epochs": STEPS * BATCH / SAMPLES,
-                "batch_size": BATCH, "micro_batch_size": 2, "learning_rate": 5e-3, "weight_decay": 0.1,
-                "checkpoint_every": CHECKPOINT_EVERY,
-            },
-        },
-        "zero",
-    )  # fmt: skip
-
-
 def _smollm(setting: Setting, stage: int, workers: int) -> Recipe:
     """Two steps of SmolLM2, r=16, with a checkpoint in between."""
     try:
@@ -213,52 +181,6 @@ def _smollm(setting: Setting, stage: int, workers: int) -> Recipe:
         },
         "smollm",
     )  # fmt: skip
-
-
-def _samples(vocabulary: int = 250) -> list[Sample]:
-    """Unlike lengths and numbers of labels, with something to learn: each token follows from the one before."""
-    generator = random.Random(0)
-    samples = []
-    for index in range(SAMPLES):
-        ids = [generator.randrange(1, vocabulary)]
-        while len(ids) < 8 + index % 17:
-            ids.append((ids[-1] * 7 + 3) % (vocabulary - 1) + 1)
-        prompt = 1 + index % 4
-        samples.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return samples
-
-
-def _prepare(recipe: Recipe, run: Path, spectra: Mapping[str, BottomTriplets]) -> Path:
-    write_inputs(run, _samples(), spectra)
-    return run
-
-
-def _write_recipe(recipe: Recipe, run: Path) -> None:
-    (run / "recipe.json").write_text(recipe.model_dump_json(by_alias=True), encoding="utf-8")
-
-
-def _train(recipe: Recipe, run: Path, kill_after: int | None = None) -> int:
-    """Train to the end, or until SIGKILL after some step; the step it began after."""
-    _write_recipe(recipe, run)
-    journal = run / "work" / worker.JOURNAL
-    checkpoints = run / "work" / "checkpoints"
-    begun = worker.newest_step(checkpoints)
-    group = start_ranks("benchmarks.ranks", [str(run)], recipe.train.workers, run)
-    if kill_after is None:
-        group.wait()
-        return begun
-    deadline = time.monotonic() + PATIENCE_S
-    while not any(record["step"] >= kill_after for record in read_journal(journal)):
-        if time.monotonic() > deadline or any(process.poll() is not None for process in group.processes):
-            group.kill()
-            raise RuntimeError(f"step {kill_after} was not seen: {group.logs[0].read_text()[-2000:]}")
-        time.sleep(0.01)
-    group.kill()
-    return begun
-
-
-def _outcome(run: Path) -> tuple[list[Record], dict[str, torch.Tensor]]:
-    return read_journal(run / "work" / worker.JOURNAL), read_adapter(run / "work" / worker.ADAPTER).tensors
 
 
 def _apart(records: Sequence[Record], expected: Sequence[Record], name: str) -> float:
@@ -291,7 +213,7 @@ class _PlainLayer(nn.Module):
 
 def _reference(recipe: Recipe, spectra: Mapping[str, BottomTriplets]) -> tuple[list[Record], dict[str, torch.Tensor]]:
     """The same training with torch alone: one process, one sample after another."""
-    settings, config, samples = recipe.train, adapter_config(recipe), _samples()
+    settings, config, samples = recipe.train, adapter_config(recipe), small_samples()
     base = Path(recipe.base.model)
     started = load_base(base, "fp32")
     attach(started, find_targets(started, "all-linear"), config, spectra, settings.seed)

@@ -34,10 +34,11 @@ S = TypeVar("S", bound=Splittable)
 @dataclass(frozen=True)
 class Split(Generic[S]):
     """Both sides in the order of their hashes; how many repeated samples were removed, and how many training samples
-    because their prompt occurs in the held-out source."""
+    because their prompt occurs in the held-out source. `validation` was taken from the training side, whole prompts."""
 
     train: list[S]
     heldout: list[S]
+    validation: list[S]
     duplicates: int
     leaked: int
 
@@ -49,7 +50,7 @@ def split_samples(train: Sequence[S], heldout: Sequence[S] | None, settings: Dat
     prompt's references stay together. Prompts are equal if they are equal up to case and white space.
 
     Raises:
-        DataError: a side is empty.
+        DataError: a side is empty, or the validation samples leave nothing to train on.
     """
     kept = _without_duplicates(train)
     duplicates = len(train) - len(kept)
@@ -67,7 +68,8 @@ def split_samples(train: Sequence[S], heldout: Sequence[S] | None, settings: Dat
     seed = settings.split_seed
     ordered = sorted(sides[0], key=lambda sample: _sample_hash(sample, seed))
     grouped = sorted(sides[1], key=lambda sample: (_hash(group_key(sample), seed), _sample_hash(sample, seed)))
-    return Split(ordered[: settings.train_rows], grouped[: settings.heldout_rows], duplicates, leaked)
+    ordered, validation = _set_aside(ordered, settings)
+    return Split(ordered[: settings.train_rows], grouped[: settings.heldout_rows], validation, duplicates, leaked)
 
 
 def group_key(sample: Splittable) -> str:
@@ -87,6 +89,28 @@ def _divide(samples: list[S], settings: DataSettings) -> tuple[list[S], list[S]]
     # A small data set may leave a side empty by chance.
     chosen = (chosen | {first}) - {last}
     return _sides(samples, lambda sample: group_key(sample) in chosen)
+
+
+def _set_aside(ordered: list[S], settings: DataSettings) -> tuple[list[S], list[S]]:
+    """What is left to train on, and the validation samples: all of the prompts that come first by a hash of their own."""
+    if settings.validation_rows is None:
+        return ordered, []
+    prompts: dict[str, list[S]] = {}
+    for sample in ordered:
+        prompts.setdefault(group_key(sample), []).append(sample)
+    chosen: set[str] = set()
+    rows = 0
+    for key in sorted(prompts, key=lambda key: _hash(f"validation\0{key}", settings.split_seed)):
+        if rows >= settings.validation_rows:
+            break
+        chosen.add(key)
+        rows += len(prompts[key])
+    if len(chosen) == len(prompts):
+        raise DataError(
+            f"data.validation_rows {settings.validation_rows} leaves nothing to train on: there are {len(ordered)} "
+            "training samples; lower it"
+        )
+    return _sides(ordered, lambda sample: group_key(sample) in chosen)
 
 
 def _sides(samples: list[S], is_heldout: Callable[[S], bool]) -> tuple[list[S], list[S]]:

@@ -1,6 +1,7 @@
 """The prepare stage: files in, two tokenised splits out.
 
     out/train, out/heldout   Hugging Face datasets on disk (columns: see `COLUMNS`)
+    out/validation           another one, where `data.validation_rows` asks for it
     out/calibration          another one, where `data.calibration` names a source
     out/prompting.json       how prompts are written (`pipeline.prompting`)
     out/rejected.jsonl       every unusable row with its reason
@@ -59,6 +60,11 @@ class PreparedDataset:
     def heldout(self) -> Dataset:
         """The held-out split."""
         return self._load("heldout")
+
+    @cached_property
+    def validation(self) -> Dataset | None:
+        """What training is watched by, if anything."""
+        return self._load("validation") if (self.folder / "validation").exists() else None
 
     @cached_property
     def calibration(self) -> Dataset:
@@ -171,6 +177,8 @@ def prepare_dataset(
         out.mkdir(parents=True, exist_ok=True)
         _write_split(split.train, out / "train")
         _write_split(split.heldout, out / "heldout")
+        if split.validation:
+            _write_split(split.validation, out / "validation")
         if sides[2]:
             _write_split(sides[2], out / "calibration")
         prompting.save(out)
@@ -244,7 +252,7 @@ def _length_hint(rejected: list[Rejection]) -> str:
 
 
 def _summary(split: Split[Tokenised], rejected: list[Rejection], rows_read: int, form: str) -> dict[str, Any]:
-    both = split.train + split.heldout
+    both = split.train + split.heldout + split.validation
     return {
         "form": form,
         "rows_read": rows_read,
@@ -256,6 +264,7 @@ def _summary(split: Split[Tokenised], rejected: list[Rejection], rows_read: int,
         "rows_kept": len(both),
         "train_rows": len(split.train),
         "heldout_rows": len(split.heldout),
+        "validation_rows": len(split.validation),
         "heldout_prompts": len({row.opening for row in split.heldout}),
         "train_tokens": sum(len(row.input_ids) for row in split.train),
         "train_labelled_tokens": sum(int((row.labels >= 0).sum()) for row in split.train),

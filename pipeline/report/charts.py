@@ -72,9 +72,13 @@ def stage_bar(name: str, status: str, seconds: float, longest: float) -> Markup:
 
 
 def loss_chart(records: Records) -> Markup:
-    """Loss of every step, faint, under its moving mean."""
+    """Loss of every step, faint, under its moving mean; the looks at the validation samples as points."""
     figure, axes = new_figure(430, 210)
     _curve(axes, records, "loss", "adapted", faint=True)
+    looks = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    if looks:
+        axes.plot(*zip(*looks.items(), strict=True), "o", color=COLOURS["ink"], markersize=4, label="validation")
+        axes.legend(frameon=False, loc="upper right")
     _step_axis(axes, records)
     first, last = significant(records[0]["loss"]), significant(records[-1]["loss"])
     return inline_svg(figure, "loss", f"Loss by step: from {first} to {last}")

@@ -78,7 +78,7 @@ class ReportFacts:
 
     `metrics` maps candidate -> metric -> value. `training` holds one record per optimizer step with the keys `step`,
     `loss`, `task_loss`, `singular_value_penalty`, `orthogonality_penalty`, `learning_rate`, `gradient_norm`,
-    `tokens_per_second`. `commands` maps a caption to a shell command (use the model, open the MLflow UI).
+    `tokens_per_second`, and `validation_loss` at some steps. `commands` maps a caption to a shell command (use the model, open the MLflow UI).
     """
 
     title: str

@@ -137,6 +137,8 @@ class _Watcher:
         if records:
             newest = records[-1]
             note = f"loss {newest['task_loss']:.3f}, {newest['tokens_per_second']:.0f} tokens/s"
+            if looks := [record["validation_loss"] for record in records if "validation_loss" in record]:
+                note += f", validation {looks[-1]:.3f}"
             self._context.bars.update("train", newest["step"], newest["steps"], note)
         self._waiting |= {record["step"]: record for record in records if record["step"] > self._delivered}
         try:
@@ -156,7 +158,10 @@ def _facts(records: Sequence[Record]) -> dict[str, Any]:
     # The first steps pay for warm-up of caches and allocators.
     speeds = sorted(record["tokens_per_second"] for record in records[2:] or records)
     last = records[-1]
+    looks = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    best = min(looks, key=lambda step: (looks[step], step), default=None)
     return {
+        **({} if best is None else {"best_step": best, "validation_loss": looks[best]}),
         "steps": last["step"],
         "final_loss": last["task_loss"],
         "tokens_per_second": speeds[len(speeds) // 2],

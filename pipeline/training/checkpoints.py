@@ -27,20 +27,20 @@ class Checkpoint:
     moments: dict[str, torch.Tensor]
 
 
-def save_checkpoint(root: Path, checkpoint: Checkpoint, kept: int) -> None:
-    """Write `root/step-N` and remove all but the newest `kept`, and what interrupted writers left behind."""
+def save_checkpoint(root: Path, checkpoint: Checkpoint, kept: int, best: int | None = None) -> None:
+    """Write `root/step-N` and remove all but the newest `kept` and that of step `best`, and what interrupted writers left."""
     folder = root / f"step-{checkpoint.step:07d}"
     write_tensor_folder(folder, _JSON, {"step": checkpoint.step}, {**checkpoint.values, **checkpoint.moments})
     for old in _complete(root)[:-kept]:
-        shutil.rmtree(old)
+        if _step(old) != best:
+            shutil.rmtree(old)
     for orphan in root.glob(".step-*.new"):
         shutil.rmtree(orphan, ignore_errors=True)
 
 
 def newest_step(root: Path, at_most: float = math.inf) -> int:
     """The step of the newest checkpoint, of those up to `at_most`; 0 where there is none."""
-    steps = [int(folder.name.removeprefix("step-")) for folder in _complete(root)]
-    return max((step for step in steps if step <= at_most), default=0)
+    return max((step for step in map(_step, _complete(root)) if step <= at_most), default=0)
 
 
 def load_checkpoint(root: Path, step: int) -> Checkpoint:
@@ -52,6 +52,10 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
     facts, tensors = read_tensor_folder(root / f"step-{step:07d}", _JSON)
     moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
     return Checkpoint(facts["step"], {n: t for n, t in tensors.items() if n not in moments}, moments)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _complete(root: Path) -> list[Path]:

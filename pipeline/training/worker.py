@@ -37,6 +37,7 @@ from pipeline.recipe import TrainSettings
 from pipeline.training import zero
 from pipeline.training.batches import BatchPlan, learning_rate, optimizer_steps
 from pipeline.training.checkpoints import Checkpoint, load_checkpoint, newest_step, save_checkpoint
+from pipeline.training.validation import Looks, validation_loss
 
 JOURNAL = "journal.jsonl"
 ADAPTER = "adapter"
@@ -101,7 +102,8 @@ def journalled_error(journal: Path) -> Record | None:
 
 def _train(job: TrainJob) -> None:
     settings = job.settings
-    samples = load_prepared(job.prepared).train
+    prepared = load_prepared(job.prepared)
+    samples, validation = prepared.train, prepared.validation
     plan = BatchPlan(
         lengths=[len(ids) for ids in samples["input_ids"]],
         steps=optimizer_steps(settings, len(samples)),
@@ -126,22 +128,30 @@ def _train(job: TrainJob) -> None:
         engine = zero.start_engine(model, deepspeed, settings.weight_decay)
     model.train()
     parameters = trainable_parameters(model)
-    start = _resume(job, engine, parameters)
-    journal = _take_over(job, start)
+    step = _resume(job, engine, parameters)
+    journal = _take_over(job, step)
+    looks = _earlier_looks(settings, journal)
 
-    for step in range(start, plan.steps):
+    while step < plan.steps and not looks.is_exhausted:
         rate = learning_rate(step, plan.steps, settings.learning_rate, settings.warmup_share, settings.schedule)
         zero.set_learning_rate(engine, rate)
         record = _optimizer_step(job, engine, plan, samples, step)
         record |= {"step": step + 1, "steps": plan.steps, "learning_rate": rate}
+        indices = plan.samples(step)
+        step += 1
+        if validation is not None and looks.is_due(step, plan.steps):
+            looks.losses[step] = validation_loss(engine, validation, settings.micro_batch_size)
+            record["validation_loss"] = looks.losses[step]
         if journal:
             journal.append([record])
-        _refuse_divergence(record, plan.samples(step), samples, job)
-        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.steps:
-            _save_checkpoint(job, engine, parameters, step + 1, journal)
+        _refuse_divergence(record, indices, samples, job)
+        if step < plan.steps and (step % settings.checkpoint_every == 0 or step == looks.best_step):
+            _save_checkpoint(job, engine, parameters, step, journal, looks.best_step)
 
     values = zero.whole_parameters(engine, parameters)
     if dist.get_rank() == 0:
+        if looks.best_step not in (None, step):
+            values = load_checkpoint(job.checkpoints, looks.best_step).values
         adapter = SavedAdapter(job.config, job.targets, job.base_name, digests, values, dropped)
         save_adapter(job.work / ADAPTER, adapter)
     dist.barrier()
@@ -149,7 +159,7 @@ def _train(job: TrainJob) -> None:
 
 def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, step: int) -> dict[str, float]:
     """Forward and backward over this rank's share of the global batch, one optimizer step; what happened, as numbers."""
-    started = time.perf_counter()
+    started, waited = time.perf_counter(), 0.0
     world, rank, device = dist.get_world_size(), dist.get_rank(), engine.device
     batch_labels = sum(_label_count(samples[int(index)]) for index in plan.samples(step))
     micro_batches = plan.micro_batches(step, rank)
@@ -158,8 +168,10 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
     layers = adapted_layers(engine.module).values()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for indices in micro_batches:
+        asked = time.perf_counter()
         chosen = [samples[int(index)] for index in indices]
         batch = (collate(chosen) if plan.pack_tokens is None else pack(chosen)).to(device)
+        waited += time.perf_counter() - asked
         loss_sum = label_losses(engine, batch).sum()
         # After the forward pass, in which stage 3 releases each layer's parameters behind it, gathered before or not.
         with zero.gathered(engine, trainable_parameters(engine.module).values()):
@@ -180,6 +192,7 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
         "orthogonality_penalty": job.config.orthogonality_weight * float(regularisers.orthogonality),
         **({} if gradient_norm is None else {"gradient_norm": float(gradient_norm)}),
         "tokens_per_second": tokens / (time.perf_counter() - started),
+        "data_wait_share": waited / (time.perf_counter() - started),
         "memory_gib": _memory_gib(device),
     }
 
@@ -210,14 +223,27 @@ def _take_over(job: TrainJob, step: int) -> JournalWriter | None:
     return JournalWriter(job.work / JOURNAL, keep=lambda record: record.get("step", math.inf) <= step)
 
 
+def _earlier_looks(settings: TrainSettings, journal: JournalWriter | None) -> Looks:
+    """What an interrupted run has seen of the validation samples; the same on every rank."""
+    records = journal.kept if journal else []
+    seen = [{record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}]
+    dist.broadcast_object_list(seen)
+    return Looks(settings.validate_every, settings.patience, seen[0])
+
+
 def _save_checkpoint(
-    job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter], step: int, journal: JournalWriter | None
+    job: TrainJob,
+    engine: Any,
+    parameters: dict[str, nn.Parameter],
+    step: int,
+    journal: JournalWriter | None,
+    best: int | None,
 ) -> None:
     checkpoint = Checkpoint(step, zero.whole_parameters(engine, parameters), zero.whole_moments(engine, parameters))
     if journal:
         if not journal.is_current():
             raise RuntimeError("another run has taken this training over")
-        save_checkpoint(job.checkpoints, checkpoint, job.settings.checkpoints_kept)
+        save_checkpoint(job.checkpoints, checkpoint, job.settings.checkpoints_kept, best)
 
 
 def _refuse_divergence(record: dict[str, float], indices: np.ndarray, samples: Any, job: TrainJob) -> None:

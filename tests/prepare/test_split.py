@@ -56,6 +56,23 @@ def test_a_limit_keeps_the_references_of_a_prompt_together(settings: Make) -> No
     assert len({group_key(sample) for sample in split.heldout}) == 3
 
 
+def test_validation_samples_are_whole_prompts_of_the_training_side(settings: Make) -> None:
+    without = split_samples(MANY, None, settings())
+    split = split_samples(MANY, None, settings(validation_rows=10, train_rows=500))
+    train, validation = ({group_key(sample) for sample in side} for side in (split.train, split.validation))
+    assert split.heldout == without.heldout
+    assert len(split.validation) == 12  # three samples to a prompt
+    assert len(validation) == 4
+    assert not train & validation
+    assert validation < {group_key(sample) for sample in without.train}
+    assert len(split.train) == 500
+
+
+def test_validation_leaves_something_to_train_on(settings: Make) -> None:
+    with pytest.raises(DataError, match=r"data\.validation_rows 900 leaves nothing to train on"):
+        split_samples(MANY, None, settings(validation_rows=900))
+
+
 def test_duplicates_are_removed_and_counted(settings: Make) -> None:
     samples = [pair("a", "1", "f:1"), pair("a", "1", "f:2"), pair("A", "1", "f:3"), pair("b", "2", "f:4")]
     split = split_samples(samples, None, settings())

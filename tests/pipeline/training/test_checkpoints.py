@@ -27,6 +27,14 @@ def test_round_trip_and_how_many_are_kept(tmp_path) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path) -> None:
+    for step, best in ((5, 5), (10, 5), (15, 5), (20, 20)):
+        save_checkpoint(tmp_path, checkpoint(step), kept=1, best=best)
+        if step == 15:
+            assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-0000005", "step-0000015"]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-0000020"]
+
+
 def test_what_an_interrupted_writer_left_is_no_checkpoint_and_is_cleared(tmp_path) -> None:
     save_checkpoint(tmp_path, checkpoint(5), kept=2)
     (tmp_path / ".step-0000010.77.new").mkdir()

@@ -1,0 +1,65 @@
+"""Looks at the validation samples during training: the loss there, which look was the best, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.language_model import collate, label_losses
+
+
+@dataclass
+class Looks:
+    """The validation losses of a run so far, in the order of steps.
+
+    Attributes:
+        every: optimizer steps between looks.
+        patience: how many looks without a lower loss end the training; None: never.
+    """
+
+    every: int
+    patience: int | None
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to look after step `step` of `steps`; always after the last one."""
+        return step % self.every == 0 or step == steps
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest loss, the earliest of equals; None before the first look."""
+        return min(self.losses, key=lambda step: (self.losses[step], step), default=None)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the last `patience` looks were all no better than one before."""
+        if self.patience is None or self.best_step is None:
+            return False
+        return sum(step > self.best_step for step in self.losses) >= self.patience
+
+
+@torch.no_grad()
+def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int) -> float:
+    """Mean loss over all labels of `samples`, in nats; collective.
+
+    Every rank runs equally many forward passes, as stage 3 needs: where samples run out, one is repeated and not counted.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    engine.eval()
+    for turn in range(math.ceil(len(order) / (world * micro_batch_size))):
+        first = turn * world * micro_batch_size
+        mine = order[first : first + world * micro_batch_size][rank::world]
+        batch = collate([samples[index] for index in mine or order[:1]]).to(engine.device)
+        losses = label_losses(engine, batch)
+        if mine:
+            totals += torch.tensor([losses.sum().item(), (batch.labels_BK >= 0).sum().item()]).to(totals)
+    engine.train()
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1])
