@@ -160,6 +160,8 @@ def main(folder: Path) -> None:
     recipe = parse_recipe(json.loads((folder / "recipe.json").read_text(encoding="utf-8")), str(folder))
     with process_group():
         train_worker(training_job(recipe, folder))
+    # Seen once: a library's thread that aborts the process at the interpreter's end, when all is written.
+    os._exit(0)
 
 
 if __name__ == "__main__":
