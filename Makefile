@@ -5,14 +5,18 @@ BIN := $(VENV)/bin
 SOURCES := kasa pipeline ray_jobs benchmarks tests
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test checks bench docs clean
+.PHONY: demo test soak checks bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/kasa run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "soak or cluster"
+	$(BIN)/python -m benchmarks kill restart elastic-resume
 
 checks: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)

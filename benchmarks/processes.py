@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,13 +17,20 @@ from benchmarks.core import ROOT
 Found = TypeVar("Found")
 
 
-def start_kasa(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
-    """`kasa ARGUMENTS` in `folder`, on this machine whatever the surroundings say; its output can be read at the end."""
+def start_kasa(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """`kasa ARGUMENTS` in `folder`; its output can be read at the end.
+
+    Of the surroundings' settings of Ray and MLflow it sees those in `environment` alone.
+    """
     surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "KASA_"))}
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *arguments],
         cwd=folder,
-        env=surroundings | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=surroundings
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        | {**(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -97,7 +97,10 @@ def shape_of(recipe: Recipe) -> nn.Module:
 
 
 def training_job(recipe: Recipe, folder: Path) -> TrainJob:
-    """The job over the inputs that `write_inputs` left in `folder`; it fills `folder/work`."""
+    """The job over the inputs that `write_inputs` left in `folder`; it fills `folder/work`.
+
+    An adapter in `folder/start` is gone on from.
+    """
     return TrainJob(
         base_name="base",
         base_folder=Path(recipe.base.model),
@@ -108,6 +111,7 @@ def training_job(recipe: Recipe, folder: Path) -> TrainJob:
         config=adapter_config(recipe),
         settings=recipe.train,
         deepspeed=deepspeed_settings(recipe),
+        start=(folder / "start") if (folder / "start").exists() else None,
     )
 
 

@@ -29,7 +29,7 @@ from kasa.folders import TENSOR_FILE, write_tensor_folder
 from kasa.targets import Target
 from kasa.weighting import Weighting
 
-_JSON = "calibration.json"
+CALIBRATION_JSON = "calibration.json"
 _INPUT, _GRADIENT = "input/", "gradient/"
 
 
@@ -112,14 +112,16 @@ def save_sums(folder: Path, sums: CalibrationSums) -> None:
     tensors = {f"{_INPUT}{name}": total for name, total in sums.inputs_II.items()}
     tensors |= {f"{_GRADIENT}{name}": total for name, total in sums.gradients_OO.items()}
     facts = {"format": 2, "leaders": sums.leaders, "gradients": sorted(sums.gradients_OO)}
-    write_tensor_folder(folder, _JSON, facts, tensors)
+    write_tensor_folder(folder, CALIBRATION_JSON, facts, tensors)
 
 
 class StoredCalibration:
     """The sums of all parts that `save_sums` wrote; a matrix is read when it is asked for, and not kept."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self._parts = [(folder, json.loads((folder / _JSON).read_text(encoding="utf-8"))) for folder in folders]
+        self._parts = [
+            (folder, json.loads((folder / CALIBRATION_JSON).read_text(encoding="utf-8"))) for folder in folders
+        ]
 
     def weighting(self, name: str) -> Weighting:
         """What all parts together say about a layer.

@@ -19,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 
 from kasa.errors import AdapterFileError
+from kasa.file_digest import file_digest
 
 TENSOR_FILE = "tensors.safetensors"
 
@@ -59,9 +60,3 @@ def read_tensor_folder(folder: Path, json_name: str) -> tuple[dict[str, Any], di
         return facts, load_tensors(data)
     except SafetensorError as error:
         raise AdapterFileError(f"{folder / TENSOR_FILE} is damaged: {error}") from None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

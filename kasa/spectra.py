@@ -112,6 +112,23 @@ def bottom_triplets(
     )
 
 
+def inherited_triplets(weight_OI: torch.Tensor, left_OD: torch.Tensor, right_DI: torch.Tensor) -> BottomTriplets:
+    """The triplets behind U_d S_d and V_d^T, which an adapter saved of the weight's: `dropped_factors` gives them back, up
+    to a rounding. Without a weighting these are the triplets themselves, under one only their sum is the same.
+    """
+    values_D = left_OD.norm(dim=0)
+    return BottomTriplets(
+        left_OR=_stored(left_OD / values_D.clamp(min=torch.finfo(left_OD.dtype).tiny)),
+        singular_values_R=_stored(values_D),
+        right_RI=_stored(right_DI),
+        largest=spectral_norm(Operand(weight_OI.detach())),
+        # Nothing was computed that could be off.
+        residual=0.0,
+        orthogonality=0.0,
+        method="inherited",
+    )
+
+
 def _check(weight_OI: torch.Tensor, rank: int, name: str) -> None:
     if weight_OI.ndim != 2 or not weight_OI.is_floating_point():
         raise SpectrumError(

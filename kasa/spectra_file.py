@@ -10,7 +10,7 @@ import torch
 from kasa.folders import read_tensor_folder, write_tensor_folder
 from kasa.spectra import BottomTriplets
 
-_JSON = "spectra.json"
+SPECTRA_JSON = "spectra.json"
 
 
 def save_spectra(folder: Path, spectra: Mapping[str, BottomTriplets], digests: Mapping[str, str]) -> None:
@@ -28,7 +28,7 @@ def save_spectra(folder: Path, spectra: Mapping[str, BottomTriplets], digests: M
             "orthogonality": triplets.orthogonality,
             "method": triplets.method,
         }
-    write_tensor_folder(folder, _JSON, {"format": 1, "weights": weights}, tensors)
+    write_tensor_folder(folder, SPECTRA_JSON, {"format": 1, "weights": weights}, tensors)
 
 
 def load_spectra(folder: Path) -> tuple[dict[str, BottomTriplets], dict[str, str]]:
@@ -37,7 +37,7 @@ def load_spectra(folder: Path) -> tuple[dict[str, BottomTriplets], dict[str, str
     Raises:
         AdapterFileError: the folder is incomplete or damaged.
     """
-    facts, tensors = read_tensor_folder(folder, _JSON)
+    facts, tensors = read_tensor_folder(folder, SPECTRA_JSON)
     spectra = {
         name: BottomTriplets(
             left_OR=tensors[f"{name}.left"],

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from kasa.targets import Target
+if TYPE_CHECKING:
+    from kasa.targets import Target
 
 Truncation = Literal["loss", "activation", "weight", "authors", "none"]
 

@@ -13,7 +13,7 @@ from pipeline.errors import ModelError
 from pipeline.generation import load_answerer
 from pipeline.prompting import Prompting
 from pipeline.recipe import BaseSettings
-from pipeline.tracking import open_registry
+from pipeline.tracking.registry import open_registry
 
 REGISTRY = "models:/"
 DEFAULT_NEW_TOKENS = 64

@@ -2,7 +2,8 @@
 
 `WORKSPACE/artifacts/STAGE/KEY/` exists if and only if the artifact is complete: a stage works in `KEY.partial/`, which an
 interrupted run leaves behind for the next one to go on from; the manifest is written last and the folder is then renamed.
-A lock beside it keeps two runs from doing the same work twice.
+A lock beside it keeps two runs from doing the same work twice. Where the workspace is in a store, what is complete there
+counts, and the folder is this machine's copy (`pipeline.storage`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,10 @@ from filelock import FileLock, Timeout
 
 from pipeline.console import console
 from pipeline.errors import WorkspaceError
+from pipeline.storage.mirror import MANIFEST
+from pipeline.storage.places import PARTIAL
+from pipeline.storage.workspace import Workspace
 
-MANIFEST = "manifest.json"
 _PATIENCE_S = 2.0
 
 
@@ -65,10 +70,11 @@ class Artifact:
 
 
 class ArtifactStore:
-    """The artifacts of one workspace."""
+    """The artifacts of one workspace; `storage` is what lies behind its folder."""
 
-    def __init__(self, workspace: Path) -> None:
+    def __init__(self, workspace: Path, storage: Workspace | None = None) -> None:
         self.root = workspace / "artifacts"
+        self._storage = storage or Workspace(workspace)
 
     def find(self, key: StageKey) -> Artifact | None:
         """The artifact, if it is complete.
@@ -77,6 +83,7 @@ class ArtifactStore:
             WorkspaceError: its manifest is damaged.
         """
         folder = self._folder(key)
+        self._storage.fetch(folder)
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             return Artifact(key.stage, key.key, folder, manifest["facts"], reused=True)
@@ -85,37 +92,79 @@ class ArtifactStore:
         except (ValueError, KeyError, TypeError):
             raise WorkspaceError(f"{folder / MANIFEST} is damaged; delete {folder} and run again") from None
 
-    def find_or_make(self, key: StageKey, make: Callable[[Path], dict[str, Any]]) -> Artifact:
-        """Reuse the artifact or have `make` fill its partial folder and return the facts about it."""
+    def known(self, stage: str, key: str) -> StageKey | None:
+        """The whole key of a complete artifact of which 16 digits are known."""
+        if not key:
+            return None
+        self._storage.fetch(self.root / stage / key)
+        try:
+            manifest = json.loads((self.root / stage / key / MANIFEST).read_text(encoding="utf-8"))
+            return StageKey(stage, manifest["ingredients"])
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def find_or_make(self, key: StageKey, make: Callable[[Path], dict[str, Any]], remake: bool = False) -> Artifact:
+        """Reuse the artifact or have `make` fill its partial folder and return the facts about it.
+
+        With `remake` one that is there is replaced, once the new one is complete.
+        """
         folder = self._folder(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{key.key}.lock"), key.stage):
-            if artifact := self.find(key):
+        with locked(folder.with_name(f"{key.key}.lock"), key.stage):
+            if not remake and (artifact := self.find(key)):
+                os.utime(folder / MANIFEST)  # pruning goes by the last use
                 return artifact
-            partial = folder.with_name(f"{key.key}.partial")
-            partial.mkdir(exist_ok=True)
-            facts = make(partial)
-            manifest = {"stage": key.stage, "key": key.key, "facts": facts, "ingredients": key.ingredients}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-            os.replace(partial, folder)
+            return self._make(key, make, remake)
+
+    def _make(self, key: StageKey, make: Callable[[Path], dict[str, Any]], remake: bool) -> Artifact:
+        folder = self._folder(key)
+        with self._storage.leased(folder, partial(_say_waiting, key.stage)) as lease:
+            # Another machine may have made it meanwhile.
+            if not remake and (artifact := self.find(key)):
+                return artifact
+            unfinished = folder.with_name(f"{key.key}{PARTIAL}")
+            unfinished.mkdir(exist_ok=True)
+            with self._storage.mirrored(unfinished, lease):
+                facts = make(unfinished)
+            manifest = {
+                "stage": key.stage,
+                "key": key.key,
+                "made": datetime.now(UTC).isoformat(timespec="microseconds"),
+                "facts": facts,
+                "ingredients": key.ingredients,
+            }
+            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+            self._storage.publish(unfinished, folder, lease)
+            if folder.exists():
+                discard(folder)
+            os.replace(unfinished, folder)
         return Artifact(key.stage, key.key, folder, facts, reused=False)
 
     def remove(self, artifact: Artifact) -> None:
         """Forget an artifact that no longer stands for anything."""
-        shutil.rmtree(artifact.folder)
+        self._storage.remove(artifact.folder)
+        discard(artifact.folder)
 
     def _folder(self, key: StageKey) -> Path:
         return self.root / key.stage / key.key
 
 
+def discard(folder: Path) -> None:
+    """Delete an artifact's folder in a way that never leaves half of it under its name."""
+    aside = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
 @contextmanager
-def _locked(path: Path, stage: str) -> Iterator[None]:
+def locked(path: Path, stage: str) -> Iterator[None]:
     """Hold the lock; say so if another run has it first."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=_PATIENCE_S)
     except Timeout:
-        console.print(f"{stage}: another run is making the same artifact; waiting for it")
+        _say_waiting(stage, "another run")
         lock.acquire()
     try:
         yield
@@ -123,22 +172,28 @@ def _locked(path: Path, stage: str) -> Iterator[None]:
         lock.release()
 
 
+def _say_waiting(stage: str, holder: str) -> None:
+    console.print(f"{stage}: the same artifact is being made by {holder}; waiting for it", soft_wrap=True)
+
+
 def content_digest(value: Any) -> str:
     """SHA-256 of a JSON-ready value in canonical form, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def code_digest(modules: Iterable[str]) -> str:
-    """SHA-256 over the source of modules (of every module in them, for packages): a change of code is a change of key."""
-    digest = hashlib.sha256()
-    for name in sorted(modules):
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(name)
-        origin = Path(spec.origin)
-        for source in sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]:
-            digest.update(source.read_bytes())
-    return digest.hexdigest()
+def code_digests(modules: Iterable[str]) -> dict[str, str]:
+    """16 hexadecimal digits of SHA-256 over each module's source (of every module in it, for a package)."""
+    return {name: _code_digest(name) for name in modules}
+
+
+def _code_digest(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    origin, digest = Path(spec.origin), hashlib.sha256()
+    for source in sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

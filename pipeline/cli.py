@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -20,8 +21,10 @@ import typer
 from rich.markup import escape
 
 from kasa.errors import KasaError
+from pipeline.artifacts_cli import app as artifacts_app
 from pipeline.console import ProgressBars, console
 from pipeline.errors import WorkspaceError
+from pipeline.options import BaseOption, JsonOption, OverridesArgument, ReasonOption, RecipeArgument, WorkspaceOption
 from pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -34,15 +37,7 @@ app = typer.Typer(
     help="Fine-tune LLaMA-class models with KaSA: Ray, DeepSpeed ZeRO, MLflow.",
 )
 
-RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; docs/recipe.md lists its keys.")
-]
-OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
-BaseOption = Annotated[Path | None, typer.Option(help="The base model's folder, where it was moved.")]
-WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace of the runs.")]
+app.add_typer(artifacts_app, name="artifacts")
 
 
 @app.command()
@@ -52,22 +47,56 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the resolved recipe and the plan; touch nothing.")
     ] = False,
+    force: Annotated[
+        list[str] | None, typer.Option("--force", metavar="STAGE", help="Make this stage anew; may be given again.")
+    ] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Make this stage and all after it anew.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a recipe: prepare, spectra, train, evaluate, register. What is unchanged is reused."""
+    """Run a recipe: prepare, spectra, audit, train, evaluate, register. What is unchanged is reused."""
     resolved = load_recipe(recipe, overrides)
     from pipeline import present
+    from pipeline.keys import stages_to_remake
+
+    remake = stages_to_remake(force or [], from_)
 
     if dry_run:
         from pipeline.dry_run import plan_run
 
-        planned = plan_run(resolved)
+        planned = plan_run(resolved, remake)
         print(json.dumps(present.plan_json(planned))) if as_json else present.show_plan(planned)
         return
     from pipeline.flow import run as run_flow
 
-    result = run_flow(resolved, ProgressBars())
+    result = run_flow(resolved, ProgressBars(), remake)
     print(json.dumps(present.result_json(result))) if as_json else present.show_result(result)
+
+
+@app.command()
+def retrain(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Where another retraining is running, wait for its end.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe if its data, base, settings or code are new since the last retraining: for a scheduler to call."""
+    resolved = load_recipe(recipe, overrides)
+    from pipeline.retrain import outcome_json, retrain_if_new
+
+    outcome = retrain_if_new(resolved, wait)
+    if outcome.result is None:
+        print(json.dumps(outcome_json(outcome)) if as_json else f"nothing to do: {outcome.reason}")
+        return
+    from pipeline import present
+
+    if as_json:
+        print(json.dumps(outcome_json(outcome) | present.result_json(outcome.result)))
+    else:
+        present.show_result(outcome.result)
 
 
 @app.command()
@@ -93,6 +122,34 @@ def plan(
     )
     estimate = plan_training(resolved, hardware)
     print(json.dumps(present.estimate_json(estimate))) if as_json else present.show_estimate(estimate)
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as http://HEAD:8265."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show the job's log until it ends; the exit code is the job's.")
+    ] = True,
+    again: Annotated[
+        bool, typer.Option("--again", help="Start it anew though the same job has succeeded before.")
+    ] = False,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="One more environment variable for the job.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe as a job on a Ray cluster; the same submission twice is one job."""
+    from pipeline.jobs.submit import submit_and_follow
+
+    outcome = submit_and_follow(recipe, overrides or [], address, follow, again, env or [])
+    if as_json:
+        print(json.dumps(outcome.as_json()))
+    raise typer.Exit(outcome.exit_code)
 
 
 @app.command()
@@ -163,6 +220,50 @@ def _end_export(exported: Exported, as_json: bool) -> None:
 
 
 @app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="A registered model; left out: all of them.")] = None,
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """List the registered versions: aliases, verdict, the metric it was given on, and where they come from."""
+    from pipeline.model_commands import list_models
+    from pipeline.present_models import models_json, show_models
+
+    rows = list_models(workspace, name)
+    print(json.dumps(models_json(rows))) if as_json else show_models(rows)
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="`models:/NAME/3` or `models:/NAME@challenger`.")],
+    reason: ReasonOption = None,
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version the champion by hand; the champion before it becomes the previous one."""
+    from pipeline.model_commands import promote as promote_version
+    from pipeline.present_models import change_json, show_change
+
+    changed = promote_version(workspace, model, reason)
+    print(json.dumps(change_json(changed))) if as_json else show_change(changed)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="The registered model.")],
+    reason: ReasonOption = None,
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """Make the previous champion the champion again; a second time leads back."""
+    from pipeline.model_commands import rollback as roll_back
+    from pipeline.present_models import change_json, show_change
+
+    changed = roll_back(workspace, name, reason)
+    print(json.dumps(change_json(changed))) if as_json else show_change(changed)
+
+
+@app.command()
 def doctor(workspace: WorkspaceOption = Path("workspace"), as_json: JsonOption = False) -> None:
     """Say what this machine has and lacks for a run; exit code 2 if a run cannot work."""
     from pipeline import present
@@ -177,6 +278,7 @@ def doctor(workspace: WorkspaceOption = Path("workspace"), as_json: JsonOption =
 def main() -> None:
     """Entry point of the `kasa` command."""
     warnings.filterwarnings("ignore")
+    end_on_sigterm()
     try:
         app()
     except KasaError as error:
@@ -195,6 +297,11 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         _fail(error)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM, with which schedulers stop a process, end it in order: leases are given back, runs are marked."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _fail(error: Exception) -> None:

@@ -1,10 +1,12 @@
 """The one door to Ray: connect, run tasks, run training workers.
 
-A laptop gets a Ray of its own for the time of a run; with RAY_ADDRESS set the same calls go to that cluster.
+A laptop gets a Ray of its own for the time of a run; with RAY_ADDRESS set the same calls go to that cluster. Either way
+Ray is there from its first use on: a run that finds everything made already does without.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -13,13 +15,15 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kasa.errors import KasaError
 from pipeline.errors import ClusterError, WorkerError
+from pipeline.failures import error_of, first_line, in_words
+from pipeline.journal import append_journal
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,19 +50,80 @@ _HEAD_CHECK_S, _HEAD_MISSES = 1.0, 3
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker reserves: CPU cores, and a GPU or none."""
+    """What one worker reserves: CPU cores, a GPU or none, and memory where its need is known (0: unknown)."""
 
     cpus: float = 1
     gpu: bool = False
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """Training processes that work together.
+
+    Attributes:
+        most, fewest: how many there are, and how many are enough to start or go on with while the cluster has no more.
+        resources: of each.
+        max_failures: how many failures are survived; nodes that are taken away with notice are not counted.
+        timeout_s: how long one may wait for another in a collective operation.
+    """
+
+    most: int
+    fewest: int
+    resources: Resources
+    max_failures: int
+    timeout_s: float
 
 
 @contextmanager
-def ray_cluster(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
-    """Within the block Ray is connected and has at least `cpus` cores and `gpus` GPUs in all.
+def ray_cluster(
+    workspace: Path, cpus: float, gpus: int, on_connected: Callable[[dict[str, str]], None] = lambda facts: None
+) -> Iterator[None]:
+    """Within the block tasks and training workers can be run; the first to be run connects to Ray.
 
-    Raises:
-        ClusterError: RAY_ADDRESS cannot be reached, or the cluster is too small.
+    `on_connected` is then called with facts about the cluster (`_facts`).
+
+    That raises ClusterError where RAY_ADDRESS cannot be reached, or the cluster has less than `cpus` cores or `gpus` GPUs
+    in all.
     """
+    with ExitStack() as stack:
+        connection = _Connection(stack, workspace, cpus, gpus, on_connected)
+        _connections.append(connection)
+        try:
+            yield
+        finally:
+            _connections.remove(connection)
+
+
+@dataclass
+class _Connection:
+    """To Ray, once somebody needs it; closed with the stack."""
+
+    stack: ExitStack
+    workspace: Path
+    cpus: float
+    gpus: int
+    on_connected: Callable[[dict[str, str]], None]
+    is_open: bool = False
+    opening: threading.Lock = field(default_factory=threading.Lock)
+
+    def ensure(self) -> None:
+        with self.opening:
+            if not self.is_open:
+                # Linux kills Ray's processes with the thread that started them, and stages may run in threads of their own.
+                starter = self.stack.enter_context(ThreadPoolExecutor(1, "ray"))
+                connected = _connected(self.workspace, self.cpus, self.gpus)
+                starter.submit(self.stack.enter_context, connected).result()
+                self.is_open = True
+                self.on_connected(_facts())
+
+
+# As global as Ray's own connection.
+_connections: list[_Connection] = []
+
+
+@contextmanager
+def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
     os.environ.update({name: value for name, value in _DRIVER_ENVIRONMENT.items() if name not in os.environ})
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -82,9 +147,7 @@ def ray_cluster(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
             **({} if address else options),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(
-            f"cannot use the Ray cluster at {address or 'this machine'}: {_first_line(error)}"
-        ) from error
+        raise ClusterError(f"cannot use the Ray cluster at {address or 'this machine'}: {first_line(error)}") from error
     done = threading.Event()
     if not address:
         _end_with_head(ray.get_runtime_context().gcs_address, done)
@@ -96,22 +159,49 @@ def ray_cluster(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def _facts() -> dict[str, str]:
+    """The cluster that is connected: `address`, `nodes`, `cpus`, `gpus`, `memory_gib`, `ray` (its version)."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return {
+        "address": os.environ.get("RAY_ADDRESS") or "local",
+        "nodes": str(sum(node["Alive"] for node in ray.nodes())),
+        "cpus": f"{resources.get('CPU', 0):g}",
+        "gpus": f"{resources.get('GPU', 0):g}",
+        "memory_gib": f"{resources.get('memory', 0) / 2**30:.1f}",
+        "ray": ray.__version__,
+    }
+
+
 def run_tasks(
     function: Callable[[Item], Result],
     items: Sequence[Item],
-    resources: Resources,
+    resources: Resources | Callable[[Item], Resources],
     on_result: Callable[[Item, Result], None] = lambda item, result: None,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> list[Result]:
-    """Run `function` once for each item on the cluster, side by side; results in the items' order.
+    """Run `function` once for each item on the cluster, side by side, in this working directory; results in order.
 
     `on_result` is called in this process as each finishes, `while_waiting` about twice a second. A task whose worker
     dies is tried again three times. The first exception ends the rest and is raised as it was in the worker.
-    """
-    import ray
 
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=1 if resources.gpu else 0, max_retries=3)(function)
-    pending = {task.remote(item): index for index, item in enumerate(items)}
+    Args:
+        resources: what each reserves, or what an item does. No more memory is reserved than the largest node has: a task
+            that needs more has that node to itself.
+    """
+    _connections[-1].ensure()
+    import ray  # not before: it reads its settings when it is imported
+
+    task = ray.remote(max_retries=3)(_here(function))
+    nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
+
+    def start(item: Item) -> Any:
+        needed = resources(item) if callable(resources) else resources
+        memory = min(needed.memory_bytes, max(nodes, default=0))
+        return task.options(num_cpus=needed.cpus, num_gpus=1 if needed.gpu else 0, memory=memory or None).remote(item)
+
+    pending = {start(item): index for index, item in enumerate(items)}
     results: dict[int, Result] = {}
     try:
         while pending:
@@ -130,49 +220,88 @@ def run_tasks(
 
 
 def run_training_workers(
-    function: Callable[[Any], None],
+    function: Callable[[Any, Callable[[], bool]], None],
     job: Any,
-    workers: int,
-    resources: Resources,
+    workers: WorkerGroup,
     scratch: Path,
-    max_failures: int,
-    timeout_s: float,
+    interruptions: Path,
 ) -> None:
-    """Run `function(job)` in `workers` processes that share a torch process group; restart all of them when one dies.
+    """Run `function(job, node_leaves)` in processes that share a torch process group; restart all when one dies.
+
+    `node_leaves()` says whether this worker has heard that a node with one of them is about to be taken away.
 
     Args:
         scratch: a folder for Ray Train's own files, removed afterwards.
-        max_failures: how many deaths are survived.
-        timeout_s: how long one worker may wait for another in a collective operation.
+        interruptions: a journal; each failure that is survived, or ends it all, is appended as `{"interruption": TEXT}`.
 
     Raises:
         KasaError: a worker met a mistake that the user can mend.
-        WorkerError: the workers died once more than `max_failures`; the message holds the first worker's error.
+        WorkerError: workers failed more often than is survived; the message names the worker that failed first.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    _connections[-1].ensure()
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.callback import UserCallback
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+    journal = interruptions.resolve()
+
+    class Interruptions(UserCallback):
+        failures = 0
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            self.failures += 1
+            count = f"failure {self.failures}; {workers.max_failures} are survived"
+            append_journal(journal, [{"interruption": f"{in_words(worker_exceptions)} ({count})"}])
+
+    resources = workers.resources
+    run_here = _here(function)
     trainer = TorchTrainer(
-        function,
+        lambda config: run_here(config, _node_leaves),
         train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=int(timeout_s)),
+        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=int(workers.timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=resources.gpu, resources_per_worker={"CPU": resources.cpus}
+            num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),
+            use_gpu=resources.gpu,
+            resources_per_worker={"CPU": resources.cpus},
         ),
         # A name used before would resume that run's state in silence.
         run_config=RunConfig(
             name=uuid.uuid4().hex[:12],
             storage_path=str(scratch.resolve()),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            callbacks=[Interruptions()],
         ),
     )
     try:
         trainer.fit()
+    except WorkerGroupError as error:
+        raise error_of(error.worker_failures) from error
     except TrainingFailedError as error:
-        raise _worker_error(error) from error
+        raise WorkerError(f"training failed: {first_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _here(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function` in this process's working directory, where the node has it: relative paths mean the same everywhere."""
+    folder = Path.cwd()
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Result:
+        if folder.is_dir():
+            os.chdir(folder)
+        return function(*arguments)
+
+    return run
+
+
+def _node_leaves() -> bool:
+    # The public function is a collective operation of Ray's own without a time-out, in which a hang would go unnoticed.
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _end_with_head(address: str, done: threading.Event) -> None:
@@ -188,6 +317,8 @@ def _end_with_head(address: str, done: threading.Event) -> None:
             try:
                 socket.create_connection((host, int(port)), timeout=_HEAD_CHECK_S).close()
                 misses = 0
+            except TimeoutError:
+                pass  # a machine that is busy; a port without a process refuses at once
             except OSError:
                 misses += 1
         if not done.is_set():
@@ -195,18 +326,6 @@ def _end_with_head(address: str, done: threading.Event) -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _worker_error(error: Exception) -> Exception:
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        if isinstance(cause := getattr(failure, "cause", failure), KasaError):
-            return cause
-    for rank, failure in failures.items():
-        return WorkerError(
-            f"training worker {rank} failed: {_first_line(getattr(failure, 'cause', failure) or failure)}"
-        )
-    return WorkerError(f"training failed: {_first_line(error)}")
 
 
 def _check_size(available: dict[str, float], cpus: float, gpus: int) -> None:
@@ -220,8 +339,3 @@ def _check_size(available: dict[str, float], cpus: float, gpus: int) -> None:
             f"the run needs {gpus} GPUs at once, the cluster has {available.get('GPU', 0):g}; "
             "lower train.workers and evaluate.workers, or set train.gpu=false"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

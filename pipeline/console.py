@@ -30,6 +30,7 @@ class ProgressBars:
         )
         self._tasks: dict[str, int] = {}
         self._printed: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
 
     @contextmanager
     def showing(self) -> Iterator[ProgressBars]:
@@ -39,6 +40,10 @@ class ProgressBars:
             return
         with self._bars:
             yield self
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bars."""
+        console.print(text, markup=False, soft_wrap=True)
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units of the activity `name`, with a short remark at the end of its line."""
@@ -54,9 +59,22 @@ class ProgressBars:
 
     def _print_line(self, name: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
+        self._began.setdefault(name, (now, done))
         if done < total and now - self._printed.get(name, 0.0) < PLAIN_INTERVAL_S:
             return
         if self._printed.get(name) == float("inf"):
             return
         self._printed[name] = float("inf") if done >= total else now
-        console.print(f"{name}: {done}/{total} {note}".rstrip())
+        left = time_left(now - self._began[name][0], done - self._began[name][1], total - done)
+        console.print(f"{name}: {done}/{total} {', '.join(part for part in (note, left) if part)}".rstrip())
+
+
+def time_left(seconds: float, done: int, to_do: int) -> str:
+    """How long `to_do` units take, if `done` took so long: `about 3 min left`; empty where nothing is left or known."""
+    if done <= 0 or to_do <= 0:
+        return ""
+    left = seconds * to_do / done
+    for unit, length in (("h", 3600), ("min", 60)):
+        if left >= 1.5 * length:
+            return f"about {left / length:.0f} {unit} left"
+    return f"about {left:.0f} s left"

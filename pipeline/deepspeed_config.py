@@ -122,6 +122,12 @@ def complete_config(config: dict[str, Any], train: TrainSettings) -> dict[str, A
             f"train.deepspeed {train.deepspeed} is ZeRO stage 0, which DeepSpeed does not train rightly with "
             "train.precision bf16; use stage 1, such as cpu_zero1, or train.precision=fp32"
         )
+    if train.workers % workers_of_a_copy(config):
+        raise RecipeError(
+            f"train.deepspeed {train.deepspeed} keeps a copy of the frozen weights on every "
+            f"{workers_of_a_copy(config)} workers (zero_hpz_partition_size), which do not divide train.workers "
+            f"{train.workers}; set it to the GPUs of a node in a file of your own, or use gpu_zero3"
+        )
     return copy.deepcopy(config) | {
         "gradient_clipping": train.gradient_clipping,
         "bf16": {"enabled": train.precision == "bf16"},
@@ -146,6 +152,16 @@ def with_passes(config: dict[str, Any], workers: int, passes: int) -> dict[str, 
 def zero_stage(config: dict[str, Any]) -> int:
     """The ZeRO stage, 0 to 3; 0 where the configuration names none."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def workers_of_a_copy(config: dict[str, Any]) -> int:
+    """Among how many workers ZeRO++ shares out a second copy of the weights, mostly those of a node; 1 without one."""
+    return int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
+
+
+def quantises_frozen(config: dict[str, Any]) -> bool:
+    """Whether ZeRO++ keeps frozen weights in 8 bits."""
+    return bool(config.get("zero_optimization", {}).get("zero_quantized_nontrainable_weights", False))
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:

@@ -25,6 +25,10 @@ class ClusterError(KasaError):
     """The Ray cluster lacks what the recipe asks for."""
 
 
+class JobError(KasaError):
+    """A recipe cannot be sent to a cluster as a job."""
+
+
 class ModelError(KasaError):
     """A model named on the command line (registry URI or adapter folder) cannot be loaded."""
 
@@ -33,5 +37,21 @@ class TrainingError(KasaError):
     """Training cannot go on for a reason the user can mend, such as a rate at which it diverges."""
 
 
+class ConnectionLostError(Exception):
+    """A service that answered before does so no longer; what it was asked to do may well go on."""
+
+
 class WorkerError(Exception):
     """Worker processes died or failed: no mistake of the user's, so the exit code is 1."""
+
+
+class LeaseLostError(Exception):
+    """Another process has taken over what only one may do: no mistake of the user's, so the exit code is 1."""
+
+
+class TrackingAwayError(Exception):
+    """The tracking server stayed away for longer than is waited: no mistake of the user's, so the exit code is 1."""
+
+
+class StorageError(Exception):
+    """The store of a remote workspace failed in the middle of a run, for longer than is waited: the exit code is 1."""

@@ -1,6 +1,6 @@
 """Adapters for other programs: a plain LoRA, a merged Hugging Face folder, PEFT's KaSA folder; and the last one back.
 
-The work is the method library's (`kasa.lora_export`, `kasa.merge`, `kasa.peft_kasa`). Here adapters and bases are found by
+The work is the method library's (`kasa.lora_export`, `kasa.merging`, `kasa.peft_kasa`). Here adapters and bases are found by
 name, and a merged model is compared with what it was made from.
 """
 
@@ -28,7 +28,7 @@ from pipeline.logit_difference import LogitDifference, coarse, logit_difference,
 from pipeline.prompting import FILE_NAME as PROMPTING
 from pipeline.prompting import Prompting
 from pipeline.recipe import BaseSettings
-from pipeline.tracking import open_registry
+from pipeline.tracking.registry import open_registry
 from pipeline.training.worker import ADAPTER
 
 Format = Literal["lora", "merged", "peft-kasa"]

@@ -2,27 +2,31 @@
 
     base + data ── prepare ── spectra ── audit ── train ── evaluate ── register ── report
 
-Spectra look at the training text, unless `adapter.truncation` says otherwise; then they depend on the base alone. Every
-stage is content-addressed (`pipeline.keys`), so what is unchanged is reused, and each is an MLflow run under the run's
-parent (`pipeline.context`).
+Spectra look at the training text, unless `adapter.truncation` says otherwise; then they depend on the base alone and are
+made beside the data. Training begins with a new adapter, or goes on from the champion's and what that one drops
+(`pipeline.warm_start`). Every stage is content-addressed (`pipeline.keys`), so what is unchanged is reused, and each is an
+MLflow run under the run's parent (`pipeline.context`).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kasa.targets import check_rank
+from kasa.targets import Target, check_rank
 from pipeline import keys
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel, find_base
 from pipeline.cluster import ray_cluster
 from pipeline.console import ProgressBars
-from pipeline.context import RunContext, check_workspace, close_context, open_context
+from pipeline.context import RunContext, close_context, open_context, ready_workspace
 from pipeline.prepare.sources import DataSources, resolve_sources
-from pipeline.recipe import Recipe, recipe_values
+from pipeline.provenance import code_tags, seed_tags
+from pipeline.recipe import Recipe
 from pipeline.report.gather import environment_tags, use_commands, write_report
 from pipeline.stages.audit import audit
 from pipeline.stages.evaluate import Evaluation, evaluate
@@ -30,6 +34,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Registration, register
 from pipeline.stages.spectra import spectra
 from pipeline.stages.train import deepspeed_settings, train
+from pipeline.warm_start import Start, choose_beginning
 
 
 @dataclass(frozen=True)
@@ -48,33 +53,39 @@ class RunResult:
     seconds: float
 
 
-def run(recipe: Recipe, bars: ProgressBars) -> RunResult:
+def run(
+    recipe: Recipe, bars: ProgressBars, remake: Iterable[str] = (), confirm: Callable[[], None] = lambda: None
+) -> RunResult:
     """Run the recipe to its end, going on from whatever an earlier run of it left.
+
+    Args:
+        remake: stages that make their artifacts anew, though they be there.
+        confirm: raises where this process may not go on; asked before each stage and before the registry is changed.
 
     Raises:
         KasaError: a mistake in the recipe, the data, the base or the environment; what was made so far is kept.
     """
     started = time.perf_counter()
     deepspeed_settings(recipe)  # a mistake in it should not wait for the stage that needs it
-    check_workspace(recipe.workspace)
+    storage = ready_workspace(recipe)
     base, sources = _find_inputs(recipe)
     targets = base.targets(recipe.adapter.targets)
     check_rank(targets, recipe.adapter.rank, "adapter.rank")
     check_rank(targets, recipe.spectra_rank, "spectra.rank")
 
-    context = open_context(recipe, bars, environment_tags())
+    storage.share(base.folder, base.digest)
+    tags = {**environment_tags(), **code_tags(), **seed_tags(recipe)}
+    context = open_context(recipe, storage, bars, tags, remake, confirm)
     with (
         context.tracking.open_run(context.parent_run),
-        ray_cluster(recipe.workspace, *needed_resources(recipe)),
+        ray_cluster(recipe.workspace, *needed_resources(recipe), on_connected=context.describe_cluster),
         bars.showing(),
     ):
-        context.tracking.log_parameters(context.parent_run, recipe_values(recipe))
-        prepared = prepare(context, base, sources)
-        decomposed = spectra(context, base, targets, prepared)
+        context.describe_run()
+        prepared, decomposed, start = _prepared_and_spectra(context, base, sources, targets)
         audited = audit(context, base, targets, prepared, decomposed)
-        adapter = train(context, base, targets, prepared, decomposed)
-        evaluation = evaluate(context, base, prepared, adapter)
-        registration = register(context, base, sources, prepared, adapter, evaluation)
+        adapter = train(context, base, sources, targets, prepared, decomposed, start)
+        evaluation = evaluate(context, base, sources, prepared, adapter)
         artifacts = {
             "prepare": prepared,
             "spectra": decomposed,
@@ -82,15 +93,32 @@ def run(recipe: Recipe, bars: ProgressBars) -> RunResult:
             "train": adapter,
             "evaluate": evaluation.artifact,
         }
+        registration = register(context, base, sources, targets, artifacts, evaluation, start)
         report = write_report(context, artifacts, evaluation, registration)
     close_context(context)
     return _result(context, artifacts, evaluation, registration, report, time.perf_counter() - started)
 
 
+def _prepared_and_spectra(
+    context: RunContext, base: BaseModel, sources: DataSources, targets: Sequence[Target]
+) -> tuple[Artifact, Artifact, Start | None]:
+    """Both, and what training goes on from."""
+    recipe = context.recipe
+    if recipe.calibrated or recipe.train.start == "champion":
+        prepared = prepare(context, base, sources)
+        start = _beginning(context, base, targets, prepared)
+        text = prepared if recipe.calibrated and start is None else None
+        return prepared, spectra(context, base, targets, text, start), start
+    with ThreadPoolExecutor(1) as beside:
+        preparing = beside.submit(prepare, context, base, sources)
+        decomposed = spectra(context, base, targets, None, None)
+        return preparing.result(), decomposed, None
+
+
 def needed_resources(recipe: Recipe) -> tuple[float, int]:
-    """CPU cores and GPUs that the hungriest stage reserves at once."""
-    training = recipe.train.workers * recipe.train.cpus_per_worker
-    workers = max(recipe.train.workers, recipe.evaluate.workers)
+    """CPU cores and GPUs that the hungriest stage reserves at once, with as few training workers as will do."""
+    training = recipe.train.fewest_workers * recipe.train.cpus_per_worker
+    workers = max(recipe.train.fewest_workers, recipe.evaluate.workers)
     return max(training, recipe.evaluate.workers, 1), workers if recipe.train.gpu else 0
 
 
@@ -101,6 +129,16 @@ def _find_inputs(recipe: Recipe) -> tuple[BaseModel, DataSources]:
     assert sources is not None
     assert base is not None
     return base, sources
+
+
+def _beginning(context: RunContext, base: BaseModel, targets: Sequence[Target], prepared: Artifact) -> Start | None:
+    recipe = context.recipe
+    if recipe.train.start == "scratch":
+        return None
+    champion = context.registry.champion(recipe.registered_name)
+    beginning = choose_beginning(recipe, champion, base.digest, targets, prepared.key)
+    context.bars.say(f"train: from {beginning.start.uri if beginning.start else 'scratch'} ({beginning.reason})")
+    return beginning.start
 
 
 def _result(

@@ -102,6 +102,12 @@ def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     return losses.view_as(batch.labels_BK)
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens the model chooses from."""
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)
+
+
 def _limits_logits(model: nn.Module) -> bool:
     inner = getattr(model, "module", model)
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

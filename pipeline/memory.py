@@ -17,7 +17,13 @@ from typing import Any
 from torch import nn
 
 from kasa.targets import Target
-from pipeline.deepspeed_config import offloads_optimizer, offloads_parameters, zero_stage
+from pipeline.deepspeed_config import (
+    offloads_optimizer,
+    offloads_parameters,
+    quantises_frozen,
+    workers_of_a_copy,
+    zero_stage,
+)
 
 GIB = 2**30
 
@@ -115,6 +121,8 @@ class Partitioning:
         bucket: elements of the buffers in which gradients are reduced (two where communication overlaps).
         max_live: elements of other workers' weights that stage 3 gathers ahead.
         persistence: tensors of fewer elements stay whole on every worker at stage 3.
+        copy_workers: among how many ZeRO++ shares out a second copy of the weights; 1 without one.
+        quantised: frozen weights are kept in 8 bits.
     """
 
     stage: int
@@ -124,6 +132,15 @@ class Partitioning:
     bucket: int = 0
     max_live: int = _MAX_LIVE
     persistence: int = _PERSISTENCE_THRESHOLD
+    copy_workers: int = 1
+    quantised: bool = False
+
+    def frozen_bytes(self, elements: int, element_bytes: int) -> float:
+        """What a worker keeps of frozen weights that are partitioned at stage 3."""
+        if self.stage < 3:
+            return elements * element_bytes
+        shares = 1 / self.workers + (1 / self.copy_workers if self.copy_workers > 1 else 0)
+        return elements * shares * (1 if self.quantised else element_bytes)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], workers: int) -> Partitioning:
@@ -140,6 +157,8 @@ class Partitioning:
             bucket=0 if stage == 0 else bucket * (2 if doubled else 1),
             max_live=int(zero.get("stage3_max_live_parameters", _MAX_LIVE)),
             persistence=int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)),
+            copy_workers=workers_of_a_copy(config),
+            quantised=quantises_frozen(config),
         )
 
 
@@ -157,7 +176,7 @@ def worker_memory(
     e = forward.element_bytes
     items = [
         MemoryItem("process", PROCESS_GIB["gpu" if gpu else "cpu"]),
-        MemoryItem("base weights", _base_bytes(model, e, parts) / GIB, parts.offload_weights),
+        MemoryItem("base weights", parts.frozen_bytes(base_parameters(model), e) / GIB, parts.offload_weights),
         MemoryItem("gathered weights", gathered_bytes(model, e, parts) / GIB),
         *_adapter_items(adapted, e, parts, spectra_rank, gpu),
         *_training_items(adapted, e, parts, gpu),
@@ -261,24 +280,21 @@ def optimizer_bytes(trainable: int, parts: Partitioning) -> float:
     return trainable * 8 if parts.stage == 0 else trainable * 12 / parts.workers
 
 
-def _base_bytes(model: nn.Module, element_bytes: int, parts: Partitioning) -> float:
-    return element_bytes * base_parameters(model) / (parts.workers if parts.stage == 3 else 1)
-
-
 def _adapter_items(
     adapted: Sequence[AdaptedModule], element_bytes: int, parts: Partitioning, spectra_rank: int, gpu: bool
 ) -> list[MemoryItem]:
     adapter, factors = trainable_parameters(adapted), frozen_factor_parameters(adapted)
     # The worker holds on to the spectra, and to an fp32 copy of the factors that it saves with the adapter.
     kept = factors + sum(spectra_rank * (module.features + 1) for module in adapted)
+    frozen = parts.frozen_bytes(factors, element_bytes)
     if parts.stage == 3:
         # The regulariser gathers the whole adapter until the backward pass has ended.
         adapter += adapter // parts.workers
         sizes = [size for module in adapted for size in module.factors]
-        factors = factors // parts.workers + sum(size for size in sizes if size < parts.persistence)
+        frozen += element_bytes * sum(size for size in sizes if size < parts.persistence)
     return [
         MemoryItem("adapter", element_bytes * adapter / GIB),
-        MemoryItem("dropped factors", element_bytes * factors / GIB, parts.offload_weights),
+        MemoryItem("dropped factors", frozen / GIB, parts.offload_weights),
         MemoryItem("factors kept for saving", 4 * kept / GIB, gpu),
     ]
 

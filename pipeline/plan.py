@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -291,7 +292,9 @@ def estimate(
         global_batch=train.batch_size,
         micro_batch=train.micro_batch_size,
         gradient_accumulation=(
-            train.batch_size // (train.workers * train.micro_batch_size) if train.pack_tokens is None else None
+            math.ceil(train.batch_size / (train.workers * train.micro_batch_size))
+            if train.pack_tokens is None
+            else None
         ),
         pack_tokens=train.pack_tokens,
         row_tokens=longest,
@@ -327,16 +330,17 @@ def _on_gpus(recipe: Recipe, gpus: int, nodes: int) -> Recipe:
 
 
 def _family(recipe: Recipe) -> list[str]:
-    """The configurations to compare: stage 0, the recipe's own, and all that are made for its kind of machine."""
-    kind = "gpu_" if recipe.train.gpu else "cpu_"
+    """The configurations to compare: stage 0, the recipe's own, and all made for its kind of machine and so many workers."""
+    kind, workers = "gpu_" if recipe.train.gpu else "cpu_", recipe.train.workers
     names = {"cpu_zero0", recipe.train.deepspeed, *(name for name in config_names() if name.startswith(kind))}
-    configs = {name: load_deepspeed_config(name) for name in names}
+    all_parts = {name: Partitioning.from_config(load_deepspeed_config(name), workers) for name in names}
+    fitting = {name: parts for name, parts in all_parts.items() if workers % parts.copy_workers == 0}
 
     def price(name: str) -> tuple[int, bool, bool, str]:
-        parts = Partitioning.from_config(configs[name], recipe.train.workers)
+        parts = fitting[name]
         return parts.stage, parts.offload_optimizer, parts.offload_weights, name
 
-    return sorted(names, key=price)
+    return sorted(fitting, key=price)
 
 
 def _judged(memory: StageMemory, recipe: Recipe, hardware: Hardware) -> StageMemory:

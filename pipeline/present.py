@@ -42,6 +42,7 @@ def result_json(result: RunResult) -> dict[str, Any]:
             "uri": result.registration.uri,
             "promoted": decision.promote,
             "reason": decision.reason,
+            "aliases": list(result.registration.aliases),
         },
         "report": str(result.report),
         "commands": result.commands,
@@ -51,9 +52,11 @@ def result_json(result: RunResult) -> dict[str, Any]:
 def show_result(result: RunResult) -> None:
     """Metrics, verdict, where things are, and what to type next."""
     _out.print(_metrics_table(result))
-    decision = result.registration.decision
+    registration = result.registration
+    decision, model = registration.decision, registration.model
     colour, word = ("green", "promoted to champion") if decision.promote else ("yellow", "registered, not promoted")
-    model = result.registration.model
+    if registration.is_champion != decision.promote:
+        word = "not promoted, champion by hand" if registration.is_champion else "promoted, not the champion any more"
     _out.print(f"[{colour}]{escape(model.name)} version {model.version}: {word}[/] ({escape(decision.reason)})")
     stages = ", ".join(
         f"{name} {'reused' if status == 'reused' else f'{result.stage_seconds[name]:.0f} s'}"
@@ -110,9 +113,11 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
 def show_plan(plan: RunPlan) -> None:
     """The resolved recipe, then what would be done and what it takes."""
     _out.print(escape(yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False)))
-    table = Table("stage", "plan", "key", box=None, pad_edge=False, header_style="bold")
+    table = Table("stage", "plan", "key", "why", box=None, pad_edge=False, header_style="bold")
     for stage in plan.stages:
-        table.add_row(stage.name, stage.action, stage.key or "known once the inputs are fetched")
+        table.add_row(
+            stage.name, stage.action, stage.key or "known once the inputs are fetched", escape("; ".join(stage.reasons))
+        )
     _out.print(table)
     for name in plan.fetches:
         _out.print(f"fetch first: {escape(name)}")

@@ -1,12 +1,28 @@
-"""Whether a new version becomes the champion: a pure decision over measured numbers."""
+"""Whether a new version becomes the champion: a pure decision over two models' measured numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeline.evaluation.metrics import LOWER_IS_BETTER
 from pipeline.report.facts import Difference
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a new version has to show.
+
+    Attributes:
+        metric: the metric that counts.
+        margin: the gain in it that the whole 95% interval must lie above, in the metric's own unit.
+        guards: other metrics -> the largest fall that is allowed; the whole interval must lie above it.
+    """
+
+    metric: str
+    margin: float = 0.0
+    guards: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -17,29 +33,63 @@ class Decision:
     reason: str
 
 
-def decide(metric: str, against: Mapping[str, Difference], obstacle: str | None = None) -> Decision:
-    """Promote only what is better than every opponent by more than chance.
+class _Finding(NamedTuple):
+    holds: bool
+    text: str
+
+
+def decide(gate: Gate, against: Mapping[str, Mapping[str, Difference]], obstacle: str | None = None) -> Decision:
+    """Promote only what is better than every opponent by more than the margin, and falls behind none in a guard metric.
+
+    Uncertainty counts against the new version on both sides: it is the worse end of each interval that is judged.
 
     Args:
-        metric: the metric that counts.
-        against: opponent (`base`, `champion`) -> paired difference challenger - opponent, with its 95% interval.
+        gate: the bar.
+        against: opponent (`base`, `champion`) -> metric -> paired difference new version - opponent, with its interval.
         obstacle: why a comparison that would be needed cannot be made, if so.
     """
     if obstacle:
         return Decision(False, obstacle)
-    findings = [_finding(metric, opponent, difference) for opponent, difference in against.items()]
-    lost = [text for better, text in findings if not better]
-    return Decision(not lost, "; ".join(lost or [text for _, text in findings]))
+    findings = []
+    for opponent, differences in against.items():
+        findings.append(_gain(gate, opponent, differences[gate.metric]))
+        findings += [_guarded(guard, fall, opponent, differences[guard]) for guard, fall in gate.guards.items()]
+    lost = [finding.text for finding in findings if not finding.holds]
+    return Decision(not lost, "; ".join(lost or [finding.text for finding in findings]))
 
 
-def _finding(metric: str, opponent: str, difference: Difference) -> tuple[bool, str]:
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    low, high = sorted((sign * difference.low, sign * difference.high))
-    numbers = (
-        f"{metric} {difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] against the {opponent}"
-    )
-    if low > 0:
-        return True, f"better: {numbers}"
+def _gain(gate: Gate, opponent: str, difference: Difference) -> _Finding:
+    low, high = _gain_interval(gate.metric, difference)
+    numbers = _numbers(gate.metric, opponent, difference)
+    if low > gate.margin:
+        over = f", by more than {gate.margin:g}" if gate.margin else ""
+        return _Finding(True, f"better{over}: {numbers}")
     if high < 0:
-        return False, f"worse: {numbers}"
-    return False, f"no clear gain: {numbers}; the 95% interval holds 0"
+        return _Finding(False, f"worse: {numbers}")
+    if not gate.margin:
+        return _Finding(False, f"no clear gain: {numbers}; the 95% interval holds 0")
+    if low > 0:
+        return _Finding(False, f"too small a gain: {numbers}; the whole interval must show more than {gate.margin:g}")
+    return _Finding(False, f"no clear gain: {numbers}; the whole interval must show more than {gate.margin:g}")
+
+
+def _guarded(guard: str, largest_fall: float, opponent: str, difference: Difference) -> _Finding:
+    low, high = _gain_interval(guard, difference)
+    numbers = _numbers(guard, opponent, difference)
+    if low >= -largest_fall:
+        return _Finding(True, f"guard kept: {numbers}")
+    allowed = (
+        f"the whole interval must show {'a rise' if guard in LOWER_IS_BETTER else 'a fall'} of {largest_fall:g} at most"
+    )
+    verdict = "guard broken" if high < -largest_fall else "guard not certain"
+    return _Finding(False, f"{verdict}: {numbers}; {allowed}")
+
+
+def _gain_interval(metric: str, difference: Difference) -> tuple[float, float]:
+    """Both ends, worse end first, with better as larger."""
+    return (-difference.high, -difference.low) if metric in LOWER_IS_BETTER else (difference.low, difference.high)
+
+
+def _numbers(metric: str, opponent: str, difference: Difference) -> str:
+    interval = f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    return f"{metric} {interval} against the {opponent}"

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kasa.errors import nearest
 from kasa.truncation import CALIBRATED, Truncation
 from pipeline.errors import RecipeError
+from pipeline.storage.places import local_folder
 
 TokenizedForm = Literal["auto", "prompt-completion", "alpaca", "chat", "completion"]
 
@@ -47,7 +48,7 @@ class DataSettings(Section):
     """Where the text comes from and how it becomes tokens."""
 
     train: StrList = Field(
-        description="Files, globs, folders, `hub:NAME[:SPLIT]` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
+        description="Files, globs, folders, `hub:NAME[@REVISION][:SPLIT]` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
     )
     heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
     calibration: StrList = Field(
@@ -146,6 +147,11 @@ class TrainSettings(Section):
     """The training stage: DeepSpeed ZeRO under Ray Train."""
 
     workers: int = Field(1, ge=1, description="Training processes (one GPU each when `gpu` is true).")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="While the cluster has no room for `workers`, train with at least so many. Default: `workers`.",
+    )
     gpu: bool = Field(False, description="Give every training and evaluation worker a GPU.")
     cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved for each training worker.")
     deepspeed: str = Field(
@@ -179,6 +185,11 @@ class TrainSettings(Section):
     patience: int | None = Field(
         None, ge=1, description="Stop after so many looks in a row without a lower validation loss."
     )
+    start: Literal["scratch", "champion"] = Field(
+        "scratch",
+        description="`champion`: go on from the adapter of the registered champion, beside what that one drops from the base; "
+        "from scratch, and said so, where there is none or its base, rank, alpha, targets or truncation differ.",
+    )
     seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
     checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     checkpoints_kept: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
@@ -186,6 +197,11 @@ class TrainSettings(Section):
     collective_timeout_s: float = Field(
         600, gt=0, description="Seconds a worker may wait for another before it gives up."
     )
+
+    @property
+    def fewest_workers(self) -> int:
+        """The least number of training processes."""
+        return self.workers if self.min_workers is None else self.min_workers
 
 
 class EvaluateSettings(Section):
@@ -207,6 +223,13 @@ class EvaluateSettings(Section):
     samples_shown: int = Field(8, ge=0, description="Generations shown side by side in the report.")
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that are compared."""
+        if self.kind == "text":
+            return ("rouge_l", "chrf", "loss")
+        return ("accuracy" if self.choices else "exact_match", "loss")
+
+    @property
     def gate_metric(self) -> str:
         """The metric that decides promotion."""
         if self.metric:
@@ -217,17 +240,31 @@ class EvaluateSettings(Section):
 
     @model_validator(mode="after")
     def _metric_is_measured(self) -> EvaluateSettings:
-        measured = {"loss"}
-        measured |= {"rouge_l", "chrf"} if self.kind == "text" else {"accuracy" if self.choices else "exact_match"}
-        if self.gate_metric not in measured:
+        if self.gate_metric not in self.measured:
             raise ValueError(
-                f"metric {self.gate_metric} is not measured here; choose one of {', '.join(sorted(measured))}"
+                f"metric {self.gate_metric} is not measured here; choose one of {', '.join(sorted(self.measured))}"
             )
         if self.choices and self.kind == "text":
             raise ValueError("choices belong to kind: answer")
         if len(self.choices) == 1 or len(set(self.choices)) != len(self.choices):
             raise ValueError("choices need at least two different answers")
         return self
+
+
+class PromotionSettings(Section):
+    """What a new version has to show before it becomes the champion; against the base, and the champion there is."""
+
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="The gain in `evaluate.metric` that the whole 95% interval must lie above, in the metric's unit: "
+        "`accuracy` and `exact_match` run from 0 to 1, `rouge_l` and `chrf` from 0 to 100, `loss` is in nats.",
+    )
+    guards: dict[str, float] = Field(
+        default_factory=dict,
+        description="Other metrics that must not get worse, each with the largest fall allowed (of `loss`: the largest "
+        "rise), such as `{loss: 0.02}`; the whole 95% interval must lie within it.",
+    )
 
 
 class RegisterSettings(Section):
@@ -242,9 +279,11 @@ class Recipe(Section):
     name: str = Field(
         description="Names the MLflow experiment and the registered model.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
     )
-    workspace: Path = Field(
-        Path("workspace"),
-        description="Folder for artifacts, MLflow's database and reports; shared storage on a cluster.",
+    place: str = Field(
+        "workspace",
+        alias="workspace",
+        description="Folder for artifacts, MLflow's database and reports, on storage that all nodes share; or a URL such "
+        "as `s3://BUCKET/FOLDER`, beside an MLflow server (docs/storage.md).",
     )
     base: BaseSettings = Field(default_factory=BaseSettings)
     data: DataSettings
@@ -252,9 +291,15 @@ class Recipe(Section):
     spectra: SpectraSettings = Field(default_factory=SpectraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    promotion: PromotionSettings = Field(default_factory=PromotionSettings)
     register_: RegisterSettings = Field(default_factory=RegisterSettings, alias="register")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @property
+    def workspace(self) -> Path:
+        """The workspace's folder on this node."""
+        return local_folder(self.place)
 
     @property
     def registered_name(self) -> str:
@@ -279,21 +324,32 @@ class Recipe(Section):
         return self.spectra.rank or max(self.dropped_rank, 1)
 
     @model_validator(mode="after")
+    def _guards_are_measured(self) -> Recipe:
+        measured = self.evaluate.measured
+        for guard, fall in self.promotion.guards.items():
+            if guard not in measured:
+                hint = nearest(guard, measured) or f"; choose from {', '.join(measured)}"
+                raise ValueError(f"promotion.guards.{guard}: no metric of that name is measured here{hint}")
+            if guard == self.evaluate.gate_metric:
+                raise ValueError(f"promotion.guards.{guard}: {guard} decides already; use promotion.margin")
+            if not fall >= 0:
+                raise ValueError(f"promotion.guards.{guard}: the largest fall {fall} must be 0 or more")
+        return self
+
+    @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         train = self.train
-        at_once, of_what = train.workers * train.micro_batch_size, "workers x micro_batch_size"
-        numbers = f"{train.workers} x {train.micro_batch_size}"
-        if train.pack_tokens is not None:
-            at_once, of_what, numbers = train.workers, "workers", str(train.workers)
-            if train.pack_tokens < self.data.max_tokens:
-                raise ValueError(
-                    f"train.pack_tokens {train.pack_tokens} is less than data.max_tokens {self.data.max_tokens}: the "
-                    "longest sample would not fit"
-                )
+        if train.pack_tokens is not None and train.pack_tokens < self.data.max_tokens:
+            raise ValueError(
+                f"train.pack_tokens {train.pack_tokens} is less than data.max_tokens {self.data.max_tokens}: the "
+                "longest sample would not fit"
+            )
         if train.patience is not None and self.data.validation_rows is None:
             raise ValueError("train.patience needs validation samples; set data.validation_rows, such as 200")
-        if train.batch_size % at_once:
-            raise ValueError(f"train.batch_size {train.batch_size} is not a multiple of {of_what} = {numbers}")
+        if train.batch_size < train.workers:
+            raise ValueError(f"train.batch_size {train.batch_size} leaves some of the {train.workers} workers idle")
+        if train.fewest_workers > train.workers:
+            raise ValueError(f"train.min_workers {train.min_workers} is more than train.workers {train.workers}")
         if self.spectra_rank < self.dropped_rank:
             raise ValueError(
                 f"spectra.rank {self.spectra_rank} is smaller than the {self.dropped_rank} triplets the adapter drops"

@@ -43,11 +43,14 @@ an error that names the file, the key and the nearest valid one. Paths are relat
 _RULES = """\
 ## Rules that span keys
 
-- `train.batch_size` is a multiple of `train.workers` x `train.micro_batch_size`.
+- `train.workers` is at most `train.batch_size`, and `train.min_workers` at most `train.workers`.
+- `train.pack_tokens` is at least `data.max_tokens`: the longest sample fits.
+- `train.patience` needs `data.validation_rows`.
 - `spectra.rank` is at least the number of triplets that the adapter drops.
 - `evaluate.choices` belong to `evaluate.kind: answer`, and there are at least two different ones.
 - `evaluate.metric` is one that is measured: `loss` always; `accuracy` with choices and `exact_match` without, for
   `kind: answer`; `rouge_l` and `chrf` for `kind: text`.
+- `promotion.guards` names metrics that are measured, other than `evaluate.metric`.
 - `data.prompt_template` contains `{prompt}` exactly once.
 """
 

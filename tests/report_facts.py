@@ -126,6 +126,7 @@ def full_facts(**changes: Any) -> ReportFacts:
             "sources": ["embedded:movie-reviews"],
             "sha256": "9b74c9897bac770ffc029102a200c5de" * 2,
         },
+        "interruptions": ["training worker 1 died: it was killed, or its node is gone (failure 1; 3 are survived)"],
         "rejected_rows": [
             "movie-reviews.jsonl:212: 131 tokens, more than data.max_tokens 128",
             "movie-reviews.jsonl:977: empty completion",

@@ -241,7 +241,7 @@ def test_the_project_has_its_checks() -> None:
     expected = {
         "demo-gain",
         "demo-time",
-        "demo-again",
+        "cache-noop",
         "spectra-model",
         "spectra-weight",
         "parity",
@@ -308,14 +308,14 @@ def test_cold_and_second_run_share_one_workspace(setting: Setting, monkeypatch: 
 
     monkeypatch.setattr(demo, "_run_quickstart", run)
     monkeypatch.setattr(demo, "_fetch_inputs", lambda workspace: None)
-    cold, again = demo.demo_time.measure(setting), demo.demo_again.measure(setting)
+    cold, again = demo.demo_time.measure(setting), demo.cache_noop.measure(setting)
     assert runs == [runs[0]] * 2
     assert runs[0].is_relative_to(setting.scratch)
     assert [(m.measured, m.flaws) for m in (cold, again)] == [(300.0, ()), (12.0, ())]
     assert cold.details["stage_seconds"]["train"] == 1.0
 
 
-def test_demo_again_alone_makes_the_first_run_itself(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_noop_alone_makes_the_first_run_itself(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Path] = []
 
     def run(workspace: Path) -> tuple[dict[str, Any], float]:
@@ -324,10 +324,10 @@ def test_demo_again_alone_makes_the_first_run_itself(setting: Setting, monkeypat
 
     monkeypatch.setattr(demo, "_run_quickstart", run)
     monkeypatch.setattr(demo, "_fetch_inputs", lambda workspace: None)
-    measurement = demo.demo_again.measure(setting)
+    measurement = demo.cache_noop.measure(setting)
     assert len(runs) == 2
     assert "train was computed, not reused" in measurement.flaws
-    assert not judge(demo.demo_again, measurement)[1]
+    assert not judge(demo.cache_noop, measurement)[1]
 
 
 def test_a_missing_stage_is_a_flaw(tmp_path: Path) -> None:

@@ -20,14 +20,16 @@ from pipeline.deepspeed_config import (
     load_deepspeed_config,
     offloads_optimizer,
     offloads_parameters,
+    quantises_frozen,
     with_passes,
+    workers_of_a_copy,
     zero_stage,
 )
 from pipeline.errors import RecipeError
 from pipeline.recipe import TrainSettings
 
 CPU_NAMES = ["cpu_zero0", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
-GPU_NAMES = ["gpu_zero1", "gpu_zero2", "gpu_zero3", "gpu_zero3_offload"]
+GPU_NAMES = ["gpu_zero1", "gpu_zero2", "gpu_zero3", "gpu_zero3_offload", "gpu_zero3_plusplus"]
 REFUSED = ("cpu_zero0", "bf16")
 
 
@@ -53,6 +55,7 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_init_required=False)
     yield deepspeed
     torch.distributed.destroy_process_group()
     # Stage 3 replaces torch's linear function for the whole process.
@@ -110,7 +113,7 @@ def test_stage_0_in_bf16_is_refused() -> None:
 @pytest.mark.parametrize("name", CPU_NAMES + GPU_NAMES)
 def test_deepspeed_accepts_every_file(name: str, deepspeed: Any) -> None:
     precision = "fp32" if name == REFUSED[0] else "bf16"
-    train = TrainSettings(gradient_clipping=0.5, precision=precision)
+    train = TrainSettings(gradient_clipping=0.5, precision=precision, workers=8)
     config = load_deepspeed_config(name)
     parsed = deepspeed.DeepSpeedConfig(with_passes(complete_config(config, train), workers=1, passes=4))
     assert parsed.zero_optimization_stage == zero_stage(config) == int(name.split("zero")[1][0])
@@ -120,6 +123,14 @@ def test_deepspeed_accepts_every_file(name: str, deepspeed: Any) -> None:
     assert parsed.zero_config.overlap_comm is name.startswith("gpu")
     assert (parsed.zero_config.offload_optimizer is not None) == offloads_optimizer(config) == name.endswith("offload")
     assert (parsed.zero_config.offload_param is not None) == offloads_parameters(config) == name.endswith("offload")
+    assert parsed.zero_config.zero_hpz_partition_size == workers_of_a_copy(config)
+    assert parsed.zero_config.zero_quantized_nontrainable_weights is quantises_frozen(config)
+    assert quantises_frozen(config) == (workers_of_a_copy(config) == 8) == name.endswith("plusplus")
+
+
+def test_a_copy_for_more_workers_than_there_are_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"every 8 workers.*do not divide train\.workers 4"):
+        complete_config(load_deepspeed_config("gpu_zero3_plusplus"), TrainSettings(workers=4))
 
 
 def test_every_file_is_listed() -> None:

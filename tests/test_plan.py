@@ -33,6 +33,7 @@ from pipeline.memory import (
     ForwardPass,
     Partitioning,
     activation_bytes,
+    base_parameters,
     block_shape,
     frozen_factor_parameters,
     gathered_bytes,
@@ -394,6 +395,17 @@ def test_packed_samples_fill_one_row() -> None:
     assert (result.activations_gib - padded.activations_gib) * GIB == 4 * 256 * 2 * (256 + 2 * 32)
 
 
+def test_zero_plus_plus_keeps_two_shares_in_8_bits() -> None:
+    model, targets = meta_model(_small_llama()), find_targets(meta_model(_small_llama()), "all-linear")
+    recipe = _recipe(train={"gpu": True, "deepspeed": "gpu_zero3", "workers": 16})
+    plain, plus_plus = (
+        m for m in estimate(recipe, model, targets).stages if m.deepspeed in ("gpu_zero3", "gpu_zero3_plusplus")
+    )
+    weights = [next(item.gib for item in memory.items if item.kind == "base weights") for memory in (plain, plus_plus)]
+    assert weights[0] == pytest.approx(2 * base_parameters(model) / 16 / GIB)
+    assert weights[1] == pytest.approx(base_parameters(model) * (1 / 16 + 1 / 8) / GIB)
+
+
 def test_time_follows_from_peak_and_utilisation() -> None:
     recipe = _recipe(data={"train_rows": 32}, train={"workers": 2})
     result = estimate(recipe, meta_model(_small_llama()), [], hardware=Hardware(None, 1e-6, 0.5))
@@ -462,7 +474,7 @@ def test_gpus_become_workers_and_a_known_gpu_brings_its_figures() -> None:
         ({"gpu": "H100"}, "trains without GPUs"),
         ({"gpu_memory_gib": 80}, "trains without GPUs"),
         ({"gpus": 1, "gpu": "H1000"}, r"'H1000' is not in the table \(A10, "),
-        ({"gpus": 3}, r"--gpus 3 --nodes 1: recipe: train.batch_size 16 is not a multiple"),
+        ({"gpus": 32}, r"--gpus 32 --nodes 1: recipe: train.batch_size 16 leaves some of the 32 workers idle"),
     ],
 )
 def test_options_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -515,7 +527,7 @@ def test_the_command_answers_in_words(kasa: Any) -> None:
         ("recipe.yaml", "base.model=owner/secret"),
         ("recipe.yaml", "base.modell=x"),
         ("recipe.yaml", "--gpu", "H1000", "--gpus", "1"),
-        ("recipe.yaml", "--gpus", "7"),
+        ("recipe.yaml", "--gpus", "70"),
         ("recipe.yaml", "adapter.targets=[q_prj]"),
         ("recipe.yaml", "train.deepspeed=gpu_zero4"),
         ("recipe.yaml", "train.deepspeed=cpu_zero0"),

@@ -110,7 +110,10 @@ def test_the_recipe_in_the_introduction_is_complete() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"train": {"workers": 2, "micro_batch_size": 8, "batch_size": 24}},
+        {"train": {"workers": 3, "batch_size": 2}},
+        {"train": {"workers": 2, "min_workers": 3}},
+        {"train": {"pack_tokens": 128}, "data": {"train": "a.jsonl", "max_tokens": 256}},
+        {"train": {"patience": 2}},
         {"spectra": {"rank": 2}, "adapter": {"rank": 4}},
         {"evaluate": {"kind": "text", "choices": ["a", "b"]}},
         {"evaluate": {"kind": "answer", "choices": ["a"]}},

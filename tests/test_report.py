@@ -136,7 +136,15 @@ def test_single_step(tmp_path: Path) -> None:
 
 def test_nothing_to_show_is_said_in_words(tmp_path: Path) -> None:
     empty = full_facts(
-        training=[], layers=[], samples=[], rejected_rows=[], stages=[], differences={}, metrics={}, dataset={}
+        training=[],
+        layers=[],
+        samples=[],
+        rejected_rows=[],
+        interruptions=[],
+        stages=[],
+        differences={},
+        metrics={},
+        dataset={},
     )
     _, page = rendered(empty, tmp_path)
     for sentence in ("no record of optimizer steps", "No adapted weight", "No sample", "No row was rejected",

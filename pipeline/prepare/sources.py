@@ -5,23 +5,19 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
-import re
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from kasa.errors import nearest
-from kasa.folders import file_digest
+from kasa.file_digest import file_digest
 from pipeline.embedded import PREFIX as EMBEDDED
 from pipeline.embedded import embedded_data, embedded_path_if_present
-from pipeline.errors import DataError, WorkspaceError
+from pipeline.errors import DataError
+from pipeline.prepare.hub import PREFIX as HUB
+from pipeline.prepare.hub import hub_file, parse_entry
 from pipeline.prepare.readers import SUFFIXES
 from pipeline.recipe import DataSettings
-
-HUB = "hub:"
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,11 @@ class DataSources:
     calibration: tuple[SourceFile, ...] = ()
 
     @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Those of all sides."""
+        return self.train + self.heldout + self.calibration
+
+    @property
     def digest(self) -> str:
         """sha256 over the contents: the same wherever the files lie, in any order, whenever they were written."""
         sides = [
@@ -55,10 +56,13 @@ class DataSources:
         return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
 
 
-def resolve_sources(settings: DataSettings, workspace: Path, fetch: bool = True) -> DataSources | None:
+def resolve_sources(
+    settings: DataSettings, workspace: Path, fetch: bool = True, digest: Callable[[Path], str] = file_digest
+) -> DataSources | None:
     """Find the files, fetching `hub:` and `embedded:` entries into `<workspace>/sources` where they are absent.
 
-    With `fetch` false nothing is written, and the answer is None where something would have to be fetched.
+    With `fetch` false nothing is written, and the answer is None where something would have to be fetched. `digest` gives
+    the sha256 of a file's bytes (hexadecimal).
 
     Raises:
         DataError: a file is missing or of an unknown format, a pattern matches nothing, or a source cannot be fetched.
@@ -69,29 +73,26 @@ def resolve_sources(settings: DataSettings, workspace: Path, fetch: bool = True)
         key, entries = f"data.{side}", getattr(settings, side)
         paths: dict[Path, None] = {}
         for entry in entries:
-            found = _resolve(entry, key, workspace, fetch)
+            found = resolve_source(entry, key, workspace, fetch)
             if found is None:
                 return None
             paths |= dict.fromkeys(found)
-        sides.append(tuple(SourceFile(path, _sha256(path)) for path in paths))
+        sides.append(tuple(SourceFile(path, _sha256(path, digest)) for path in paths))
     if not sides[0]:
         raise DataError("data.train names no source; give a file, a pattern, a folder, hub:NAME or embedded:NAME")
     return DataSources(*sides)
 
 
-def _resolve(entry: str, key: str, workspace: Path, fetch: bool) -> list[Path] | None:
+def resolve_source(entry: str, key: str, workspace: Path, fetch: bool) -> list[Path] | None:
+    """The files of one entry of the setting `key`; see `resolve_sources`."""
     if entry.startswith(EMBEDDED):
         present = embedded_path_if_present(entry, workspace)
         if present is None and fetch:
             present = embedded_data(entry, workspace)
         return None if present is None else [present]
     if entry.startswith(HUB):
-        exported = _hub_path(entry, key, workspace)
-        if not exported.exists():
-            if not fetch:
-                return None
-            _export(entry, exported)
-        return [exported]
+        exported = hub_file(parse_entry(entry, key), workspace, fetch)
+        return None if exported is None else [exported]
     return _local_files(entry, key)
 
 
@@ -130,39 +131,8 @@ def _nearest_file(path: Path) -> str:
     return nearest(path.name, [file.name for file in folder.iterdir()])
 
 
-def _hub_path(entry: str, key: str, workspace: Path) -> Path:
-    name, _, split = entry.removeprefix(HUB).partition(":")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or not re.fullmatch(r"[\w.-]*", split):
-        raise DataError(f"{key}: {entry} must have the form hub:NAME or hub:NAME:SPLIT, e.g. hub:owner/dataset:train")
-    return workspace / "sources" / "hub" / name.replace("/", "--") / f"{split or 'train'}.parquet"
-
-
-def _export(entry: str, path: Path) -> None:
-    """Store a hub split as one parquet file: from then on the run depends on those bytes, not on the hub."""
-    import datasets
-
-    name, _, split = entry.removeprefix(HUB).partition(":")
+def _sha256(path: Path, digest: Callable[[Path], str]) -> str:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / f".{path.name}.lock"):
-            if path.exists():
-                return
-            try:
-                rows = datasets.load_dataset(name, split=split or "train")
-            except Exception as error:  # the hub client lets errors of several libraries through
-                raise DataError(
-                    f"{entry} cannot be fetched from the hub: {' '.join(str(error).split())[:300]}; check the name, "
-                    "the split and the network, or name a local file"
-                ) from None
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-                rows.to_parquet(Path(scratch, path.name))
-                os.replace(Path(scratch, path.name), path)
-    except OSError as error:
-        raise WorkspaceError(f"{entry} cannot be stored in {path}: {error}; free space or rights?") from None
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return file_digest(path)
+        return digest(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -97,6 +97,7 @@ class ReportFacts:
     stages: list[StageFacts]
     dataset: dict[str, Any]
     rejected_rows: list[str]
+    interruptions: list[str]
     recipe_yaml: str
     versions: dict[str, str]
     machine: dict[str, str]

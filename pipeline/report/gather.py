@@ -29,7 +29,7 @@ from pipeline.stages.audit import truncation_warning
 from pipeline.stages.evaluate import Evaluation
 from pipeline.stages.register import Registration
 from pipeline.stages.spectra import FOLDER as SPECTRA
-from pipeline.tracking import ui_command
+from pipeline.tracking.store import ui_command
 from pipeline.training.worker import ADAPTER, JOURNAL
 from pipeline.truncation import AUDIT_JSON
 
@@ -43,6 +43,7 @@ def write_report(
     path = context.workspace / "reports" / f"{context.recipe.name}-{context.parent_run[:8]}.html"
     path.parent.mkdir(exist_ok=True)
     render_report(_facts(context, artifacts, evaluation, registration), path)
+    context.storage.save(path)
     tracking, run_id = context.tracking, context.parent_run
     tracking.log_files(run_id, path)
     for candidate, metrics in evaluation.metrics.items():
@@ -61,7 +62,7 @@ def environment_tags() -> dict[str, str]:
 
 def use_commands(context: RunContext, registration: Registration) -> dict[str, str]:
     """What to type next, by caption."""
-    where = "" if context.workspace == Path("workspace") else f" --workspace {context.workspace}"
+    where = "" if context.workspace == Path("workspace") else f" --workspace {context.recipe.place}"
     example = load_prepared_prompt(context)
     return {
         "Ask the model": f'{_program("kasa")} generate {registration.uri}{where} "{example}"',
@@ -107,6 +108,7 @@ def _facts(
         stages=context.finished,
         dataset={"sources": ", ".join(context.recipe.data.train + context.recipe.data.heldout), **prepared.summary},
         rejected_rows=prepared.summary["rejected_first"],
+        interruptions=artifacts["train"].facts["interruptions"],
         recipe_yaml=yaml.safe_dump(recipe_values(context.recipe), sort_keys=False),
         versions=package_versions(_PACKAGES),
         machine=_machine(),

@@ -9,7 +9,7 @@ from typing import Any
 from kasa.targets import Target
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
-from pipeline.cluster import Resources, run_tasks
+from pipeline.cluster import Resources
 from pipeline.console import console
 from pipeline.context import RunContext
 from pipeline.journal import JournalTail, rewrite_journal
@@ -51,7 +51,7 @@ def audit(
             done += len(tail.new_records())
             context.bars.update("audit", min(done, passes), passes, "passes")
 
-        (facts,) = run_tasks(audit_truncation, [job], Resources(1, recipe.train.gpu), while_waiting=show)
+        (facts,) = context.run_tasks(audit_truncation, [job], Resources(1, recipe.train.gpu), while_waiting=show)
         show()
         journal.unlink()
         return facts

@@ -14,18 +14,22 @@ from typing import Any
 
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
-from pipeline.cluster import Resources, run_tasks
+from pipeline.cluster import Resources
 from pipeline.context import RunContext
 from pipeline.evaluation.metrics import aggregate, paired_differences
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.journal import JournalTail, Record, read_journal
 from pipeline.keys import EVALUATE, evaluation_key
+from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import load_prepared
 from pipeline.report.facts import Difference
-from pipeline.tracking import ModelVersion
+from pipeline.stages.prepare import log_datasets
+from pipeline.tracking.moves import settle
+from pipeline.tracking.registry import ModelVersion
 from pipeline.training.worker import ADAPTER
 
 RESULTS = "samples.jsonl"
+_TRAIN_KEY = "kasa.train_key"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Evaluation:
         metrics: candidate -> metric -> value.
         differences: opponent (`base`, `champion`) -> metric -> adapted - opponent, paired, with interval.
         samples: candidate -> per-sample results, in the order of the held-out split.
-        champion: the champion there was, if it is another model.
+        champion: the champion there was.
         obstacle: why the champion could not be evaluated, if so.
     """
 
@@ -57,8 +61,15 @@ class Evaluation:
     champion: ModelVersion | None
     obstacle: str | None
 
+    @property
+    def champion_version(self) -> str | None:
+        """The number of the champion there was."""
+        return self.champion.version if self.champion else None
 
-def evaluate(context: RunContext, base: BaseModel, prepared: Artifact, trained: Artifact) -> Evaluation:
+
+def evaluate(
+    context: RunContext, base: BaseModel, sources: DataSources, prepared: Artifact, trained: Artifact
+) -> Evaluation:
     """Evaluate the base, the trained adapter, and the champion if it is another adapter on the same base."""
     adapted = Candidate("adapted", trained.folder / ADAPTER, trained.key)
     champion, rival, obstacle = _champion(context, base, trained)
@@ -70,6 +81,7 @@ def evaluate(context: RunContext, base: BaseModel, prepared: Artifact, trained: 
             find_or_make = stage.main_artifact if candidate is adapted else stage.artifact
             results[candidate.name] = find_or_make(key, partial(_measure, context, base, prepared, candidate))
         evaluation = _compare(results, champion, obstacle)
+        log_datasets(context, stage.run_id, sources, prepared, ["heldout"])
         _publish(context, stage.run_id, evaluation, results)
     return evaluation
 
@@ -77,15 +89,21 @@ def evaluate(context: RunContext, base: BaseModel, prepared: Artifact, trained: 
 def _champion(
     context: RunContext, base: BaseModel, trained: Artifact
 ) -> tuple[ModelVersion | None, Candidate | None, str | None]:
-    """The champion if it is not the adapter at hand, as a candidate, or what prevents that."""
-    champion = context.tracking.champion(context.recipe.registered_name)
-    if champion is None or champion.tags.get("kasa.train_key") == trained.key:
+    """The champion, and itself as a candidate or what prevents that."""
+    name = context.recipe.registered_name
+    settle(context.registry, name)
+    champion = context.registry.champion(name)
+    if champion is None:
         return None, None, None
-    if champion.tags.get("kasa.base_digest") != base.digest:
-        reason = f"the champion, version {champion.version}, belongs to another base and cannot be compared here"
-        return champion, None, reason
-    adapter = context.tracking.download(champion.uri, context.workspace / "champion" / champion.tags["kasa.train_key"])
-    return champion, Candidate("champion", adapter / "artifacts" / ADAPTER, champion.tags["kasa.train_key"]), None
+    key, who = champion.tags.get(_TRAIN_KEY), f"the champion, version {champion.version},"
+    if key == trained.key:
+        return champion, None, f"{who} holds this very adapter"
+    if key is None or champion.tags.get("kasa.base_digest") != base.digest:
+        what = "was not registered by this pipeline" if key is None else "belongs to another base"
+        return champion, None, f"{who} {what} and cannot be compared; kasa promote can replace it by hand"
+    adapter = context.registry.download(f"{champion.uri}/artifacts/{ADAPTER}", context.workspace / "champions" / key)
+    context.storage.share(adapter, key)
+    return champion, Candidate("champion", adapter, key), None
 
 
 def _measure(
@@ -115,7 +133,7 @@ def _measure(
         done += sum(len(tail.new_records()) for tail in tails)
         context.bars.update(f"evaluate {candidate.name}", min(done, rows), rows, "samples")
 
-    run_tasks(evaluate_shard, shards, Resources(1, recipe.train.gpu), while_waiting=show)
+    context.run_tasks(evaluate_shard, shards, Resources(1, recipe.train.gpu), while_waiting=show)
     show()
     results = sorted((r for shard in shards for r in read_journal(shard.journal)), key=lambda r: r["sample"])
     (folder / RESULTS).write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")

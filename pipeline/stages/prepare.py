@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
-from pipeline.cluster import Resources, run_tasks
+from pipeline.cluster import Resources
 from pipeline.context import RunContext
 from pipeline.journal import JournalTail, append_journal
 from pipeline.keys import prepare_key
 from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import prepare_dataset
 from pipeline.recipe import DataSettings
+
+# What each split is for, in MLflow's words.
+SPLITS = {"train": "training", "heldout": "evaluation"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artif
     def make(folder: Path) -> dict[str, Any]:
         progress = folder / "progress.jsonl"
         progress.unlink(missing_ok=True)
+        for file in sources.files:
+            context.storage.share(file.path, file.sha256)
         job = _Job(recipe.data, sources, base.folder, base.context_tokens, folder, progress)
         tail = JournalTail(progress)
 
@@ -41,7 +47,7 @@ def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artif
             for record in tail.new_records()[-1:]:
                 context.bars.update("prepare", record["done"], record["total"], "rows")
 
-        (summary,) = run_tasks(_prepare_task, [job], Resources(), while_waiting=show)
+        (summary,) = context.run_tasks(_prepare_task, [job], Resources(), while_waiting=show)
         show()
         progress.unlink(missing_ok=True)
         return summary
@@ -50,20 +56,27 @@ def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artif
         rows = {name: float(value) for name, value in artifact.facts.items() if isinstance(value, int)}
         context.tracking.log_parameters(run_id, {"data": recipe.data.model_dump(mode="json")})
         context.tracking.log_metrics(run_id, rows)
-        for split in ("train", "heldout"):
-            context.tracking.log_dataset(
-                run_id,
-                name=f"{recipe.name}-{split}",
-                digest=sources.digest,
-                source=", ".join(
-                    recipe.data.heldout if split == "heldout" and recipe.data.heldout else recipe.data.train
-                ),
-                rows=artifact.facts[f"{split}_rows"],
-                context="training" if split == "train" else "evaluation",
-            )
+        log_datasets(context, run_id, sources, artifact, SPLITS)
         context.log_artifact(run_id, artifact.folder, "prepared")
 
     return context.run_stage(prepare_key(recipe, sources.digest, base.digest), make, publish)
+
+
+def log_datasets(
+    context: RunContext, run_id: str, sources: DataSources, prepared: Artifact, splits: Iterable[str]
+) -> None:
+    """Record splits of the prepared data as inputs of a run, under the digest of everything they were made from."""
+    settings = context.recipe.data
+    for split in splits:
+        places = settings.heldout if split == "heldout" and settings.heldout else settings.train
+        context.tracking.log_dataset(
+            run_id,
+            name=f"{context.recipe.name}-{split}",
+            digest=sources.digest,
+            source=", ".join(places),
+            rows=prepared.facts[f"{split}_rows"],
+            context=SPLITS[split],
+        )
 
 
 def _prepare_task(job: _Job) -> dict[str, Any]:

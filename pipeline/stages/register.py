@@ -1,92 +1,166 @@
-"""Stage 5: a new version in the model registry; `@champion` only if it beats the base and the champion before it."""
+"""Stage 6: a new version in the model registry, and its aliases: `@champion` only if it passes the gate.
+
+Each part is done once, however often the stage is interrupted: a version is known by the stage's key, and its history tells
+whether its aliases have been set. After that the aliases belong to people (`kasa promote`, `kasa rollback`).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, package_versions
+from kasa.targets import Target
+from pipeline.aliases import CHAMPION, PREVIOUS, after_keeping_out, after_promotion
+from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
 from pipeline.context import RunContext
-from pipeline.keys import register_key
+from pipeline.errors import ModelError
+from pipeline.keys import REGISTER, register_key
+from pipeline.model_card import model_card
 from pipeline.prepare.sources import DataSources
 from pipeline.promotion import Decision, decide
+from pipeline.recipe import Recipe
 from pipeline.stages.evaluate import Evaluation
-from pipeline.tracking import CHAMPION, ModelVersion
-from pipeline.training.worker import ADAPTER
+from pipeline.tracking.moves import event, history, move, settle
+from pipeline.tracking.registry import ModelVersion, Registry
+from pipeline.version_contents import KEPT_OUT, PARENT_TAG, PROMOTED, gate_of, package_of, version_tags, write_report
+from pipeline.warm_start import Start, adapter_tags, start_tags
 
-# What a serving environment needs beside this package.
-_SERVING_PACKAGES = ("torch", "transformers", "safetensors", "mlflow")
+GATE = "gate"
+KEY_TAG = "kasa.register_key"
 
 
 @dataclass(frozen=True)
 class Registration:
-    """The version and the verdict on it."""
+    """The version, the verdict on it, and the aliases it carries now."""
 
     model: ModelVersion
     decision: Decision
+    aliases: tuple[str, ...]
+
+    @property
+    def is_champion(self) -> bool:
+        """Whether it is the champion now: promoted, and not replaced or rolled back since."""
+        return CHAMPION in self.aliases
 
     @property
     def uri(self) -> str:
         """How to load it: by alias where it is the champion, else by number."""
-        return f"models:/{self.model.name}@{CHAMPION}" if self.decision.promote else self.model.uri
+        return f"models:/{self.model.name}@{CHAMPION}" if self.is_champion else self.model.uri
 
 
 def register(
     context: RunContext,
     base: BaseModel,
     sources: DataSources,
-    prepared: Artifact,
-    trained: Artifact,
+    targets: Sequence[Target],
+    made: Mapping[str, Artifact],
     evaluation: Evaluation,
+    start: Start | None,
 ) -> Registration:
-    """Register the adapter and decide on its promotion; both happen once for one adapter and evaluation."""
-    recipe, tracking = context.recipe, context.tracking
-    metric = recipe.evaluate.gate_metric
+    """Register the adapter and decide on its promotion; both happen once for one adapter, evaluation and bar.
+
+    Args:
+        made: the artifacts of all stages before, by stage.
+        start: the version that the training went on from, if any.
+
+    Raises:
+        ModelError: while this run was at work, another one promoted a version that it was not compared with.
+    """
+    recipe, tracking, registry = context.recipe, context.tracking, context.registry
+    name = recipe.registered_name
+    key = register_key(recipe, made["train"].key, evaluation.artifact.key, registry.uri)
 
     def make(folder: Path) -> dict[str, Any]:
-        against = {name: differences[metric] for name, differences in evaluation.differences.items()}
-        decision = decide(metric, against, evaluation.obstacle)
-        tags = {
-            "kasa.train_key": trained.key,
-            "kasa.prepare_key": prepared.key,
-            "kasa.evaluation_key": evaluation.artifact.key,
-            "kasa.base": base.name,
-            "kasa.base_digest": base.digest,
-            "kasa.data_digest": sources.digest,
-            "kasa.decision": "promoted" if decision.promote else "kept out",
-            "kasa.reason": decision.reason,
-            **{f"kasa.{name}": f"{value:.6g}" for name, value in evaluation.metrics["adapted"].items()},
+        context.confirm()
+        settle(registry, name)
+        made_before = {KEY_TAG: key.key}
+        if REGISTER in context.remade:  # a new version is asked for; one of this very run, interrupted, is that
+            made_before[PARENT_TAG] = context.parent_run
+        version = registry.find(name, made_before)
+        if version is None:
+            decision = _decide(recipe, evaluation)
+            _check_champion(registry, name, evaluation, decision)
+            lora = write_report(folder, recipe, made, base, evaluation, decision)
+            tags = {
+                KEY_TAG: key.key,
+                **version_tags(context, base, sources, made, evaluation, decision),
+                **adapter_tags(recipe, targets),
+                **start_tags(start),
+                "kasa.lora": lora,
+            }
+            package = package_of(folder, recipe, base, made, with_lora=lora.startswith("rank"))
+            context.confirm()
+            version = registry.register(context.children["register"], name, package, tags)
+        if not history(version):
+            context.confirm()
+            registry.describe(version, _card(version, base, evaluation))
+            _set_aliases(registry, version)
+        tags = version.tags
+        return {
+            "name": name,
+            "version": version.version,
+            "promote": tags["kasa.decision"] == PROMOTED,
+            "reason": tags["kasa.reason"],
         }
-        model = tracking.register(
-            run_id=context.children["register"],
-            name=recipe.registered_name,
-            code=Path(__file__).parents[1] / "served_model.py",
-            artifacts={ADAPTER: str(trained.folder / ADAPTER)},
-            config={
-                "base_name": base.name,
-                "base_folder": str(base.folder.resolve()),
-                "precision": recipe.train.precision,
-                "max_new_tokens": recipe.evaluate.max_new_tokens,
-                "versions": package_versions(_SERVING_PACKAGES),
-            },
-            tags=tags,
-        )
-        if decision.promote:
-            tracking.set_alias(model, CHAMPION)
-        return {"name": model.name, "version": model.version, "promote": decision.promote, "reason": decision.reason}
 
     def publish(run_id: str, artifact: Artifact) -> None:
         facts = artifact.facts
+        metric = recipe.evaluate.gate_metric
         tracking.log_parameters(run_id, {"model": facts["name"], "version": facts["version"], "metric": metric})
+        tracking.log_parameters(run_id, {"promotion": recipe.promotion.model_dump(mode="json")})
         tracking.tag(run_id, {"kasa.decision": json.dumps({"promote": facts["promote"], "reason": facts["reason"]})})
 
-    key = register_key(recipe, trained.key, evaluation.artifact.key, tracking.uri)
     known = context.store.find(key)
-    if known and not tracking.has_version(known.facts["name"], known.facts["version"]):
+    if known and not registry.version(known.facts["name"], known.facts["version"]):
         context.store.remove(known)
     facts = context.run_stage(key, make, publish).facts
-    model = ModelVersion(facts["name"], facts["version"], {})
-    return Registration(model, Decision(facts["promote"], facts["reason"]))
+    model = registry.version(facts["name"], facts["version"])
+    assert model is not None
+    carried = tuple(alias for alias, version in registry.aliases(name).items() if version == model.version)
+    return Registration(model, Decision(facts["promote"], facts["reason"]), carried)
+
+
+def _decide(recipe: Recipe, evaluation: Evaluation) -> Decision:
+    return decide(gate_of(recipe), evaluation.differences, evaluation.obstacle)
+
+
+def _check_champion(registry: Registry, name: str, evaluation: Evaluation, decision: Decision) -> None:
+    """What was judged against one champion must not replace another."""
+    now, then = registry.aliases(name).get(CHAMPION), evaluation.champion_version
+    if decision.promote and now != then:
+        before, after = (f"version {version}" if version else "none" for version in (then, now))
+        raise ModelError(
+            f"while this run was at work, the champion of {name} changed from {before} to {after}; run the same command "
+            "again to be compared with that one"
+        )
+
+
+def _set_aliases(registry: Registry, version: ModelVersion) -> None:
+    aliases = registry.aliases(version.name)
+    reason = version.tags["kasa.reason"]
+    if version.tags["kasa.decision"] != PROMOTED:
+        moves, what = after_keeping_out(aliases, version.version), KEPT_OUT
+    elif aliases.get(CHAMPION, "") != version.tags["kasa.judged_against"]:
+        # This run was interrupted between version and aliases, and is ended now that things are different.
+        reason = f"{reason}; but the champion it was judged against is none any more"
+        registry.tag_version(version, {"kasa.decision": KEPT_OUT, "kasa.reason": reason})
+        version.tags.update({"kasa.decision": KEPT_OUT, "kasa.reason": reason})
+        moves, what = after_keeping_out(aliases, version.version), KEPT_OUT
+    else:
+        moves, what = after_promotion(aliases, version.version), PROMOTED
+    events = [event(version.version, what, GATE, reason)]
+    if what == PROMOTED and (replaced := moves.get(PREVIOUS)):
+        events.append(event(replaced, "replaced", GATE, f"version {version.version} was promoted"))
+    move(registry, version.name, moves, events)
+
+
+def _card(version: ModelVersion, base: BaseModel, evaluation: Evaluation) -> str:
+    tags = version.tags
+    captions = {"data": "kasa.data_digest", "base's files": "kasa.base_digest", "code": "kasa.code.commit"}
+    lineage = {"base": base.name} | {caption: tags[tag] for caption, tag in captions.items() if tag in tags}
+    verdict = Decision(tags["kasa.decision"] == PROMOTED, tags["kasa.reason"])
+    return model_card(verdict, evaluation.metrics, evaluation.differences, lineage, len(evaluation.samples["adapted"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,24 +13,53 @@ from kasa import KasaConfig
 from kasa.targets import Target
 from pipeline.artifacts import Artifact
 from pipeline.base_model import BaseModel
-from pipeline.cluster import Resources, run_training_workers
+from pipeline.cluster import Resources, WorkerGroup
+from pipeline.console import ProgressBars
 from pipeline.context import RunContext
 from pipeline.deepspeed_config import complete_config, load_deepspeed_config
 from pipeline.errors import TrainingError, WorkerError
-from pipeline.journal import JournalTail, Record, read_journal, rewrite_journal
+from pipeline.journal import JournalTail, Record, read_journal
 from pipeline.keys import train_key
+from pipeline.prepare.sources import DataSources
 from pipeline.prompting import FILE_NAME as PROMPTING
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, TrainSettings
+from pipeline.stages.prepare import log_datasets
 from pipeline.stages.spectra import FOLDER as SPECTRA
-from pipeline.training.worker import ADAPTER, JOURNAL, TrainJob, journalled_error, train_worker
+from pipeline.tracking.delivery import Delivery, delivering
+from pipeline.tracking.system_metrics import SERIES as SYSTEM_SERIES
+from pipeline.tracking.system_metrics import sampling
+from pipeline.training.worker import (
+    ADAPTER,
+    ERRORS,
+    INTERRUPTIONS,
+    JOURNAL,
+    NOTICES,
+    ROLL_CALL,
+    TrainJob,
+    journalled_error,
+    train_worker,
+)
+from pipeline.warm_start import Start, start_adapter
 
+# A metric of every step, and the journal of the machine's.
+CURVE = "loss"
+SYSTEM = "system.jsonl"
 _POLL_S = 0.5
+# A share of the time that is lost to waiting for data.
+_WORTH_SAYING = 0.02
 
 
 def train(
-    context: RunContext, base: BaseModel, targets: Sequence[Target], prepared: Artifact, spectra: Artifact
+    context: RunContext,
+    base: BaseModel,
+    sources: DataSources,
+    targets: Sequence[Target],
+    prepared: Artifact,
+    spectra: Artifact,
+    start: Start | None,
 ) -> Artifact:
-    """Train the adapter; the artifact holds `adapter/` (loadable, with `prompting.json`) and the journal."""
+    """Train the adapter, a new one or on from `start`; the artifact holds `adapter/` (loadable, with `prompting.json`) and
+    the journal."""
     recipe = context.recipe
     deepspeed = deepspeed_settings(recipe)
 
@@ -46,33 +74,39 @@ def train(
             config=adapter_config(recipe),
             settings=recipe.train,
             deepspeed=deepspeed,
+            start=start_adapter(context, start) if start else None,
         )
         # An error of an earlier run of this command has been read by now, and perhaps mended.
-        rewrite_journal(folder / JOURNAL, keep=lambda record: "step" in record)
-        with _watching(context, folder / JOURNAL, context.children["train"]):
-            run_training_workers(
-                train_worker,
-                job,
-                recipe.train.workers,
-                Resources(recipe.train.cpus_per_worker, recipe.train.gpu),
-                scratch=folder / "ray_train",
-                max_failures=recipe.train.max_failures,
-                timeout_s=recipe.train.collective_timeout_s,
+        shutil.rmtree(folder / ERRORS, ignore_errors=True)
+        with _watching(context, folder, context.children["train"]):
+            context.run_training_workers(
+                train_worker, job, _worker_group(recipe.train), folder / "ray_train", folder / INTERRUPTIONS
             )
-        if error := journalled_error(folder / JOURNAL):
+        if error := journalled_error(folder):
             raise TrainingError(error["error"]) if error["mistake"] else WorkerError(error["error"])
         records = read_journal(folder / JOURNAL)
         shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
-        shutil.rmtree(job.checkpoints, ignore_errors=True)
-        return _facts(records)
+        for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
+            shutil.rmtree(finished_with, ignore_errors=True)
+        return _facts(records) | {
+            "start": start.uri if start else "scratch",
+            "interruptions": [
+                one["interruption"] for name in (NOTICES, INTERRUPTIONS) for one in read_journal(folder / name)
+            ],
+        }
 
     def publish(run_id: str, artifact: Artifact) -> None:
         settings = {"adapter": recipe.adapter.model_dump(mode="json"), "train": recipe.train.model_dump(mode="json")}
+        context.tracking.tag(run_id, {"kasa.started_from": artifact.facts["start"]})
         context.tracking.log_parameters(run_id, settings)
+        log_datasets(context, run_id, sources, prepared, ["train"])
+        # What a server that was away has not got yet.
+        context.tracking.deliver(run_id, CURVE, read_journal(artifact.folder / JOURNAL))
+        context.tracking.deliver(run_id, SYSTEM_SERIES, read_journal(artifact.folder / SYSTEM))
         context.log_artifact(run_id, artifact.folder / ADAPTER, "adapter")
         context.log_artifact(run_id, artifact.folder / JOURNAL)
 
-    key = train_key(recipe, prepared.key, spectra.key)
+    key = train_key(recipe, prepared.key, spectra.key, start.train_key if start else None)
     return context.run_stage(key, make, publish)
 
 
@@ -100,58 +134,79 @@ def adapter_config(recipe: Recipe) -> KasaConfig:
     )
 
 
+def _worker_group(settings: TrainSettings) -> WorkerGroup:
+    return WorkerGroup(
+        most=settings.workers,
+        fewest=settings.fewest_workers,
+        resources=Resources(settings.cpus_per_worker, settings.gpu),
+        max_failures=settings.max_failures,
+        timeout_s=settings.collective_timeout_s,
+    )
+
+
 @contextmanager
-def _watching(context: RunContext, journal: Path, run_id: str) -> Iterator[None]:
-    """Within the block, show what the journal says and pass it on to MLflow, in a thread of its own."""
-    watcher = _Watcher(context, journal, run_id)
+def _watching(context: RunContext, folder: Path, run_id: str) -> Iterator[None]:
+    """Within the block, show what the journals say and pass it on to MLflow; neither waits for the other."""
+    curve = Delivery(context.tracking, run_id, CURVE, context.bars.say)
+    system = Delivery(context.tracking, run_id, SYSTEM_SERIES, lambda line: None)
+    watcher = _Watcher(context.bars, folder, curve, system)
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(_POLL_S):
             watcher.look()
+        watcher.look()
 
     thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    watcher.look()
-    watcher.deliver()
+    with delivering(curve), delivering(system), sampling(folder / SYSTEM):
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 class _Watcher:
-    """Follows a training journal. A step is delivered to MLflow once, also when a restart repeats it."""
+    """Follows the journals of a training."""
 
-    def __init__(self, context: RunContext, journal: Path, run_id: str) -> None:
-        self._context = context
-        self._tail = JournalTail(journal)
-        self._run_id = run_id
-        self._delivered = context.tracking.last_step(run_id, "loss")
-        self._waiting: dict[int, Record] = {}
+    def __init__(self, bars: ProgressBars, folder: Path, curve: Delivery, system: Delivery) -> None:
+        self._bars, self._curve, self._system = bars, curve, system
+        self._tail = JournalTail(folder / JOURNAL)
+        self._system_tail = JournalTail(folder / SYSTEM)
+        self._interruptions = [JournalTail(folder / name) for name in (NOTICES, INTERRUPTIONS)]
+        self._new_interruptions()  # those of an earlier run of this command have been shown
 
     def look(self) -> None:
-        """Show the newest step; deliver what is new, or keep it for later if the server is away."""
+        """Show what is new, and hand it on to be delivered."""
+        for record in self._new_interruptions():
+            self._bars.say(f"train: {record['interruption']}")
         records = [record for record in self._tail.new_records() if "step" in record]
         if records:
             newest = records[-1]
-            note = f"loss {newest['task_loss']:.3f}, {newest['tokens_per_second']:.0f} tokens/s"
-            if looks := [record["validation_loss"] for record in records if "validation_loss" in record]:
-                note += f", validation {looks[-1]:.3f}"
-            self._context.bars.update("train", newest["step"], newest["steps"], note)
-        self._waiting |= {record["step"]: record for record in records if record["step"] > self._delivered}
-        try:
-            self.deliver()
-        except Exception:  # whatever the store raises, training goes on and the next look tries again
-            time.sleep(_POLL_S)
+            self._bars.update("train", newest["step"], newest["steps"], progress_note(records))
+        self._curve.offer(records)
+        self._system.offer(self._system_tail.new_records())
 
-    def deliver(self) -> None:
-        """Send what waits; raises what the store raises."""
-        if self._waiting:
-            self._context.tracking.log_metric_records(self._run_id, list(self._waiting.values()))
-            self._delivered = max(self._waiting)
-            self._waiting.clear()
+    def _new_interruptions(self) -> list[Record]:
+        return [record for tail in self._interruptions for record in tail.new_records()]
+
+
+def progress_note(records: Sequence[Record]) -> str:
+    """The newest of a training's records in a few words."""
+    newest = records[-1]
+    looks = [f"validation {record['validation_loss']:.3f}" for record in records if "validation_loss" in record]
+    waits = (
+        [f"{newest['data_wait_share']:.0%} of the time for data"] if newest["data_wait_share"] > _WORTH_SAYING else []
+    )
+    numbers = [
+        f"loss {newest['task_loss']:.3f}",
+        *looks[-1:],
+        f"{newest['tokens_per_second']:.0f} tokens/s",
+        *waits,
+        f"{newest['memory_gib']:.1f} GiB",
+    ]
+    return ", ".join(numbers)
 
 
 def _facts(records: Sequence[Record]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class BatchPlan:
     def passes(self) -> int:
         """Forward passes of each worker in every step; packed, as few as the fullest batch needs."""
         if self.pack_tokens is None:
-            return self.batch_size // (self.workers * self.micro_batch_size)
+            return math.ceil(self.batch_size / (self.workers * self.micro_batch_size))
         batches = ([self.lengths[index] for index in self.samples(step)] for step in range(self.steps))
         return max(_passes_needed(lengths, self.pack_tokens, self.workers) for lengths in batches)
 
@@ -55,7 +55,8 @@ class BatchPlan:
         """What worker `rank` computes in `step`, one array of indices for each forward pass.
 
         Padded samples of like length share a pass, and the passes of one moment are dealt evenly to the workers; packed
-        samples fill all passes evenly. So nobody waits for long.
+        samples fill all passes evenly. So nobody waits for long. Where the workers do not divide the batch, a worker may
+        have fewer samples in a pass than another, or none.
         """
         samples = self.samples(step)
         lengths = [self.lengths[index] for index in samples]
@@ -63,8 +64,7 @@ class BatchPlan:
             packs = _share_out(lengths, self.passes * self.workers)
             return [samples[positions] for positions in packs[rank :: self.workers]]
         by_length = samples[np.argsort(lengths, kind="stable")]
-        per_pass = self.workers * self.micro_batch_size
-        return [chunk[rank :: self.workers] for chunk in by_length.reshape(-1, per_pass)]
+        return [chunk[rank :: self.workers] for chunk in np.array_split(by_length, self.passes)]
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from kasa.errors import AdapterFileError
 from kasa.folders import read_tensor_folder, write_tensor_folder
 
 _JSON = "checkpoint.json"
@@ -29,8 +30,9 @@ class Checkpoint:
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, kept: int, best: int | None = None) -> None:
     """Write `root/step-N` and remove all but the newest `kept` and that of step `best`, and what interrupted writers left."""
-    folder = root / f"step-{checkpoint.step:07d}"
-    write_tensor_folder(folder, _JSON, {"step": checkpoint.step}, {**checkpoint.values, **checkpoint.moments})
+    write_tensor_folder(
+        _folder(root, checkpoint.step), _JSON, {"step": checkpoint.step}, {**checkpoint.values, **checkpoint.moments}
+    )
     for old in _complete(root)[:-kept]:
         if _step(old) != best:
             shutil.rmtree(old)
@@ -43,15 +45,29 @@ def newest_step(root: Path, at_most: float = math.inf) -> int:
     return max((step for step in map(_step, _complete(root)) if step <= at_most), default=0)
 
 
+def newest_sound_checkpoint(root: Path, at_most: float = math.inf) -> Checkpoint | None:
+    """The newest of those up to the step `at_most` that can be read, if any; damaged ones that are newer are removed."""
+    while step := newest_step(root, at_most):
+        try:
+            return load_checkpoint(root, step)
+        except AdapterFileError:
+            shutil.rmtree(_folder(root, step))
+    return None
+
+
 def load_checkpoint(root: Path, step: int) -> Checkpoint:
     """Read `root/step-N`.
 
     Raises:
         AdapterFileError: it is damaged.
     """
-    facts, tensors = read_tensor_folder(root / f"step-{step:07d}", _JSON)
+    facts, tensors = read_tensor_folder(_folder(root, step), _JSON)
     moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
     return Checkpoint(facts["step"], {n: t for n, t in tensors.items() if n not in moments}, moments)
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:07d}"
 
 
 def _step(folder: Path) -> int:

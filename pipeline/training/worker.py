@@ -6,13 +6,15 @@ the journal; nothing here knows of Ray or MLflow.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
+import re
 import resource
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kasa import KasaConfig, KasaError, adapted_layers, attach, penalty, save_adapter
+from kasa import KasaConfig, KasaError, adapted_layers, attach, attach_saved, penalty, read_adapter, save_adapter
 from kasa.adapter import frozen_factors, trainable_parameters
 from kasa.adapter_file import SavedAdapter
 from kasa.spectra_file import load_spectra
@@ -31,16 +33,31 @@ from pipeline.base_model import load_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.errors import TrainingError
 from pipeline.journal import JournalWriter, Record, append_journal, read_journal
-from pipeline.language_model import collate, label_losses, pack
+from pipeline.language_model import IGNORED, collate, label_losses, pack, vocabulary_size
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import TrainSettings
 from pipeline.training import zero
 from pipeline.training.batches import BatchPlan, learning_rate, optimizer_steps
-from pipeline.training.checkpoints import Checkpoint, load_checkpoint, newest_step, save_checkpoint
+from pipeline.training.checkpoints import (
+    Checkpoint,
+    load_checkpoint,
+    newest_sound_checkpoint,
+    newest_step,
+    save_checkpoint,
+)
+from pipeline.training.divergence import what_went_wrong
+from pipeline.training.roll_call import RollCall
 from pipeline.training.validation import Looks, validation_loss
 
 JOURNAL = "journal.jsonl"
 ADAPTER = "adapter"
+ROLL_CALL = "roll-call"
+# Written by the driver; each file has one writer, for nodes may have no common disk.
+INTERRUPTIONS = "interruptions.jsonl"
+NOTICES = "notices.jsonl"
+ERRORS = "errors"
+
+_TIMED_OUT = re.compile("timed out|timeout", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,7 @@ class TrainJob:
         targets, config: the adapter.
         settings: the recipe's `train` section.
         deepspeed: the complete DeepSpeed configuration.
+        start: folder of the adapter to go on from, which brings along what it drops; None begins with a new one.
     """
 
     base_name: str
@@ -66,6 +84,7 @@ class TrainJob:
     config: KasaConfig
     settings: TrainSettings
     deepspeed: dict[str, Any]
+    start: Path | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -73,34 +92,43 @@ class TrainJob:
         return self.work / "checkpoints"
 
 
-def train_worker(job: TrainJob) -> None:
+def train_worker(job: TrainJob, node_leaves: Callable[[], bool] = lambda: False) -> None:
     """Train from the newest checkpoint to the end; torch's process group must exist.
+
+    When one of the workers hears from its `node_leaves` that a node of theirs is about to go, a checkpoint is saved at once.
 
     Whatever is raised here is tried again, as if the process had died. That is right for lost peers and full memory, which
     torch reports as RuntimeError. Any other error would only come again: it is written to the journal, where the next
     attempt finds it and ends at once.
     """
-    if journalled_error(job.work / JOURNAL):
+    if journalled_error(job.work):
         return
     _quiet()
     torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
+    roll_call = RollCall(job.work / ROLL_CALL)
     try:
-        _train(job)
-    except (RuntimeError, ConnectionError):
+        _train(job, node_leaves)
+    except (RuntimeError, ConnectionError, MemoryError) as error:
+        if _TIMED_OUT.search(str(error)):
+            roll_call.name_the_silent(error)
         raise
     except Exception as error:
+        if not dist.is_initialized():
+            raise  # not an error of its own: the workers are being ended, for a node leaves or others join
         mistake = isinstance(error, KasaError)
         text = str(error) if mistake else f"{type(error).__name__}: {error}"
-        append_journal(job.work / JOURNAL, [{"error": text, "mistake": mistake}])
+        errors = job.work / ERRORS
+        errors.mkdir(exist_ok=True)
+        append_journal(errors / f"{dist.get_rank()}.jsonl", [{"error": text, "mistake": mistake}])
         raise
 
 
-def journalled_error(journal: Path) -> Record | None:
+def journalled_error(work: Path) -> Record | None:
     """The error that ended training, with its text as `error` and whether the user can mend it as `mistake`."""
-    return next((record for record in read_journal(journal) if "error" in record), None)
+    return next((record for file in sorted((work / ERRORS).glob("*.jsonl")) for record in read_journal(file)), None)
 
 
-def _train(job: TrainJob) -> None:
+def _train(job: TrainJob, node_leaves: Callable[[], bool]) -> None:
     settings = job.settings
     prepared = load_prepared(job.prepared)
     samples, validation = prepared.train, prepared.validation
@@ -118,25 +146,25 @@ def _train(job: TrainJob) -> None:
     # Stage 3 has to be announced before the base is loaded, so that no rank ever holds all of it.
     with zero.partitioned_loading(deepspeed):
         model = load_base(job.base_folder, settings.precision)
-        spectra, digests = load_spectra(job.spectra)
-        attach(model, job.targets, job.config, spectra, settings.seed)
+        start, digests = _attach(model, job)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         dropped = {name: factor.detach().clone() for name, factor in frozen_factors(model).items()}
-        engine = zero.start_engine(model, deepspeed, settings.weight_decay)
+        engine = zero.start_engine(model, deepspeed, settings.weight_decay, settings.collective_timeout_s)
     model.train()
     parameters = trainable_parameters(model)
-    step = _resume(job, engine, parameters)
+    step = _resume(job, engine, parameters, start)
     journal = _take_over(job, step)
     looks = _earlier_looks(settings, journal)
+    vocabulary, notified = vocabulary_size(model), False
 
     while step < plan.steps and not looks.is_exhausted:
         rate = learning_rate(step, plan.steps, settings.learning_rate, settings.warmup_share, settings.schedule)
         zero.set_learning_rate(engine, rate)
         record = _optimizer_step(job, engine, plan, samples, step)
-        record |= {"step": step + 1, "steps": plan.steps, "learning_rate": rate}
+        record |= {"step": step + 1, "steps": plan.steps, "learning_rate": rate, "time_s": time.time()}
         indices = plan.samples(step)
         step += 1
         if validation is not None and looks.is_due(step, plan.steps):
@@ -144,8 +172,14 @@ def _train(job: TrainJob) -> None:
             record["validation_loss"] = looks.losses[step]
         if journal:
             journal.append([record])
-        _refuse_divergence(record, indices, samples, job)
-        if step < plan.steps and (step % settings.checkpoint_every == 0 or step == looks.best_step):
+        _refuse_divergence(record, vocabulary, indices, samples, job)
+        due = step % settings.checkpoint_every == 0 or step == looks.best_step
+        if not notified and _anyone(node_leaves(), engine.device):
+            notified = due = True
+            if journal:
+                said = f"a node is about to be taken away; the state after step {step} is saved"
+                append_journal(job.work / NOTICES, [{"interruption": said}])
+        if due and step < plan.steps:
             _save_checkpoint(job, engine, parameters, step, journal, looks.best_step)
 
     values = zero.whole_parameters(engine, parameters)
@@ -155,6 +189,18 @@ def _train(job: TrainJob) -> None:
         adapter = SavedAdapter(job.config, job.targets, job.base_name, digests, values, dropped)
         save_adapter(job.work / ADAPTER, adapter)
     dist.barrier()
+
+
+def _attach(model: nn.Module, job: TrainJob) -> tuple[SavedAdapter | None, dict[str, str]]:
+    """Give the model its adapter; the one it goes on from, if any, and the digests of the adapted weights."""
+    if job.start is None:
+        spectra, digests = load_spectra(job.spectra)
+        attach(model, job.targets, job.config, spectra, job.settings.seed)
+        return None, digests
+    # Dropout and regularisers are those of this training.
+    start = dataclasses.replace(read_adapter(job.start), config=job.config)
+    attach_saved(model, start)
+    return start, start.weight_digests
 
 
 def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, step: int) -> dict[str, float]:
@@ -169,7 +215,7 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for indices in micro_batches:
         asked = time.perf_counter()
-        chosen = [samples[int(index)] for index in indices]
+        chosen = [samples[int(index)] for index in indices] or [_without_labels(samples[0])]
         batch = (collate(chosen) if plan.pack_tokens is None else pack(chosen)).to(device)
         waited += time.perf_counter() - asked
         loss_sum = label_losses(engine, batch).sum()
@@ -197,23 +243,40 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
     }
 
 
+def _anyone(yes: bool, device: torch.device) -> bool:
+    votes = torch.tensor(float(yes), device=device)
+    dist.all_reduce(votes)
+    return bool(votes)
+
+
+def _without_labels(sample: dict[str, Any]) -> dict[str, Any]:
+    """For a pass in which this worker has nothing to do: all workers must run equally many."""
+    return {**sample, "labels": [IGNORED] * len(sample["labels"])}
+
+
 def _label_count(sample: dict[str, Sequence[int]]) -> int:
     return sum(label >= 0 for label in sample["labels"][1:])
 
 
-def _resume(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter]) -> int:
-    """Restore the newest checkpoint that rank 0 sees; returns the steps already done."""
-    found = [0]
+def _resume(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter], start: SavedAdapter | None) -> int:
+    """Restore the newest sound checkpoint that rank 0 sees, or the adapter to go on from; returns the steps already done."""
+    found: list[Checkpoint | None] = [None]
     if dist.get_rank() == 0:
         # Beyond the journal only an earlier run's worker can have saved, after this run took over from it.
         recorded = max((record.get("step", 0) for record in read_journal(job.work / JOURNAL)), default=0)
-        found = [newest_step(job.checkpoints, at_most=recorded)]
+        found = [newest_sound_checkpoint(job.checkpoints, at_most=recorded)]
+    # The others may be on nodes that have no checkpoint yet.
     dist.broadcast_object_list(found)
-    step = int(found[0])
-    if step:
-        checkpoint = load_checkpoint(job.checkpoints, step)
-        zero.restore_state(engine, parameters, checkpoint.values, checkpoint.moments, step)
-    return step
+    checkpoint = found[0]
+    if checkpoint:
+        zero.restore_state(engine, parameters, checkpoint.values, checkpoint.moments, checkpoint.step)
+    elif start is not None:
+        # The engine made its fp32 master copy from parameters rounded to bf16; AdamW begins anew.
+        moments = {
+            f"{moment}/{name}": torch.zeros_like(start.tensors[name]) for moment in zero.MOMENTS for name in parameters
+        }
+        zero.restore_state(engine, parameters, start.tensors, moments, 0)
+    return checkpoint.step if checkpoint else 0
 
 
 def _take_over(job: TrainJob, step: int) -> JournalWriter | None:
@@ -246,14 +309,17 @@ def _save_checkpoint(
         save_checkpoint(job.checkpoints, checkpoint, job.settings.checkpoints_kept, best)
 
 
-def _refuse_divergence(record: dict[str, float], indices: np.ndarray, samples: Any, job: TrainJob) -> None:
-    if math.isfinite(record["loss"]) and math.isfinite(record.get("gradient_norm", 0.0)):
+def _refuse_divergence(
+    record: dict[str, float], vocabulary: int, indices: np.ndarray, samples: Any, job: TrainJob
+) -> None:
+    wrong = what_went_wrong(record, vocabulary)
+    if wrong is None:
         return
     sources = ", ".join(samples[int(index)]["source"] for index in indices[:4])
     last = newest_step(job.checkpoints)
     kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint yet"
     raise TrainingError(
-        f"the loss became {record['loss']} in step {record['step']} (samples {sources}, ...); {kept}; "
+        f"{wrong} in step {record['step']} (samples {sources}, ...); {kept}; "
         "lower train.learning_rate or train.gradient_clipping, or look at those samples"
     )
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from pipeline.deepspeed_config import zero_stage
 
@@ -36,10 +38,11 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     del announcement
 
 
-def start_engine(model: nn.Module, config: dict[str, Any], weight_decay: float) -> Any:
+def start_engine(model: nn.Module, config: dict[str, Any], weight_decay: float, timeout_s: float) -> Any:
     """A DeepSpeed engine that trains the parameters of `model` that require gradients.
 
-    The learning rate is 0 until `set_learning_rate`; torch's process group must exist.
+    The learning rate is 0 until `set_learning_rate`; torch's process group must exist. No rank waits longer than
+    `timeout_s` for another.
     """
     deepspeed = _deepspeed()
     if config["bf16"]["enabled"]:
@@ -47,6 +50,9 @@ def start_engine(model: nn.Module, config: dict[str, Any], weight_decay: float) 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    # DeepSpeed makes groups of its own, with torch's default of half an hour.
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
     return engine
 
 

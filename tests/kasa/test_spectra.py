@@ -215,3 +215,23 @@ def test_saved_spectra_come_back_whole(tmp_path) -> None:
     for name, triplets in found.items():
         for field in dataclasses.fields(triplets):
             np.testing.assert_array_equal(getattr(loaded[name], field.name), getattr(triplets, field.name))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_an_adapter_holds_of_spectra_gives_the_same_factors_back(weighted: bool) -> None:
+    weight = weight_with_values(spectrum("random", 24), (24, 40))
+    inputs = torch.randn(200, 40, generator=torch.Generator().manual_seed(1))
+    own = bottom_triplets(weight, 6, weighting=Weighting(inputs.T @ inputs) if weighted else None)
+    left, right = own.dropped_factors(4)
+    inherited = spectra.inherited_triplets(weight, left, right)
+    for given, back in zip((left, right), inherited.dropped_factors(4), strict=True):
+        torch.testing.assert_close(back, given, rtol=1e-6, atol=0)
+    assert inherited.largest == pytest.approx(own.largest, rel=0.05)
+    if not weighted:
+        torch.testing.assert_close(inherited.singular_values_R, own.singular_values_R[:4], rtol=1e-5, atol=0)
+
+
+def test_a_layer_that_drops_nothing_hands_on_nothing() -> None:
+    weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    inherited = spectra.inherited_triplets(weight, torch.zeros(8, 0), torch.zeros(0, 12))
+    assert [tuple(factor.shape) for factor in inherited.dropped_factors(0)] == [(8, 0), (0, 12)]

@@ -3,11 +3,12 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import ArtifactStore, StageKey, code_digest, content_digest
+from pipeline.artifacts import ArtifactStore, StageKey, code_digests, content_digest
 from pipeline.errors import WorkspaceError
 
 KEY = StageKey("prepare", {"rows": 3, "nested": {"b": 1, "a": [1, 2]}})
@@ -82,6 +83,20 @@ def test_removed_is_made_again(store) -> None:
     assert not store.find_or_make(KEY, make_file).reused
 
 
+def test_remade_when_asked_though_it_is_there(store) -> None:
+    first = store.find_or_make(KEY, make_file)
+    (first.folder / "extra").touch()
+    assert not store.find_or_make(KEY, make_file, remake=True).reused
+    assert sorted(file.name for file in first.folder.iterdir()) == ["data", "manifest.json"]
+
+
+def test_what_cannot_be_remade_stays(store) -> None:
+    first = store.find_or_make(KEY, make_file)
+    with pytest.raises(AssertionError):
+        store.find_or_make(KEY, never, remake=True)
+    assert store.find(KEY) == replace(first, reused=True)
+
+
 def test_two_at_once_make_it_once(store) -> None:
     makes, results = [], []
 
@@ -112,9 +127,9 @@ def test_code_digest_follows_the_source(tmp_path, monkeypatch) -> None:
     (package / "__init__.py").write_text("")
     (package / "part.py").write_text("x = 1")
     monkeypatch.syspath_prepend(tmp_path)
-    before, part = code_digest(["some_package"]), code_digest(["some_package.part"])
+    before, part = code_digests(["some_package"]), code_digests(["some_package.part"])
     (package / "part.py").write_text("x = 2")
-    assert code_digest(["some_package"]) != before
-    assert code_digest(["some_package.part"]) != part
+    assert code_digests(["some_package"]) != before
+    assert code_digests(["some_package.part"]) != part
     with pytest.raises(ModuleNotFoundError):
-        code_digest(["some_package.absent"])
+        code_digests(["some_package.absent"])

@@ -22,10 +22,11 @@ from kasa import CheckpointWeights, KasaConfig, attach_saved, find_targets, read
 from kasa.adapter_file import SavedAdapter
 from kasa.checkpoint import weight_digest
 from kasa.spectra import bottom_triplets
-from pipeline import base_model, generation, logit_difference
+from pipeline import base_folder, generation, logit_difference
 from pipeline.cli import main
 from pipeline.prompting import Prompting
-from pipeline.tracking import Tracking
+from pipeline.tracking.registry import ModelPackage, Registry
+from pipeline.tracking.runs import Tracking
 
 TOKENS = torch.arange(12)[None]
 
@@ -189,10 +190,14 @@ def tracking(tmp_path: Path) -> Iterator[Tracking]:
 
 
 def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter: Path) -> None:
-    settings = {"base_name": "gone", "base_folder": str(base), "precision": "fp32", "max_new_tokens": 1, "versions": {}}
+    settings = {"base_name": "gone", "base_folder": str(base), "precision": "fp32", "max_new_tokens": 1}
     code = Path(generation.__file__).with_name("served_model.py")
-    run = tracking.start_run("register", {})
-    tracking.set_alias(tracking.register(run, "tiny", code, {"adapter": str(adapter)}, settings, {}), "champion")
+    run, registry = tracking.start_run("register", {}), Registry(Path("work"))
+    package = ModelPackage(code, (), {"adapter": adapter}, settings, (), "A prompt.")
+    # The second is a try again, after the answer to the first was lost.
+    made = [registry.register(run, "tiny", package, {"kasa.register_key": "k"}).version for _ in range(2)]
+    assert made == ["1", "1"]
+    registry.client.set_registered_model_alias("tiny", "champion", "1")
     for uri in ("models:/tiny@champion", "models:/tiny/1"):
         out = uri.rpartition("/")[2]
         assert kasa("export", uri, out, "--format", "merged", "--dtype", "fp32", "-w", "work")[0] == 0
@@ -219,7 +224,7 @@ def test_a_base_from_the_hub_keeps_its_name(
     kasa: Kasa, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_adapter(adapter, dataclasses.replace(read_adapter(adapter), base="organisation/name"))
-    monkeypatch.setattr(base_model, "_from_hub", lambda settings, fetch: base)
+    monkeypatch.setattr(base_folder, "_from_hub", lambda settings, fetch: base)
     code, out, _ = kasa("export", adapter, "lora", "--format", "lora")
     assert (code, "vllm serve organisation/name " in out) == (0, True)
     code, out, _ = kasa("export", adapter, "other", "--format", "lora", "--base", base)

@@ -21,6 +21,11 @@ def chain(recipe: Recipe, sources: str = "s", base: str = "b", targets=TARGETS, 
     return dict(zip(keys.STAGES, (prepare, spectra, audit, train, evaluate, register), strict=True))
 
 
+def named(value: object) -> str:
+    """A test id that is the same in every process."""
+    return " ".join(sorted(value)) or "nothing" if isinstance(value, set) else str(value)
+
+
 FROM_TRAIN = {"train", "evaluate", "register"}
 WEIGHT = {"adapter.truncation": "weight"}
 
@@ -40,6 +45,7 @@ WEIGHT = {"adapter.truncation": "weight"}
         ({"spectra.warn_above": 1.0}, set()),
         ({"adapter.alpha": 8}, FROM_TRAIN),
         ({"adapter.regulariser": "paper"}, FROM_TRAIN),
+        ({"train.start": "champion"}, set()),
         ({"train.workers": 2}, set()),
         ({"train.deepspeed": "cpu_zero3"}, set()),
         ({"train.micro_batch_size": 4}, set()),
@@ -60,8 +66,10 @@ WEIGHT = {"adapter.truncation": "weight"}
         ({"evaluate.max_new_tokens": 8}, {"evaluate", "register"}),
         ({"evaluate.metric": "loss"}, {"register"}),
         ({"register.model": "other"}, {"register"}),
+        ({"promotion.margin": 0.1}, {"register"}),
+        ({"promotion.guards": {"loss": 0.1}}, {"register"}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_change_makes_what_depends_on_it_anew(recipe, changes, stages) -> None:
     before, after = chain(recipe()), chain(recipe(changes))
@@ -76,7 +84,7 @@ def test_a_change_makes_what_depends_on_it_anew(recipe, changes, stages) -> None
         ({"targets": TARGETS[:1]}, ALL - {"prepare"}),
         ({"registry": "other"}, {"register"}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_change_of_an_input_too(recipe, inputs, stages) -> None:
     before, after = chain(recipe()), chain(recipe(), **inputs)
@@ -92,7 +100,7 @@ def test_a_change_of_an_input_too(recipe, inputs, stages) -> None:
         ({"adapter.truncation": "authors"}, ALL - {"prepare", "spectra"}),
         ({"adapter.truncation": "none", "spectra.rank": 8}, ALL - {"prepare", "spectra"}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_spectra_of_the_weights_alone_do_not_depend_on_text(recipe, changes, stages) -> None:
     before, after = chain(recipe(WEIGHT)), chain(recipe(WEIGHT | changes))

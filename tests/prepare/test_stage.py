@@ -193,30 +193,30 @@ def test_a_source_that_is_not_there_is_explained(
 def test_hub_splits_are_stored_once(tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    calls: list[tuple[str, str]] = []
+    calls: list[tuple[str, str, str]] = []
 
-    def load(name: str, split: str) -> datasets.Dataset:
-        calls.append((name, split))
+    def load(name: str, split: str, revision: str) -> datasets.Dataset:
+        calls.append((name, split, revision))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    data = settings(train="hub:owner/set:validation")
+    data = settings(train="hub:owner/set@v1:validation")
     assert resolve_sources(data, tmp_path, fetch=False) is None
     assert not list(tmp_path.iterdir())
     first = resolve_sources(data, tmp_path)
     assert first == resolve_sources(data, tmp_path) == resolve_sources(data, tmp_path, fetch=False)
-    assert calls == [("owner/set", "validation")]
+    assert calls == [("owner/set", "validation", "v1")]
 
 
 def test_an_unreachable_hub_is_explained(tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load(name: str, split: str) -> None:
+    def load(name: str, split: str, revision: str) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match="hub:owner/set cannot be fetched from the hub: no route"):
-        resolve_sources(settings(train="hub:owner/set"), tmp_path)
+    with pytest.raises(DataError, match="hub:owner/set@v1:train cannot be fetched from the hub: no route"):
+        resolve_sources(settings(train="hub:owner/set@v1"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
     with zero.partitioned_loading(config):
         model = load_base(folder, "bf16")
         attach(model, find_targets(model, "all-linear"), KasaConfig(rank=4, truncation="none"))
-        engine = zero.start_engine(model, config, 0.0)
+        engine = zero.start_engine(model, config, 0.0, timeout_s=60)
     trained = {id(parameter) for parameter in trainable_parameters(engine.module).values()}
     base = [parameter for parameter in engine.module.parameters() if id(parameter) not in trained]
     found = {

@@ -46,6 +46,18 @@ def test_the_ranks_micro_batches_partition_the_same_global_batch(workers, micro)
         assert together == sorted(plan().samples(step))
 
 
+@pytest.mark.parametrize("pack_tokens", [None, 90])
+@pytest.mark.parametrize(("workers", "micro"), [(3, 1), (3, 2), (5, 1), (8, 4)])
+def test_workers_that_do_not_divide_the_batch_share_it_all_the_same(workers, micro, pack_tokens) -> None:
+    for step in range(7):
+        passes = [plan(workers, micro, pack_tokens=pack_tokens).micro_batches(step, rank) for rank in range(workers)]
+        assert len({len(of_rank) for of_rank in passes}) == 1
+        if pack_tokens is None:
+            assert all(len(indices) <= micro for of_rank in passes for indices in of_rank)
+        together = sorted(int(index) for of_rank in passes for indices in of_rank for index in indices)
+        assert together == sorted(plan().samples(step))
+
+
 def test_samples_of_like_length_share_a_moment() -> None:
     passes = [plan(2, 2).micro_batches(0, rank) for rank in (0, 1)]
     moments = [[LENGTHS[i] for of_rank in passes for i in of_rank[moment]] for moment in range(2)]

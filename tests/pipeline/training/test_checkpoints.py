@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from kasa.errors import AdapterFileError
-from pipeline.training.checkpoints import Checkpoint, load_checkpoint, newest_step, save_checkpoint
+from pipeline.training.checkpoints import (
+    Checkpoint,
+    load_checkpoint,
+    newest_sound_checkpoint,
+    newest_step,
+    save_checkpoint,
+)
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -50,3 +56,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(AdapterFileError, match="truncated"):
         load_checkpoint(tmp_path, 5)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path) -> None:
+    for step in (5, 10):
+        save_checkpoint(tmp_path, checkpoint(step), kept=2)
+    file = tmp_path / "step-0000010" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    assert getattr(newest_sound_checkpoint(tmp_path), "step", None) == 5
+    assert newest_step(tmp_path) == 5
+    (tmp_path / "step-0000005" / "tensors.safetensors").unlink()
+    assert newest_sound_checkpoint(tmp_path) is None

@@ -100,7 +100,8 @@ def deepspeed_config(stage: int, dtype: torch.dtype, persistence: int, passes: i
 
 
 def start(stage: int, dtype: torch.dtype, persistence: int, passes: int) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    engine = zero.start_engine(build_model(dtype), deepspeed_config(stage, dtype, persistence, passes), WEIGHT_DECAY)
+    config = deepspeed_config(stage, dtype, persistence, passes)
+    engine = zero.start_engine(build_model(dtype), config, WEIGHT_DECAY, timeout_s=60)
     return engine, trainable_parameters(engine.module)
 
 

@@ -1,0 +1,166 @@
+"""Hub data sets, `hub:NAME[@REVISION][:SPLIT]`: each revision of a split becomes a parquet file of its own in the workspace,
+so that a run depends on those bytes, not on the hub, and an old revision is never taken for a new one.
+
+Without a revision a run takes the newest one that is known here, and `look_for_newest` asks the hub which that is. What
+is named is taken as it stands: a branch or a tag that moves on is not fetched again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from pipeline.console import console
+from pipeline.errors import DataError, WorkspaceError
+from pipeline.recipe import DataSettings
+
+PREFIX = "hub:"
+_FORM = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]*))?")
+_PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split of a data set; `revision` is None where the newest is meant."""
+
+    name: str
+    revision: str | None
+    split: str
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.name}{f'@{self.revision}' if self.revision else ''}:{self.split}"
+
+
+def parse_entry(entry: str, key: str) -> HubSplit:
+    """What an entry of the recipe means.
+
+    Raises:
+        DataError: it has not the form of one; `key` names its place in the recipe.
+    """
+    found = _FORM.fullmatch(entry.removeprefix(PREFIX))
+    if found is None:
+        raise DataError(f"{key}: {entry} must have the form hub:NAME[@REVISION][:SPLIT], e.g. hub:owner/dataset:train")
+    return HubSplit(found["name"], found["revision"], found["split"] or "train")
+
+
+def hub_file(split: HubSplit, workspace: Path, fetch: bool) -> Path | None:
+    """The split's parquet file, fetched where it is absent; None where `fetch` forbids that.
+
+    Raises:
+        DataError: it cannot be fetched.
+        WorkspaceError: it cannot be stored.
+    """
+    revision = split.revision or _newest_known(split.name, workspace)
+    if revision is None:
+        if not fetch:
+            return None
+        revision = _ask(split.name)
+        _remember(split.name, revision, workspace)
+    file = _folder(split.name, workspace) / revision.replace("/", "--") / f"{split.split}.parquet"
+    if not file.exists():
+        if not fetch:
+            return None
+        _export(split, revision, file)
+    return file
+
+
+def look_for_newest(settings: DataSettings, workspace: Path) -> None:
+    """Ask the hub for the newest revision of each data set that the recipe names without one, and fetch it if it is new.
+
+    Where the hub cannot be reached, what is here already serves, and a line says so.
+
+    Raises:
+        DataError: there is nothing here yet, or the new revision cannot be fetched.
+    """
+    for name, splits in _following(settings).items():
+        known = _newest_known(name, workspace)
+        try:
+            newest = _ask(name)
+            for split in splits:
+                hub_file(HubSplit(name, newest, split), workspace, fetch=True)
+        except DataError as error:
+            if known is None:
+                raise
+            console.print(f"{error}; going on with revision {known[:12]}, which is here", markup=False, soft_wrap=True)
+            continue
+        # Only now that all of it is here: a run without a network must find what it is told to take.
+        _remember(name, newest, workspace)
+
+
+def _following(settings: DataSettings) -> dict[str, set[str]]:
+    """The data sets whose newest revision is meant, with the splits that are used."""
+    found: dict[str, set[str]] = {}
+    for side in ("train", "heldout", "calibration"):
+        for entry in getattr(settings, side):
+            if entry.startswith(PREFIX):
+                split = parse_entry(entry, f"data.{side}")
+                if split.revision is None:
+                    found.setdefault(split.name, set()).add(split.split)
+    return found
+
+
+def _ask(name: str) -> str:
+    """The newest revision, as the hub says."""
+    from huggingface_hub import HfApi
+
+    try:
+        revision = HfApi().dataset_info(name, timeout=_PATIENCE_S).sha
+    except Exception as error:  # the hub client lets errors of several libraries through
+        raise DataError(
+            f"{PREFIX}{name}: the hub cannot be asked for its newest revision ({_first_line(error)}); check the name and "
+            "the network, or name a local file"
+        ) from None
+    if not revision:
+        raise DataError(f"{PREFIX}{name}: the hub knows no revision of it; name one with {PREFIX}{name}@REVISION")
+    return str(revision)
+
+
+def _export(split: HubSplit, revision: str, file: Path) -> None:
+    import datasets
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.parent / f".{file.name}.lock"):
+            if file.exists():
+                return
+            console.print(f"fetching {split} (revision {revision[:12]}) from the hub", markup=False, soft_wrap=True)
+            try:
+                rows = datasets.load_dataset(split.name, split=split.split, revision=revision)
+            except Exception as error:  # as above
+                raise DataError(
+                    f"{split} cannot be fetched from the hub: {_first_line(error)}; check the name, the revision, the "
+                    "split and the network, or name a local file"
+                ) from None
+            with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as scratch:
+                rows.to_parquet(Path(scratch, file.name))
+                os.replace(Path(scratch, file.name), file)
+    except OSError as error:
+        raise WorkspaceError(f"{split} cannot be stored in {file}: {error}; free space or rights?") from None
+
+
+def _newest_known(name: str, workspace: Path) -> str | None:
+    try:
+        return (_folder(name, workspace) / "newest").read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _remember(name: str, revision: str, workspace: Path) -> None:
+    file = _folder(name, workspace) / "newest"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".newest.{os.getpid()}")
+    temporary.write_text(revision, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _folder(name: str, workspace: Path) -> Path:
+    return workspace / "sources" / "hub" / name.replace("/", "--")
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,23 @@
+"""Retrain as a Ray job where there is something new to learn from.
+
+    ray job submit --working-dir . -- python -m ray_jobs.retrain RECIPE.yaml workspace=/shared/kasa [--json]
+
+The arguments are those of `kasa retrain`, which needs no Ray to find out that there is nothing to do. Data and workspace
+must be on storage that all nodes of the cluster share.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.cli import main
+
+
+def run_job() -> None:
+    """Hand the job's arguments to `kasa retrain`."""
+    sys.argv[1:1] = ["retrain"]
+    main()
+
+
+if __name__ == "__main__":
+    run_job()

@@ -1,0 +1,84 @@
+"""Real runs with real faults: whatever dies or hangs, the run or the same command again ends with the same adapter."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from typing import Any
+
+import pytest
+from tiny_run import Bench, adapter_bytes, assert_recorded_once, mid_training, parents
+
+from benchmarks.processes import beneath, end_all
+from pipeline.keys import STAGES
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("faults")]
+
+
+def test_a_killed_worker_changes_nothing_in_the_result(bench: Bench, first: dict[str, Any]) -> None:
+    process = bench.start("killed-worker")
+    mid_training(bench, "killed-worker", process)[-1].send_signal(signal.SIGKILL)
+    result, said = bench.finish_saying(process)
+    assert "was killed" in said
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+    assert_recorded_once(bench, "killed-worker", result)
+
+
+def test_a_worker_that_hangs_is_named_and_replaced(bench: Bench, first: dict[str, Any]) -> None:
+    process = bench.start("hanging-worker", "train.collective_timeout_s=10")
+    mid_training(bench, "hanging-worker", process)[-1].suspend()
+    result, said = bench.finish_saying(process)
+    assert "train: training worker 1 hangs: the others waited for it" in said
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+
+
+@pytest.mark.soak
+def test_a_worker_without_memory_says_what_to_do(bench: Bench, first: dict[str, Any]) -> None:
+    # Every tensor is asked of the system anew, not of what freed ones left: a step cannot do without it.
+    process = bench.start("full-memory", environment={"MALLOC_MMAP_THRESHOLD_": "8192"})
+    worker = mid_training(bench, "full-memory", process)[-1]
+    # Less than the process has already: whatever it asks for from now on, it does not get.
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (2**30, 2**30))
+    result, said = bench.finish_saying(process)
+    assert "train: training worker 1 ran out of memory; lower train.micro_batch_size" in said
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+
+
+def test_a_killed_driver_is_resumed_in_the_same_mlflow_runs(bench: Bench, first: dict[str, Any]) -> None:
+    process = bench.start("killed-driver")
+    mid_training(bench, "killed-driver", process)
+    ray_processes = beneath(process)
+    process.kill()
+    process.wait()
+    (interrupted,) = parents(bench.mlflow("killed-driver"))
+    # Ray's own processes notice the driver's death by themselves; the next run must not depend on how fast.
+    try:
+        result = bench.run("killed-driver")
+    finally:
+        end_all(ray_processes)
+    assert result["run_id"] == interrupted.info.run_id
+    assert len(parents(bench.mlflow("killed-driver"))) == 1
+    assert_recorded_once(bench, "killed-driver", result)
+    assert result["stages"] == dict.fromkeys(STAGES, "computed") | {
+        "prepare": "reused",
+        "spectra": "reused",
+        "audit": "reused",
+    }
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+
+
+def test_a_killed_head_ends_the_run_soon_and_the_next_goes_on(bench: Bench, first: dict[str, Any]) -> None:
+    process = bench.start("killed-head")
+    mid_training(bench, "killed-head", process)
+    ray_processes = beneath(process)
+    (head,) = beneath(process, "gcs_server")
+    head.kill()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == "failed: Ray's head process died; the same command goes on from here"
+    try:
+        result = bench.run("killed-head")
+    finally:
+        end_all(ray_processes)
+    assert_recorded_once(bench, "killed-head", result)
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
