@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import socket
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("faults")]
 
 def test_a_killed_worker_changes_nothing_in_the_result(bench: Bench, first: dict[str, Any]) -> None:
     process = bench.start("killed-worker")
-    mid_training(bench, "killed-worker", process)[-1].send_signal(signal.SIGKILL)
+    mid_training(bench, "killed-worker", process)[1].send_signal(signal.SIGKILL)
     result, said = bench.finish_saying(process)
     assert "was killed" in said
     assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
@@ -26,17 +27,17 @@ def test_a_killed_worker_changes_nothing_in_the_result(bench: Bench, first: dict
 
 def test_a_worker_that_hangs_is_named_and_replaced(bench: Bench, first: dict[str, Any]) -> None:
     process = bench.start("hanging-worker", "train.collective_timeout_s=10")
-    mid_training(bench, "hanging-worker", process)[-1].suspend()
+    worker = mid_training(bench, "hanging-worker", process)[1]
+    worker.suspend()
     result, said = bench.finish_saying(process)
-    assert "train: training worker 1 hangs: the others waited for it" in said
+    assert f"train: training worker 1 (process {worker.pid} on {socket.gethostname()}) hangs: the others" in said
     assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
 
 
-@pytest.mark.soak
 def test_a_worker_without_memory_says_what_to_do(bench: Bench, first: dict[str, Any]) -> None:
     # Every tensor is asked of the system anew, not of what freed ones left: a step cannot do without it.
     process = bench.start("full-memory", environment={"MALLOC_MMAP_THRESHOLD_": "8192"})
-    worker = mid_training(bench, "full-memory", process)[-1]
+    worker = mid_training(bench, "full-memory", process)[1]
     # Less than the process has already: whatever it asks for from now on, it does not get.
     resource.prlimit(worker.pid, resource.RLIMIT_AS, (2**30, 2**30))
     result, said = bench.finish_saying(process)
@@ -75,7 +76,7 @@ def test_a_killed_head_ends_the_run_soon_and_the_next_goes_on(bench: Bench, firs
     head.kill()
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert said.splitlines()[-1] == "failed: Ray's head process died; the same command goes on from here"
+    assert said.splitlines()[1] == "failed: Ray's head process died; the same command goes on from here"
     try:
         result = bench.run("killed-head")
     finally:

@@ -11,10 +11,11 @@ from typing import Any
 
 import psutil
 
-from benchmarks.processes import beneath, start_kasa, wait_for
+from benchmarks.processes import start_kasa, wait_for
 from benchmarks.tiny_inputs import STEPS, write_tiny_inputs
 from pipeline.journal import read_journal
 from pipeline.keys import STAGES
+from pipeline.training.worker import ROLL_CALL
 
 PATIENCE_S = 400
 
@@ -87,13 +88,8 @@ def assert_recorded_once(bench: Bench, workspace: str, result: dict[str, Any]) -
 
 
 def mid_training(bench: Bench, workspace: str, process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Wait until step 3 is done, behind the checkpoint of step 2; returns the training workers."""
-    # Looking for processes takes as long as several steps, so that comes first.
-    workers = wait_for(lambda: both(beneath(process, "RayTrainWorker")), process, PATIENCE_S)
+    """Wait until step 3 is done, behind the checkpoint of step 2; returns the training workers by rank."""
     wait_for(lambda: any(record.get("step", 0) >= 3 for record in bench.journal(workspace)), process, PATIENCE_S)
-    return workers
-
-
-def both(workers: list[psutil.Process]) -> list[psutil.Process] | None:
-    """The training workers, once there are as many as the recipe says."""
-    return workers if len(workers) == 2 else None
+    roll_call = next((bench.folder / workspace / "artifacts" / "train").glob(f"*.partial/{ROLL_CALL}"))
+    said = [(roll_call / f"{rank}.process").read_text(encoding="utf-8") for rank in range(2)]
+    return [psutil.Process(int(words.split()[1])) for words in said]

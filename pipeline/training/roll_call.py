@@ -5,7 +5,9 @@ Whoever waited answers by a file. A rank that hangs does not, so it is the one t
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -17,7 +19,10 @@ _PATIENCE_S = 10.0
 
 
 class RollCall:
-    """Answers of one attempt's ranks in `folder`, which all of them see; made by every rank before training."""
+    """Answers of one attempt's ranks in `folder`, which all of them see; made by every rank before training.
+
+    From the start it says in `RANK.process` where every rank runs, for whoever wants to look into a process that is stuck.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -26,23 +31,32 @@ class RollCall:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         dist.barrier()
+        folder.mkdir(parents=True, exist_ok=True)  # on a node without rank 0 there may be none yet
+        self._process_file(self._rank).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
 
     def name_the_silent(self, timeout: BaseException) -> None:
         """After a time-out: answer, and wait for the others' answers.
 
         Raises:
-            WorkerError: ranks that do not answer, by number.
+            WorkerError: ranks that do not answer, by number and process.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)  # on a node without rank 0 there may be none yet
         (self._folder / str(self._rank)).touch()
         deadline = time.monotonic() + _PATIENCE_S
         while silent := self._silent():
             if time.monotonic() > deadline:
-                ranks = ", ".join(map(str, silent))
+                workers = ", ".join(f"{rank}{self._whereabouts(rank)}" for rank in silent)
                 raise WorkerError(
-                    f"training worker {ranks} hangs: the others waited for it as long as train.collective_timeout_s allows"
+                    f"training worker {workers} hangs: the others waited for it as long as train.collective_timeout_s"
+                    " allows"
                 ) from timeout
             time.sleep(0.1)
 
     def _silent(self) -> list[int]:
         return [rank for rank in range(self._world) if not (self._folder / str(rank)).exists()]
+
+    def _whereabouts(self, rank: int) -> str:
+        file = self._process_file(rank)
+        return f" ({file.read_text(encoding='utf-8')})" if file.exists() else ""
+
+    def _process_file(self, rank: int) -> Path:
+        return self._folder / f"{rank}.process"
