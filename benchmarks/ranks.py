@@ -21,8 +21,8 @@ from benchmarks.core import ROOT
 from kasa.spectra import BottomTriplets
 from kasa.spectra_file import save_spectra
 from kasa.targets import Target
-from pipeline.model_shapes import meta_model, model_config
-from pipeline.plan import checked_targets
+from pipeline.planning.model_shapes import meta_model, model_config
+from pipeline.planning.plan import checked_targets
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.stages.train import adapter_config, deepspeed_settings
 from pipeline.training.worker import TrainJob, train_worker

@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from kasa import read_adapter
 from pipeline.journal import read_journal
-from pipeline.lease import Lease, acquire
-from pipeline.lease_store import FileLeaseStore
+from pipeline.retraining.lease import Lease, acquire
+from pipeline.retraining.lease_store import FileLeaseStore
 
 PATIENCE_S = 600.0
 NOOPS = 3

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from kasa import read_adapter
 from kasa.adapter_file import ADAPTER_JSON, check_base
-from pipeline.base_model import find_base
+from pipeline.base.model import find_base
 from pipeline.errors import ModelError
 from pipeline.generation import load_answerer
 from pipeline.prompting import Prompting
-from pipeline.recipe import BaseSettings
-from pipeline.tracking.registry import open_registry
+from pipeline.registry.store import open_registry
+from pipeline.settings import BaseSettings
 
 REGISTRY = "models:/"
 DEFAULT_NEW_TOKENS = 64

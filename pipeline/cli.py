@@ -21,7 +21,7 @@ import typer
 from rich.markup import escape
 
 from kasa.errors import KasaError
-from pipeline.artifacts_cli import app as artifacts_app
+from pipeline.artifacts.commands import app as artifacts_app
 from pipeline.console import ProgressBars, console
 from pipeline.errors import WorkspaceError
 from pipeline.options import BaseOption, JsonOption, OverridesArgument, ReasonOption, RecipeArgument, WorkspaceOption
@@ -58,12 +58,12 @@ def run(
     """Run a recipe: prepare, spectra, audit, train, evaluate, register. What is unchanged is reused."""
     resolved = load_recipe(recipe, overrides)
     from pipeline import present
-    from pipeline.keys import stages_to_remake
+    from pipeline.artifacts.keys import stages_to_remake
 
     remake = stages_to_remake(force or [], from_)
 
     if dry_run:
-        from pipeline.dry_run import plan_run
+        from pipeline.planning.dry_run import plan_run
 
         planned = plan_run(resolved, remake)
         print(json.dumps(present.plan_json(planned))) if as_json else present.show_plan(planned)
@@ -85,7 +85,7 @@ def retrain(
 ) -> None:
     """Run a recipe if its data, base, settings or code are new since the last retraining: for a scheduler to call."""
     resolved = load_recipe(recipe, overrides)
-    from pipeline.retrain import outcome_json, retrain_if_new
+    from pipeline.retraining.retrain import outcome_json, retrain_if_new
 
     outcome = retrain_if_new(resolved, wait)
     if outcome.result is None:
@@ -115,7 +115,7 @@ def plan(
 ) -> None:
     """Say what a recipe needs, from the model's configuration alone: memory by ZeRO stage, steps, FLOPs, time, disk."""
     from pipeline import present
-    from pipeline.plan import hardware_of, plan_training
+    from pipeline.planning.plan import hardware_of, plan_training
 
     resolved, hardware = hardware_of(
         load_recipe(recipe, overrides), gpus, nodes, gpu, gpu_memory_gib, peak_tflops, utilisation
@@ -226,8 +226,8 @@ def models(
     as_json: JsonOption = False,
 ) -> None:
     """List the registered versions: aliases, verdict, the metric it was given on, and where they come from."""
-    from pipeline.model_commands import list_models
-    from pipeline.present_models import models_json, show_models
+    from pipeline.registry.commands import list_models
+    from pipeline.registry.present import models_json, show_models
 
     rows = list_models(workspace, name)
     print(json.dumps(models_json(rows))) if as_json else show_models(rows)
@@ -241,8 +241,8 @@ def promote(
     as_json: JsonOption = False,
 ) -> None:
     """Make a version the champion by hand; the champion before it becomes the previous one."""
-    from pipeline.model_commands import promote as promote_version
-    from pipeline.present_models import change_json, show_change
+    from pipeline.registry.commands import promote as promote_version
+    from pipeline.registry.present import change_json, show_change
 
     changed = promote_version(workspace, model, reason)
     print(json.dumps(change_json(changed))) if as_json else show_change(changed)
@@ -256,8 +256,8 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Make the previous champion the champion again; a second time leads back."""
-    from pipeline.model_commands import rollback as roll_back
-    from pipeline.present_models import change_json, show_change
+    from pipeline.registry.commands import rollback as roll_back
+    from pipeline.registry.present import change_json, show_change
 
     changed = roll_back(workspace, name, reason)
     print(json.dumps(change_json(changed))) if as_json else show_change(changed)

@@ -21,16 +21,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pipeline.artifacts import Artifact, ArtifactStore, StageKey, content_digest
+from pipeline.artifacts.store import Artifact, ArtifactStore, StageKey, content_digest
 from pipeline.cluster import Resources, WorkerGroup, run_tasks, run_training_workers
 from pipeline.console import ProgressBars
 from pipeline.errors import WorkspaceError
 from pipeline.lineage import ingredients_by_name, stored_artifacts, why_made
 from pipeline.recipe import Recipe, recipe_values
+from pipeline.registry.store import Registry
 from pipeline.report.facts import StageFacts
 from pipeline.storage.workspace import Workspace, open_workspace
 from pipeline.tracking.notes import reference, reuse_note
-from pipeline.tracking.registry import Registry
 from pipeline.tracking.runs import Tracking
 
 # Enough for the quickstart with room to spare; a full disk in the middle of a run helps nobody.

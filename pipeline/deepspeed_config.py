@@ -15,7 +15,7 @@ from typing import Any
 
 from kasa.errors import nearest
 from pipeline.errors import RecipeError
-from pipeline.recipe import TrainSettings
+from pipeline.settings import TrainSettings
 
 # What DeepSpeed 0.19.8 reads at the top level, apart from the two tables below; the test suite compares the list with
 # the keys that DeepSpeedConfig really looks up.

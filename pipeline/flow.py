@@ -4,7 +4,7 @@
 
 Spectra look at the training text, unless `adapter.truncation` says otherwise; then they depend on the base alone and are
 made beside the data. Training begins with a new adapter, or goes on from the champion's and what that one drops
-(`pipeline.warm_start`). Every stage is content-addressed (`pipeline.keys`), so what is unchanged is reused, and each is an
+(`pipeline.retraining.warm_start`). Every stage is content-addressed (`pipeline.artifacts.keys`), so what is unchanged is reused, and each is an
 MLflow run under the run's parent (`pipeline.context`).
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from kasa.targets import Target, check_rank
-from pipeline import keys
-from pipeline.artifacts import Artifact
-from pipeline.base_model import BaseModel, find_base
+from pipeline.artifacts import keys
+from pipeline.artifacts.store import Artifact
+from pipeline.base.model import BaseModel, find_base
 from pipeline.cluster import ray_cluster
 from pipeline.console import ProgressBars
 from pipeline.context import RunContext, close_context, open_context, ready_workspace
@@ -28,13 +28,13 @@ from pipeline.prepare.sources import DataSources, resolve_sources
 from pipeline.provenance import code_tags, seed_tags
 from pipeline.recipe import Recipe
 from pipeline.report.gather import environment_tags, use_commands, write_report
+from pipeline.retraining.warm_start import Start, choose_beginning
 from pipeline.stages.audit import audit
 from pipeline.stages.evaluate import Evaluation, evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Registration, register
 from pipeline.stages.spectra import spectra
 from pipeline.stages.train import deepspeed_settings, train
-from pipeline.warm_start import Start, choose_beginning
 
 
 @dataclass(frozen=True)

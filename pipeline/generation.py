@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kasa import attach_saved, read_adapter
-from pipeline.base_model import load_base
+from pipeline.base.model import load_base
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.prompting import Prompting
 

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, ArtifactStore, StageKey
-from pipeline.keys import STAGE_OF_INPUT, STAGES
+from pipeline.artifacts.keys import STAGE_OF_INPUT, STAGES
+from pipeline.artifacts.store import MANIFEST, ArtifactStore, StageKey
 
 Ingredients = Mapping[str, Any]
 

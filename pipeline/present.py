@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.doctor import Finding
-from pipeline.dry_run import RunPlan
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRICS
 from pipeline.export import Exported
 from pipeline.flow import RunResult
-from pipeline.plan import Estimate, StageMemory
+from pipeline.planning.dry_run import RunPlan
+from pipeline.planning.plan import Estimate, StageMemory
 from pipeline.recipe import recipe_values
 
 _out = Console(highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import DataError, ModelError
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 FILE_NAME = "prompting.json"
 IGNORED = -100

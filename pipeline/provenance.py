@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from pipeline.artifacts import code_digests, content_digest
+from pipeline.artifacts.store import code_digests, content_digest
 from pipeline.recipe import Recipe
 
 _GIT_PATIENCE_S = 20.0

@@ -17,14 +17,15 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.recipe import Recipe, StrList
+from pipeline.recipe import Recipe
+from pipeline.settings import StrList
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 
 _INTRODUCTION = """\
 # The recipe
 
-<!-- Generated from pipeline/recipe.py by `python -m pipeline.recipe_docs`; change the descriptions there. -->
+<!-- Generated from pipeline/settings.py by `python -m pipeline.recipe_docs`; change the descriptions there. -->
 
 A recipe is one YAML file that describes a run: `kasa run RECIPE.yaml`. This is a complete one, everything else has a
 default:

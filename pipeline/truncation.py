@@ -22,7 +22,7 @@ from kasa.spectra import Spectra
 from kasa.spectra_file import load_spectra
 from kasa.targets import Target
 from kasa.truncation import dropped_rank
-from pipeline.base_model import load_base
+from pipeline.base.model import load_base
 from pipeline.journal import append_journal, rewrite_journal
 from pipeline.language_model import collate, label_losses
 from pipeline.prepare.stage import load_prepared

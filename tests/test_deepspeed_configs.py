@@ -26,7 +26,7 @@ from pipeline.deepspeed_config import (
     zero_stage,
 )
 from pipeline.errors import RecipeError
-from pipeline.recipe import TrainSettings
+from pipeline.settings import TrainSettings
 
 CPU_NAMES = ["cpu_zero0", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
 GPU_NAMES = ["gpu_zero1", "gpu_zero2", "gpu_zero3", "gpu_zero3_offload", "gpu_zero3_plusplus"]

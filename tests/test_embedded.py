@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import embedded
-from pipeline.embedded import embedded_base, embedded_data, embedded_path_if_present, movie_review_rows
+from pipeline.base import embedded
+from pipeline.base.embedded import embedded_base, embedded_data, embedded_path_if_present, movie_review_rows
 from pipeline.errors import BaseModelError, DataError, WorkspaceError
 
 RATED = "1\t2.5\tGood  film!\r\n"

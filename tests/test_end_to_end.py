@@ -9,7 +9,7 @@ import pytest
 from tiny_run import STEPS, Bench, adapter_bytes, assert_recorded_once, runs_under
 
 from benchmarks.processes import start_kasa
-from pipeline.keys import STAGES
+from pipeline.artifacts.keys import STAGES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
 

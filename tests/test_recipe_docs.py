@@ -9,8 +9,9 @@ import pytest
 from pydantic import BaseModel, Field
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import DataSettings, Recipe, StrList, TrainSettings, parse_recipe
+from pipeline.recipe import Recipe, parse_recipe
 from pipeline.recipe_docs import PAGE, default_text, keys_of, main, recipe_page, section_of, type_text
+from pipeline.settings import DataSettings, StrList, TrainSettings
 
 
 def _sections(page: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.core import ROOT
 from benchmarks.ray_head import plain_environment
 from kasa.targets import Target
-from pipeline.spectra_memory import Weighted, decomposition_bytes
+from pipeline.planning.spectra_memory import Weighted, decomposition_bytes
 
 SCRIPT = """
 import sys

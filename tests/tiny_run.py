@@ -13,8 +13,8 @@ import psutil
 
 from benchmarks.processes import start_kasa, wait_for
 from benchmarks.tiny_inputs import STEPS, write_tiny_inputs
+from pipeline.artifacts.keys import STAGES
 from pipeline.journal import read_journal
-from pipeline.keys import STAGES
 from pipeline.training.worker import ROLL_CALL
 
 PATIENCE_S = 400

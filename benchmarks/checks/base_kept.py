@@ -27,9 +27,9 @@ from kasa import (
     unfold,
 )
 from kasa.adapter import trainable_parameters
-from pipeline.base_model import DTYPES, BaseModel, find_base, load_base
+from pipeline.base.model import DTYPES, BaseModel, find_base, load_base
 from pipeline.prepare.stage import load_tokenizer
-from pipeline.recipe import BaseSettings
+from pipeline.settings import BaseSettings
 
 RANK, ALPHA = 16, 32.0
 CALIBRATION_TOKENS, BATCH = 2048, 2

@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks.core import Measurement, Setting, check
 from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from benchmarks.tiny_inputs import write_tiny_inputs
-from pipeline.artifacts import ArtifactStore
-from pipeline.keys import STAGES
+from pipeline.artifacts.keys import STAGES
+from pipeline.artifacts.store import ArtifactStore
 from pipeline.lineage import stored_artifacts
 
 PATIENCE_S = 600.0

@@ -13,9 +13,9 @@ from typing import Any
 
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaError
-from pipeline.artifacts import MANIFEST
-from pipeline.base_model import find_base
-from pipeline.keys import STAGES
+from pipeline.artifacts.keys import STAGES
+from pipeline.artifacts.store import MANIFEST
+from pipeline.base.model import find_base
 from pipeline.prepare.sources import resolve_sources
 from pipeline.recipe import load_recipe
 

@@ -24,10 +24,10 @@ from kasa.spectra import bottom_triplets
 from kasa.targets import Target
 from kasa.truncation import Truncation
 from kasa.weighting import Weighting
-from pipeline.base_model import BaseModel, find_base, load_base
+from pipeline.base.model import BaseModel, find_base, load_base
 from pipeline.logit_difference import logits_of, text_sequences
 from pipeline.prepare.stage import load_tokenizer
-from pipeline.recipe import BaseSettings
+from pipeline.settings import BaseSettings
 
 RANK = 16
 REFERENCE_BARS = {"fp32": 1e-5, "fp64": 1e-12}

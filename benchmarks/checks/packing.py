@@ -14,10 +14,10 @@ from torch import nn
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows
 from kasa import KasaConfig, KasaError, attach, find_targets
-from pipeline.base_model import find_base, load_base
+from pipeline.base.model import find_base, load_base
 from pipeline.language_model import Batch, collate, label_losses, pack
 from pipeline.prepare.stage import load_tokenizer
-from pipeline.recipe import BaseSettings
+from pipeline.settings import BaseSettings
 from pipeline.training.batches import BatchPlan
 
 SAMPLES = 192

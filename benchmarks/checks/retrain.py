@@ -11,7 +11,7 @@ from benchmarks.checks.demo import copy_sources
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.retraining import Retraining
 from kasa.errors import KasaError
-from pipeline.base_model import find_base
+from pipeline.base.model import find_base
 from pipeline.prepare.sources import resolve_sources
 from pipeline.recipe import parse_recipe
 

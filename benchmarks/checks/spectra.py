@@ -17,8 +17,8 @@ import torch
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets
 from kasa.spectra import bottom_triplets
-from pipeline.base_model import find_base, load_base
-from pipeline.recipe import BaseSettings
+from pipeline.base.model import find_base, load_base
+from pipeline.settings import BaseSettings
 
 RANK = 16
 EXPECTED_WEIGHTS = 210

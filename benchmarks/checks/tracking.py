@@ -14,9 +14,9 @@ from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.processes import start_kasa
 from benchmarks.tracking_server import TrackingServer, curve_faults, outage, tracking_server
 from kasa.errors import KasaError
-from pipeline.base_model import find_base
+from pipeline.artifacts.keys import STAGES
+from pipeline.base.model import find_base
 from pipeline.journal import read_journal
-from pipeline.keys import STAGES
 from pipeline.prepare.sources import resolve_sources
 from pipeline.recipe import parse_recipe
 

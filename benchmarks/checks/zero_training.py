@@ -40,10 +40,11 @@ from benchmarks.small_training import (
 from kasa import KasaConfig, KasaError, attach, find_targets
 from kasa.adapter import trainable_parameters
 from kasa.spectra import BottomTriplets
-from pipeline.base_model import find_base, load_base
+from pipeline.base.model import find_base, load_base
 from pipeline.journal import Record
-from pipeline.plan import checked_targets
-from pipeline.recipe import BaseSettings, Recipe, parse_recipe
+from pipeline.planning.plan import checked_targets
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.settings import BaseSettings
 from pipeline.stages.train import adapter_config
 from pipeline.training import worker, zero
 from pipeline.training.batches import BatchPlan, learning_rate

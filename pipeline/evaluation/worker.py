@@ -19,7 +19,7 @@ from pipeline.journal import JournalWriter, Record, read_journal
 from pipeline.language_model import Sample, collate, label_losses
 from pipeline.prepare.stage import load_prepared
 from pipeline.prompting import Message, Prompting
-from pipeline.recipe import EvaluateSettings
+from pipeline.settings import EvaluateSettings
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from pipeline.base_model import find_base
+from pipeline.base.embedded import PREFIX as EMBEDDED
+from pipeline.base.model import find_base
 from pipeline.deepspeed_config import complete_config, config_names, load_deepspeed_config
-from pipeline.embedded import PREFIX as EMBEDDED
 from pipeline.errors import JobError, WorkspaceError
 from pipeline.prepare.sources import HUB, resolve_source
 from pipeline.recipe import Recipe

@@ -14,7 +14,7 @@ from kasa.errors import nearest
 from pipeline.errors import DataError
 from pipeline.prepare.readers import RawRow
 from pipeline.prompting import Message
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 # In the order in which `auto` tries them: data sets often repeat a sample in a further `text` or `messages` column.
 REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {

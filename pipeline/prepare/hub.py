@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from pipeline.console import console
 from pipeline.errors import DataError, WorkspaceError
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 PREFIX = "hub:"
 _FORM = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]*))?")

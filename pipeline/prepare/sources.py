@@ -11,13 +11,13 @@ from pathlib import Path
 
 from kasa.errors import nearest
 from kasa.file_digest import file_digest
-from pipeline.embedded import PREFIX as EMBEDDED
-from pipeline.embedded import embedded_data, embedded_path_if_present
+from pipeline.base.embedded import PREFIX as EMBEDDED
+from pipeline.base.embedded import embedded_data, embedded_path_if_present
 from pipeline.errors import DataError
 from pipeline.prepare.hub import PREFIX as HUB
 from pipeline.prepare.hub import hub_file, parse_entry
 from pipeline.prepare.readers import SUFFIXES
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pipeline.errors import DataError
 from pipeline.prompting import Message
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 
 class Splittable(Protocol):

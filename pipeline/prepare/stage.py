@@ -31,7 +31,7 @@ from pipeline.prepare.readers import read_rows
 from pipeline.prepare.sources import DataSources, SourceFile
 from pipeline.prepare.split import Split, split_samples
 from pipeline.prompting import Message, Prompting, TemplateError, Tokenizer
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset

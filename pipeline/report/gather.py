@@ -18,7 +18,7 @@ from kasa import read_adapter
 from kasa.spectra_file import load_spectra
 from kasa.truncation import dropped_rank
 from kasa.update import product_singular_values
-from pipeline.artifacts import Artifact, package_versions
+from pipeline.artifacts.store import Artifact, package_versions
 from pipeline.context import RunContext
 from pipeline.journal import read_journal
 from pipeline.prepare.stage import load_prepared

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kasa.targets import Target
-from pipeline.artifacts import Artifact
-from pipeline.base_model import BaseModel
+from pipeline.artifacts.keys import audit_key
+from pipeline.artifacts.store import Artifact
+from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.console import console
 from pipeline.context import RunContext
 from pipeline.journal import JournalTail, rewrite_journal
-from pipeline.keys import audit_key
 from pipeline.recipe import Recipe
 from pipeline.stages.spectra import FOLDER as SPECTRA
 from pipeline.stages.train import adapter_config

@@ -12,20 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact
-from pipeline.base_model import BaseModel
+from pipeline.artifacts.keys import EVALUATE, evaluation_key
+from pipeline.artifacts.store import Artifact
+from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
 from pipeline.evaluation.metrics import aggregate, paired_differences
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.journal import JournalTail, Record, read_journal
-from pipeline.keys import EVALUATE, evaluation_key
 from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import load_prepared
+from pipeline.registry.moves import settle
+from pipeline.registry.store import ModelVersion
 from pipeline.report.facts import Difference
 from pipeline.stages.prepare import log_datasets
-from pipeline.tracking.moves import settle
-from pipeline.tracking.registry import ModelVersion
 from pipeline.training.worker import ADAPTER
 
 RESULTS = "samples.jsonl"

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact
-from pipeline.base_model import BaseModel
+from pipeline.artifacts.keys import prepare_key
+from pipeline.artifacts.store import Artifact
+from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
 from pipeline.journal import JournalTail, append_journal
-from pipeline.keys import prepare_key
 from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import prepare_dataset
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 # What each split is for, in MLflow's words.
 SPLITS = {"train": "training", "heldout": "evaluation"}

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from kasa.targets import Target
-from pipeline.aliases import CHAMPION, PREVIOUS, after_keeping_out, after_promotion
-from pipeline.artifacts import Artifact
-from pipeline.base_model import BaseModel
+from pipeline.artifacts.keys import REGISTER, register_key
+from pipeline.artifacts.store import Artifact
+from pipeline.base.model import BaseModel
 from pipeline.context import RunContext
 from pipeline.errors import ModelError
-from pipeline.keys import REGISTER, register_key
-from pipeline.model_card import model_card
 from pipeline.prepare.sources import DataSources
-from pipeline.promotion import Decision, decide
 from pipeline.recipe import Recipe
+from pipeline.registry.aliases import CHAMPION, PREVIOUS, after_keeping_out, after_promotion
+from pipeline.registry.card import model_card
+from pipeline.registry.contents import KEPT_OUT, PARENT_TAG, PROMOTED, gate_of, package_of, version_tags, write_report
+from pipeline.registry.moves import event, history, move, settle
+from pipeline.registry.promotion import Decision, decide
+from pipeline.registry.store import ModelVersion, Registry
+from pipeline.retraining.warm_start import Start, adapter_tags, start_tags
 from pipeline.stages.evaluate import Evaluation
-from pipeline.tracking.moves import event, history, move, settle
-from pipeline.tracking.registry import ModelVersion, Registry
-from pipeline.version_contents import KEPT_OUT, PARENT_TAG, PROMOTED, gate_of, package_of, version_tags, write_report
-from pipeline.warm_start import Start, adapter_tags, start_tags
 
 GATE = "gate"
 KEY_TAG = "kasa.register_key"

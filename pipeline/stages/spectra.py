@@ -22,17 +22,17 @@ from kasa.checkpoint import weight_digest
 from kasa.spectra import BottomTriplets, bottom_triplets, inherited_triplets
 from kasa.spectra_file import SPECTRA_JSON, load_spectra, save_spectra
 from kasa.targets import Target
-from pipeline.artifacts import Artifact
-from pipeline.base_model import BaseModel
+from pipeline.artifacts.keys import SPECTRA, inherited_spectra_key
+from pipeline.artifacts.store import Artifact
+from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
 from pipeline.journal import JournalTail
-from pipeline.keys import SPECTRA, inherited_spectra_key
+from pipeline.planning.spectra_memory import Weighted, decomposition_bytes
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import Recipe
-from pipeline.spectra_memory import Weighted, decomposition_bytes
+from pipeline.retraining.warm_start import Start, chosen_spectra_key, start_adapter
 from pipeline.truncation import CalibrationShard, calibrate_shard, first_rows
-from pipeline.warm_start import Start, chosen_spectra_key, start_adapter
 
 FOLDER = "spectra"
 

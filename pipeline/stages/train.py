@@ -11,18 +11,20 @@ from typing import Any
 
 from kasa import KasaConfig
 from kasa.targets import Target
-from pipeline.artifacts import Artifact
-from pipeline.base_model import BaseModel
+from pipeline.artifacts.keys import train_key
+from pipeline.artifacts.store import Artifact
+from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources, WorkerGroup
 from pipeline.console import ProgressBars
 from pipeline.context import RunContext
 from pipeline.deepspeed_config import complete_config, load_deepspeed_config
 from pipeline.errors import TrainingError, WorkerError
 from pipeline.journal import JournalTail, Record, read_journal
-from pipeline.keys import train_key
 from pipeline.prepare.sources import DataSources
 from pipeline.prompting import FILE_NAME as PROMPTING
-from pipeline.recipe import Recipe, TrainSettings
+from pipeline.recipe import Recipe
+from pipeline.retraining.warm_start import Start, start_adapter
+from pipeline.settings import TrainSettings
 from pipeline.stages.prepare import log_datasets
 from pipeline.stages.spectra import FOLDER as SPECTRA
 from pipeline.tracking.delivery import Delivery, delivering
@@ -39,7 +41,6 @@ from pipeline.training.worker import (
     journalled_error,
     train_worker,
 )
-from pipeline.warm_start import Start, start_adapter
 
 # A metric of every step, and the journal of the machine's.
 CURVE = "loss"

@@ -1,13 +1,13 @@
-"""Leases (`pipeline.lease`) that are kept in the store, so that runs on machines without a common disk keep apart."""
+"""Leases (`pipeline.retraining.lease`) that are kept in the store, so that runs on machines without a common disk keep apart."""
 
 from __future__ import annotations
 
-from pipeline.lease_store import Entry
+from pipeline.retraining.lease_store import Entry
 from pipeline.storage.objects import ObjectStore
 
 
 class ObjectLeaseStore:
-    """One record of a store, as `pipeline.lease_store.LeaseStore` has it. A record without content is one given back."""
+    """One record of a store, as `pipeline.retraining.lease_store.LeaseStore` has it. A record without content is one given back."""
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self._store, self._name = store, name

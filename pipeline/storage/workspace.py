@@ -24,7 +24,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from pipeline.errors import StorageError, WorkspaceError
-from pipeline.lease import Holder, Lease, acquire, released_after
+from pipeline.retraining.lease import Holder, Lease, acquire, released_after
 from pipeline.storage.leases import ObjectLeaseStore
 from pipeline.storage.mirror import MANIFEST, Mirror, download, files_below, in_order
 from pipeline.storage.nodes import OnNode

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, Artifact
+from pipeline.artifacts.store import MANIFEST, Artifact
 
 
 def reuse_note(artifact: Artifact, maker: str, page: str | None) -> str:

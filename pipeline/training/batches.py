@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.recipe import TrainSettings
+from pipeline.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ from kasa.adapter import frozen_factors, trainable_parameters
 from kasa.adapter_file import SavedAdapter
 from kasa.spectra_file import load_spectra
 from kasa.targets import Target
-from pipeline.base_model import load_base
+from pipeline.base.model import load_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.errors import TrainingError
 from pipeline.journal import JournalWriter, Record, append_journal, read_journal
 from pipeline.language_model import IGNORED, collate, label_losses, pack, vocabulary_size
 from pipeline.prepare.stage import load_prepared
-from pipeline.recipe import TrainSettings
+from pipeline.settings import TrainSettings
 from pipeline.training import zero
 from pipeline.training.batches import BatchPlan, learning_rate, optimizer_steps
 from pipeline.training.checkpoints import (

@@ -22,10 +22,12 @@ from kasa import CheckpointWeights, KasaConfig, attach_saved, find_targets, read
 from kasa.adapter_file import SavedAdapter
 from kasa.checkpoint import weight_digest
 from kasa.spectra import bottom_triplets
-from pipeline import base_folder, generation, logit_difference
+from pipeline import logit_difference
+from pipeline.base import folder as base_folder
 from pipeline.cli import main
 from pipeline.prompting import Prompting
-from pipeline.tracking.registry import ModelPackage, Registry
+from pipeline.registry import served_model
+from pipeline.registry.store import ModelPackage, Registry
 from pipeline.tracking.runs import Tracking
 
 TOKENS = torch.arange(12)[None]
@@ -191,7 +193,7 @@ def tracking(tmp_path: Path) -> Iterator[Tracking]:
 
 def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter: Path) -> None:
     settings = {"base_name": "gone", "base_folder": str(base), "precision": "fp32", "max_new_tokens": 1}
-    code = Path(generation.__file__).with_name("served_model.py")
+    code = Path(served_model.__file__)
     run, registry = tracking.start_run("register", {}), Registry(Path("work"))
     package = ModelPackage(code, (), {"adapter": adapter}, settings, (), "A prompt.")
     # The second is a try again, after the answer to the first was lost.

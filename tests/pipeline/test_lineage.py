@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline import keys
-from pipeline.artifacts import ArtifactStore, StageKey
+from pipeline.artifacts import keys
+from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.lineage import ingredients_by_name, stored_artifacts, why_made
 
 BASE, DATA = "b" * 64, "d" * 64

@@ -119,7 +119,7 @@ def main(folder: Path) -> dict[str, Any]:
     from pipeline.errors import DataError
     from pipeline.prepare.hub import look_for_newest
     from pipeline.prepare.sources import resolve_sources
-    from pipeline.recipe import DataSettings
+    from pipeline.settings import DataSettings
 
     def prompts(entry: str = f"hub:{NAME}") -> list[str]:
         sources = resolve_sources(DataSettings(train=[entry]), folder / "workspace")

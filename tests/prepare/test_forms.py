@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.prepare.forms import Rejection, Sample, decide_form, read_samples
 from pipeline.prepare.readers import RawRow
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 Make = Callable[..., DataSettings]
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import DataError, ModelError
 from pipeline.prompting import IGNORED, Message, Prompting, TemplateError
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 from .conftest import CHAT_TEMPLATE, build_tokenizer
 

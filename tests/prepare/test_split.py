@@ -11,7 +11,7 @@ from pipeline.errors import DataError
 from pipeline.prepare.forms import Sample
 from pipeline.prepare.split import group_key, split_samples
 from pipeline.prompting import Message
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 Make = Callable[..., DataSettings]
 

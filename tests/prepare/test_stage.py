@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import BaseModelError, DataError, WorkspaceError
 from pipeline.prepare.sources import DataSources, resolve_sources
 from pipeline.prepare.stage import COLUMNS, load_prepared, prepare_dataset
-from pipeline.recipe import DataSettings
+from pipeline.settings import DataSettings
 
 from .conftest import sources_of
 

@@ -11,7 +11,7 @@ from s3_server import S3Server, serving
 
 from benchmarks.tracking_server import free_port
 from pipeline.errors import StorageError, WorkspaceError
-from pipeline.lease import Holder, Lease, acquire
+from pipeline.retraining.lease import Holder, Lease, acquire
 from pipeline.storage.leases import ObjectLeaseStore
 from pipeline.storage.objects import ObjectStore
 

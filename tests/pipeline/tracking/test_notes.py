@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from pipeline.artifacts import Artifact, ArtifactStore, StageKey
+from pipeline.artifacts.store import Artifact, ArtifactStore, StageKey
 from pipeline.tracking.notes import reference, reuse_note
 
 

@@ -1,0 +1,200 @@
+"""What each stage depends on: pure functions from settings and the keys or digests of inputs to stage keys.
+
+How a thing is computed (how many workers, which ZeRO stage, how often a checkpoint is written) is no part of a key; what
+is computed is. A dry run asks these functions what is cached, without making anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kasa.errors import nearest
+from pipeline.artifacts.store import StageKey, code_digests, package_versions
+from pipeline.errors import RecipeError
+from pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from kasa.targets import Target
+
+STAGES = ("prepare", "spectra", "audit", "train", "evaluate", "register")
+PREPARE, SPECTRA, AUDIT, TRAIN, EVALUATE, REGISTER = STAGES
+
+# Under which name a stage's artifact is an input of another.
+STAGE_OF_INPUT = {"prepared": PREPARE, "spectra": SPECTRA, "adapter": TRAIN, "evaluation": EVALUATE}
+
+# Settings that decide where and how fast, not what.
+_DATA_PLACES = {"train", "heldout", "calibration"}
+_TRAIN_MECHANICS = {
+    "workers",
+    "min_workers",
+    "gpu",
+    "cpus_per_worker",
+    "deepspeed",
+    "micro_batch_size",
+    "pack_tokens",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "max_failures",
+    "collective_timeout_s",
+    # What it comes to is an input.
+    "start",
+}
+_EVALUATE_MECHANICS = {"workers", "batch_size", "metric"}
+
+
+def stages_to_remake(named: Sequence[str], first: str | None) -> list[str]:
+    """The stages that `--force` names, and those from `--from` on.
+
+    Raises:
+        RecipeError: there is no such stage.
+    """
+    for stage in [*named, *([first] if first else [])]:
+        if stage not in STAGES:
+            hint = nearest(stage, STAGES) or f"; choose one of {', '.join(STAGES)}"
+            raise RecipeError(f"there is no stage {stage!r}{hint}")
+    later = STAGES[STAGES.index(first) :] if first else ()
+    return [stage for stage in STAGES if stage in named or stage in later]
+
+
+def prepare_key(recipe: Recipe, sources_digest: str, base_digest: str) -> StageKey:
+    """The data's bytes, how they are read, and the tokenizer."""
+    return StageKey(
+        PREPARE,
+        {
+            "settings": {"data": recipe.data.model_dump(mode="json", exclude=_DATA_PLACES)},
+            "inputs": {"sources": sources_digest, "base": base_digest},
+            "code": code_digests(["pipeline.prepare", "pipeline.prompting"]),
+            "versions": package_versions(["transformers", "tokenizers", "datasets"]),
+        },
+    )
+
+
+def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], prepared: str | None) -> StageKey:
+    """The base's bytes, which weights, how many triplets, and the calibration text where the rule looks at one."""
+    settings: dict[str, object] = {"rank": recipe.spectra_rank, "targets": [target.name for target in targets]}
+    inputs: dict[str, str | None] = {"base": base_digest}
+    code = [
+        "kasa.spectra",
+        "kasa.bottom",
+        "kasa.lapack",
+        "kasa.spectra_file",
+        "kasa.checkpoint",
+        "kasa.folders",
+        "kasa.file_digest",
+    ]
+    if recipe.calibrated:
+        settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
+        settings["gradients"] = recipe.adapter.truncation == "loss"
+        inputs["prepared"] = prepared
+        code += ["kasa.calibration", "kasa.weighting", "pipeline.truncation"]
+    return StageKey(
+        SPECTRA,
+        {
+            "settings": settings,
+            "inputs": inputs,
+            "code": code_digests(code),
+            "versions": package_versions(["torch", "numpy", "scipy"]),
+        },
+    )
+
+
+def audit_key(recipe: Recipe, prepared: str, spectra: str) -> StageKey:
+    """What is dropped, and the held-out text."""
+    return StageKey(
+        AUDIT,
+        {
+            "settings": {
+                "truncation": recipe.adapter.truncation,
+                "dropped_rank": recipe.dropped_rank,
+                "tokens": recipe.spectra.audit_tokens,
+                "precision": recipe.train.precision,
+            },
+            "inputs": {"prepared": prepared, "spectra": spectra},
+            "code": code_digests(["kasa.audit", "kasa.layer", "kasa.truncation", "pipeline.truncation"]),
+            "versions": package_versions(["torch", "transformers"]),
+        },
+    )
+
+
+def inherited_spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], start: str) -> StageKey:
+    """What the adapter of the training `start` drops, read from the adapter itself."""
+    return StageKey(
+        SPECTRA,
+        {
+            "settings": {"targets": [target.name for target in targets], "dropped_rank": recipe.dropped_rank},
+            "inputs": {"base": base_digest, "champion": start},
+            "code": code_digests(["kasa.spectra", "kasa.spectra_file", "pipeline.stages.spectra"]),
+            "versions": package_versions(["torch"]),
+        },
+    )
+
+
+def train_key(recipe: Recipe, prepared: str, spectra: str, start: str | None = None) -> StageKey:
+    """The prepared data, every hyperparameter, and the spectra, or the training that is gone on from, which has them."""
+    return StageKey(
+        TRAIN,
+        {
+            "settings": {
+                "adapter": recipe.adapter.model_dump(mode="json"),
+                "train": recipe.train.model_dump(mode="json", exclude=_TRAIN_MECHANICS),
+            },
+            "inputs": {"prepared": prepared, **({"champion": start} if start else {"spectra": spectra})},
+            "code": code_digests(["kasa", "pipeline.training", "pipeline.language_model"]),
+            "versions": package_versions(["torch", "transformers", "deepspeed"]),
+        },
+    )
+
+
+def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str | None) -> StageKey:
+    """One candidate on the held-out samples: the plain base where `adapter` is None."""
+    return StageKey(
+        EVALUATE,
+        {
+            "settings": {
+                "evaluate": recipe.evaluate.model_dump(mode="json", exclude=_EVALUATE_MECHANICS),
+                "precision": recipe.train.precision,
+            },
+            "inputs": {"prepared": prepared, "base": base_digest, "adapter": adapter},
+            "code": code_digests(
+                ["pipeline.evaluation", "pipeline.generation", "pipeline.language_model", "kasa.layer"]
+            ),
+            "versions": package_versions(["torch", "transformers", "sacrebleu", "rouge-score"]),
+        },
+    )
+
+
+def register_key(recipe: Recipe, trained: str, evaluated: str, registry: str) -> StageKey:
+    """One adapter with its evaluation and the bar it is held to, under one name in one registry.
+
+    The champion is no part of it: a verdict is given once, and what people do with the aliases later stands.
+    """
+    return StageKey(
+        REGISTER,
+        {
+            "settings": {
+                "name": recipe.registered_name,
+                "registry": registry,
+                "metric": recipe.evaluate.gate_metric,
+                "promotion": recipe.promotion.model_dump(mode="json"),
+            },
+            "inputs": {"adapter": trained, "evaluation": evaluated},
+            "code": code_digests(["pipeline.registry.served_model", "pipeline.registry.promotion"]),
+            "versions": package_versions(["mlflow"]),
+        },
+    )
+
+
+def code_state(recipe: Recipe) -> dict[str, Any]:
+    """The code and the versions that matter to each stage of the recipe: what its key depends on beside settings and
+    inputs."""
+    stages = (
+        prepare_key(recipe, "", ""),
+        spectra_key(recipe, "", (), ""),
+        audit_key(recipe, "", ""),
+        train_key(recipe, "", ""),
+        evaluation_key(recipe, "", "", ""),
+        register_key(recipe, "", "", ""),
+    )
+    return {key.stage: [key.ingredients["code"], key.ingredients["versions"]] for key in stages}

@@ -1,0 +1,266 @@
+"""The sections of a recipe, with every setting's meaning, default and bounds.
+
+Every field's `description` is its documentation: `docs/recipe.md` is generated from it (`make docs`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from kasa.truncation import Truncation
+
+TokenizedForm = Literal["auto", "prompt-completion", "alpaca", "chat", "completion"]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StrList = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    """A block of the recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class BaseSettings(Section):
+    """Which pretrained model is adapted."""
+
+    model: str = Field(
+        "embedded:smollm2-135m-instruct",
+        description="A local Hugging Face folder with safetensors weights, a hub id, or `embedded:NAME`.",
+    )
+    revision: str | None = Field(None, description="Hub revision; leave out for local folders.")
+
+
+class DataSettings(Section):
+    """Where the text comes from and how it becomes tokens."""
+
+    train: StrList = Field(
+        description="Files, globs, folders, `hub:NAME[@REVISION][:SPLIT]` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
+    )
+    heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
+    calibration: StrList = Field(
+        default_factory=list,
+        description="Text that `adapter.truncation` looks at, in the form of `train`; empty: `train` itself.",
+    )
+    form: TokenizedForm = Field(
+        "auto", description="How rows are read; `auto` decides by the columns of the first row."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Renames: the form's field -> the data's column, e.g. `{prompt: question, completion: answer}`.",
+    )
+    separator: str | None = Field(
+        None, description="Text files only: splits each line into prompt and completion at its first occurrence."
+    )
+    prompt_template: str = Field("{prompt}", description="Wraps each prompt; `{prompt}` marks its place.")
+    chat_template: bool | None = Field(
+        None, description="Use the tokenizer's chat template; default: where the tokenizer has one."
+    )
+    system_prompt: str | None = Field(
+        None, description="A system message put before every prompt (chat template only)."
+    )
+    max_tokens: int = Field(
+        512, ge=8, description="Longest sample in tokens, prompt and completion; longer rows are rejected."
+    )
+    max_rejected_share: float = Field(
+        0.01, ge=0, le=1, description="Share of rows that may be unusable before the run stops."
+    )
+    heldout_share: float = Field(
+        0.1, gt=0, lt=1, description="Share of the distinct prompts held out, if no source is named."
+    )
+    train_rows: int | None = Field(None, ge=1, description="Use at most this many training samples (after the split).")
+    heldout_rows: int | None = Field(None, ge=1, description="Use at most this many held-out samples.")
+    validation_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Set at least this many training samples aside, whole prompts, to watch training by; they are never "
+        "trained on, and the final evaluation does not see them.",
+    )
+    split_seed: int = Field(0, description="Decides which prompts are held out, and which rows a limit keeps.")
+
+    @model_validator(mode="after")
+    def _template_has_its_place(self) -> DataSettings:
+        if self.prompt_template.count("{prompt}") != 1:
+            raise ValueError("prompt_template must contain {prompt} exactly once")
+        return self
+
+
+class AdapterSettings(Section):
+    """The KaSA adapter (arXiv 2412.06071)."""
+
+    rank: int = Field(8, ge=1, description="Adapter rank r.")
+    alpha: float = Field(16, gt=0, description="Scale numerator; the update is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="`all-linear`, module names such as `[q_proj, v_proj]`, or a regular expression `re:...` on full names.",
+    )
+    truncation: Truncation = Field(
+        "loss",
+        description="What is dropped from each base weight. `loss`: what matters least to the base's loss on the "
+        "calibration text; `activation`: what matters least to the layer's output there; `weight`: the smallest singular triplets (the paper's rule); `authors`: as `weight`, but wide "
+        "weights stay whole (the authors' code); `none`: nothing.",
+    )
+    truncation_rank: int | None = Field(None, ge=1, description="The rank of what is dropped; default: `rank`.")
+    regulariser: Literal["paper", "authors"] = Field(
+        "authors",
+        description="`paper`: r x r Gram matrices, summed over layers. `authors`: in x in and out x out, averaged over "
+        "layers, as in the code that the published weights belong to.",
+    )
+    singular_value_weight: float = Field(1e-4, ge=0, description="beta, the weight of the L2 term on d.")
+    orthogonality_weight: float = Field(1e-3, ge=0, description="gamma, the weight of the orthogonality term L3.")
+
+
+class SpectraSettings(Section):
+    """The singular triplets computed from the base weights, and what dropping them costs."""
+
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops.",
+    )
+    calibration_tokens: int = Field(
+        8192, ge=1, description="How much of the calibration text the rules `loss` and `activation` look at."
+    )
+    audit_tokens: int = Field(
+        2048, ge=1, description="How much held-out text the loss of the truncated base is measured on."
+    )
+    warn_above: float = Field(
+        0.1, ge=0, description="Warn when truncation costs the base more than this many nats per token."
+    )
+
+
+class TrainSettings(Section):
+    """The training stage: DeepSpeed ZeRO under Ray Train."""
+
+    workers: int = Field(1, ge=1, description="Training processes (one GPU each when `gpu` is true).")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="While the cluster has no room for `workers`, train with at least so many. Default: `workers`.",
+    )
+    gpu: bool = Field(False, description="Give every training and evaluation worker a GPU.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved for each training worker.")
+    deepspeed: str = Field(
+        "cpu_zero2", description="A name in `deepspeed_configs/` or the path of a DeepSpeed JSON file."
+    )
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Storage and compute type of the base and adapter.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training split; `max_steps` cuts it short.")
+    max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
+    batch_size: int = Field(16, ge=1, description="Samples per optimizer step over all workers.")
+    micro_batch_size: int = Field(8, ge=1, description="Samples per forward pass of one worker.")
+    pack_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Pack samples end to end, at most this many tokens to a forward pass, instead of padding them; they do "
+        "not see each other. `micro_batch_size` has no meaning then.",
+    )
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
+    warmup_share: float = Field(0.06, ge=0, lt=1, description="Share of the steps spent warming up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    validate_every: int = Field(
+        50,
+        ge=1,
+        description="With `data.validation_rows`: optimizer steps between looks at the validation loss. The adapter with "
+        "the lowest is kept.",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many looks in a row without a lower validation loss."
+    )
+    start: Literal["scratch", "champion"] = Field(
+        "scratch",
+        description="`champion`: go on from the adapter of the registered champion, beside what that one drops from the base; "
+        "from scratch, and said so, where there is none or its base, rank, alpha, targets or truncation differ.",
+    )
+    seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
+    checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
+    checkpoints_kept: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
+    max_failures: int = Field(3, ge=0, description="Worker crashes survived before the stage fails.")
+    collective_timeout_s: float = Field(
+        600, gt=0, description="Seconds a worker may wait for another before it gives up."
+    )
+
+    @property
+    def fewest_workers(self) -> int:
+        """The least number of training processes."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+
+class EvaluateSettings(Section):
+    """The held-out comparison of base, adapter and champion."""
+
+    kind: Literal["answer", "text"] = Field(
+        "text", description="`answer`: short answers scored right or wrong; `text`: prose scored by ROUGE-L and chrF."
+    )
+    choices: list[str] = Field(
+        default_factory=list,
+        description="For answers from a fixed set: the model chooses the likeliest of these, by summed log-likelihood.",
+    )
+    metric: Literal["loss", "accuracy", "exact_match", "rouge_l", "chrf"] | None = Field(
+        None, description="What promotion is decided on. Default: accuracy, exact_match or rouge_l, as the kind has it."
+    )
+    workers: int = Field(1, ge=1, description="Evaluation processes; the samples are shared out among them.")
+    batch_size: int = Field(16, ge=1, description="Samples per forward pass or generated batch.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest generated answer in tokens.")
+    samples_shown: int = Field(8, ge=0, description="Generations shown side by side in the report.")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that are compared."""
+        if self.kind == "text":
+            return ("rouge_l", "chrf", "loss")
+        return ("accuracy" if self.choices else "exact_match", "loss")
+
+    @property
+    def gate_metric(self) -> str:
+        """The metric that decides promotion."""
+        if self.metric:
+            return self.metric
+        if self.kind == "text":
+            return "rouge_l"
+        return "accuracy" if self.choices else "exact_match"
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> EvaluateSettings:
+        if self.gate_metric not in self.measured:
+            raise ValueError(
+                f"metric {self.gate_metric} is not measured here; choose one of {', '.join(sorted(self.measured))}"
+            )
+        if self.choices and self.kind == "text":
+            raise ValueError("choices belong to kind: answer")
+        if len(self.choices) == 1 or len(set(self.choices)) != len(self.choices):
+            raise ValueError("choices need at least two different answers")
+        return self
+
+
+class PromotionSettings(Section):
+    """What a new version has to show before it becomes the champion; against the base, and the champion there is."""
+
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="The gain in `evaluate.metric` that the whole 95% interval must lie above, in the metric's unit: "
+        "`accuracy` and `exact_match` run from 0 to 1, `rouge_l` and `chrf` from 0 to 100, `loss` is in nats.",
+    )
+    guards: dict[str, float] = Field(
+        default_factory=dict,
+        description="Other metrics that must not get worse, each with the largest fall allowed (of `loss`: the largest "
+        "rise), such as `{loss: 0.02}`; the whole 95% interval must lie within it.",
+    )
+
+
+class RegisterSettings(Section):
+    """The MLflow model registry."""
+
+    model: str | None = Field(None, description="Registered model name; default: the recipe's name.")
