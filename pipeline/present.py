@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.doctor import Finding
-from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRICS
 from pipeline.export import Exported
 from pipeline.flow import RunResult
+from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS
 from pipeline.planning.dry_run import RunPlan
 from pipeline.planning.plan import Estimate, StageMemory
 from pipeline.recipe import recipe_values

@@ -219,8 +219,8 @@ class EvaluateSettings(Section):
     def measured(self) -> tuple[str, ...]:
         """The metrics that are compared."""
         if self.kind == "text":
-            return ("rouge_l", "chrf", "loss")
-        return ("accuracy" if self.choices else "exact_match", "loss")
+            return ("rouge_l", "chrf", "exact_match", "loss", "perplexity")
+        return ("accuracy" if self.choices else "exact_match", "loss", "perplexity")
 
     @property
     def gate_metric(self) -> str:

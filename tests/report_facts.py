@@ -6,7 +6,8 @@ import math
 import random
 from typing import Any
 
-from pipeline.report.facts import Difference, LayerFacts, ReportFacts, SampleFacts, StageFacts, TruncationFacts
+from pipeline.metrics.intervals import Interval
+from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts, StageFacts, TruncationFacts
 
 MODULES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 REVIEWS = [
@@ -94,8 +95,8 @@ def full_facts(**changes: Any) -> ReportFacts:
             "champion": {"accuracy": 0.8425, "loss": 0.3502, "perplexity": 1.4194},
         },
         "differences": {
-            "accuracy": Difference(0.41, 0.3525, 0.465),
-            "loss": Difference(-2.6413, -2.7521, -2.5288),
+            "accuracy": Interval(0.41, 0.3525, 0.465),
+            "loss": Interval(-2.6413, -2.7521, -2.5288),
         },
         "heldout_rows": 400,
         "truncation": TruncationFacts(

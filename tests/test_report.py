@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from report_facts import full_facts, layer_facts, training_records
 
+from pipeline.metrics.intervals import Interval
 from pipeline.report.charts import smoothed, thinned
 from pipeline.report.comparison import compare, outcome
-from pipeline.report.facts import Difference, LayerFacts, ReportFacts, SampleFacts
+from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts
 from pipeline.report.formats import duration, metric_change, metric_value, significant
 from pipeline.report.layer_charts import layer_panels
 from pipeline.report.render import render_report
@@ -161,7 +162,7 @@ def test_html_in_the_facts_stays_text(tmp_path: Path) -> None:
         samples=[SampleFacts(attack, attack, {"base": attack, attack: "no"})],
         layers=[LayerFacts(attack, [0.1], [0.01], 1.0, 0.1)],
         metrics={"base": {"accuracy": 0.5, attack: 1.0}, "adapted": {"accuracy": 0.6, attack: 2.0}},
-        differences={"accuracy": Difference(0.1, 0.0, 0.2), attack: Difference(1.0, 0.5, 1.5)},
+        differences={"accuracy": Interval(0.1, 0.0, 0.2), attack: Interval(1.0, 0.5, 1.5)},
         dataset={attack: {attack: [attack]}},
         rejected_rows=[attack],
         recipe_yaml=attack,
@@ -215,7 +216,7 @@ def test_penalty_that_is_zero_throughout_is_named_not_drawn(tmp_path: Path) -> N
     ],
 )
 def test_outcome_knows_the_direction(metric: str, low: float, high: float, expected: str) -> None:
-    assert outcome(metric, Difference((low + high) / 2, low, high)) == expected
+    assert outcome(metric, Interval((low + high) / 2, low, high)) == expected
 
 
 def test_gate_comes_first_and_best_follows_the_direction() -> None:

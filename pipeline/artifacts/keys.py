@@ -158,7 +158,13 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
             },
             "inputs": {"prepared": prepared, "base": base_digest, "adapter": adapter},
             "code": code_digests(
-                ["pipeline.evaluation", "pipeline.generation", "pipeline.language_model", "kasa.layer"]
+                [
+                    "pipeline.evaluation",
+                    "pipeline.metrics",
+                    "pipeline.generation",
+                    "pipeline.language_model",
+                    "kasa.layer",
+                ]
             ),
             "versions": package_versions(["torch", "transformers", "sacrebleu", "rouge-score"]),
         },

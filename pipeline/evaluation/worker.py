@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.evaluation.metrics import text_scores
 from pipeline.generation import Answerer, greedy_answers, load_answerer
 from pipeline.journal import JournalWriter, Record, read_journal
 from pipeline.language_model import Sample, collate, label_losses
@@ -83,14 +82,14 @@ def _score(
     answerer: Answerer, samples: Sequence[Any], indices: Sequence[int], settings: EvaluateSettings
 ) -> list[Record]:
     losses, counts = _summed_losses(answerer.model, samples)
-    records = [
-        {"sample": index, "loss_sum": loss, "tokens": count, "reference": sample["reference"]}
+    records: list[Record] = [
+        {"sample": index, "loss_sum": loss, "tokens": count, "references": [sample["reference"]]}
         for index, loss, count, sample in zip(indices, losses, counts, samples, strict=True)
     ]
     if settings.choices:
         for record, choice in zip(records, _likeliest_choices(answerer, samples, settings.choices), strict=True):
             record["choice"] = choice
-            record["accuracy"] = float(choice == record["reference"].strip())
+            record["accuracy"] = float(choice == record["references"][0].strip())
     _add_outputs(answerer, samples, records, settings)
     return records
 
@@ -114,12 +113,8 @@ def _add_outputs(
     outputs = greedy_answers(answerer.model, answerer.tokenizer, prompts, settings.max_new_tokens)
     for (_, record), output in zip(shown, outputs, strict=True):
         record["output"] = output
-        if settings.choices:
-            continue
-        if settings.kind == "text":
-            record.update(text_scores(output, record["reference"]))
-        else:
-            record["exact_match"] = float(output == record["reference"].strip())
+        if not settings.choices:
+            record["exact_match"] = float(output in [reference.strip() for reference in record["references"]])
 
 
 def _summed_losses(model: nn.Module, samples: Sequence[Any]) -> tuple[list[float], list[int]]:

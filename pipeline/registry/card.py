@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.evaluation.metrics import METRICS
+from pipeline.metrics.catalogue import METRICS
+from pipeline.metrics.intervals import Interval
 from pipeline.registry.promotion import Decision
-from pipeline.report.facts import Difference
 
 _SHORT = 12
 
@@ -14,7 +14,7 @@ _SHORT = 12
 def model_card(
     decision: Decision,
     metrics: Mapping[str, Mapping[str, float]],
-    differences: Mapping[str, Mapping[str, Difference]],
+    differences: Mapping[str, Mapping[str, Interval]],
     lineage: Mapping[str, str],
     rows: int,
 ) -> str:
@@ -38,7 +38,7 @@ def model_card(
     return "\n".join([f"**{verdict}**: {decision.reason}", "", *lines, "", *sources, "", "History", ""])
 
 
-def _interval(difference: Difference | None) -> str:
+def _interval(difference: Interval | None) -> str:
     return "" if difference is None else f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 

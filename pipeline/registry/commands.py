@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
+from pipeline.metrics.intervals import Interval
 from pipeline.registry.aliases import CHAMPION, PREVIOUS, after_promotion, after_rollback
 from pipeline.registry.moves import event, history, move, settle
 from pipeline.registry.store import ModelVersion, Registry, open_registry
-from pipeline.report.facts import Difference
 
 _NO_REASON = "no reason given"
 
@@ -37,7 +37,7 @@ class ModelRow:
     metric: str
     value: float | None
     opponent: str
-    difference: Difference | None
+    difference: Interval | None
     history: list[dict[str, Any]]
 
 
@@ -141,7 +141,7 @@ def _row(version: ModelVersion, aliases: Mapping[str, str]) -> ModelRow:
         metric=metric,
         value=float(value) if value else None,
         opponent=opponent,
-        difference=Difference(**against[opponent][metric]) if opponent else None,
+        difference=Interval(**against[opponent][metric]) if opponent else None,
         history=history(version),
     )
 

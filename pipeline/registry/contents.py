@@ -12,7 +12,7 @@ from kasa import KasaError, export_lora, read_adapter
 from pipeline.artifacts.store import Artifact, package_versions
 from pipeline.base.model import BaseModel
 from pipeline.context import RunContext
-from pipeline.evaluation.metrics import RESAMPLES
+from pipeline.metrics.intervals import RESAMPLES
 from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import load_prepared
 from pipeline.prompting import FILE_NAME as PROMPTING

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.evaluation.metrics import LOWER_IS_BETTER
-from pipeline.report.facts import Difference
+from pipeline.metrics.catalogue import LOWER_IS_BETTER
+from pipeline.metrics.intervals import Interval
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Finding(NamedTuple):
     text: str
 
 
-def decide(gate: Gate, against: Mapping[str, Mapping[str, Difference]], obstacle: str | None = None) -> Decision:
+def decide(gate: Gate, against: Mapping[str, Mapping[str, Interval]], obstacle: str | None = None) -> Decision:
     """Promote only what is better than every opponent by more than the margin, and falls behind none in a guard metric.
 
     Uncertainty counts against the new version on both sides: it is the worse end of each interval that is judged.
@@ -58,7 +58,7 @@ def decide(gate: Gate, against: Mapping[str, Mapping[str, Difference]], obstacle
     return Decision(not lost, "; ".join(lost or [finding.text for finding in findings]))
 
 
-def _gain(gate: Gate, opponent: str, difference: Difference) -> _Finding:
+def _gain(gate: Gate, opponent: str, difference: Interval) -> _Finding:
     low, high = _gain_interval(gate.metric, difference)
     numbers = _numbers(gate.metric, opponent, difference)
     if low > gate.margin:
@@ -73,7 +73,7 @@ def _gain(gate: Gate, opponent: str, difference: Difference) -> _Finding:
     return _Finding(False, f"no clear gain: {numbers}; the whole interval must show more than {gate.margin:g}")
 
 
-def _guarded(guard: str, largest_fall: float, opponent: str, difference: Difference) -> _Finding:
+def _guarded(guard: str, largest_fall: float, opponent: str, difference: Interval) -> _Finding:
     low, high = _gain_interval(guard, difference)
     numbers = _numbers(guard, opponent, difference)
     if low >= -largest_fall:
@@ -85,11 +85,11 @@ def _guarded(guard: str, largest_fall: float, opponent: str, difference: Differe
     return _Finding(False, f"{verdict}: {numbers}; {allowed}")
 
 
-def _gain_interval(metric: str, difference: Difference) -> tuple[float, float]:
+def _gain_interval(metric: str, difference: Interval) -> tuple[float, float]:
     """Both ends, worse end first, with better as larger."""
     return (-difference.high, -difference.low) if metric in LOWER_IS_BETTER else (difference.low, difference.high)
 
 
-def _numbers(metric: str, opponent: str, difference: Difference) -> str:
+def _numbers(metric: str, opponent: str, difference: Interval) -> str:
     interval = f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
     return f"{metric} {interval} against the {opponent}"

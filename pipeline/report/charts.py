@@ -11,8 +11,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.report.facts import Difference
-from pipeline.report.formats import LOWER_IS_BETTER, SHARES, metric_change, metric_value, significant, spoken
+from pipeline.metrics.catalogue import LOWER_IS_BETTER, SHARES
+from pipeline.metrics.intervals import Interval
+from pipeline.report.formats import metric_change, metric_value, significant, spoken
 from pipeline.report.svg import COLOURS, inline_svg, new_figure
 
 Records = list[dict[str, float]]
@@ -21,7 +22,7 @@ GLYPH_SIZE = (150, 20)
 ROUND_STEPS = [1, 2, 2.5, 5, 10]
 
 
-def gate_chart(metric: str, values: dict[str, float], difference: Difference | None) -> Markup:
+def gate_chart(metric: str, values: dict[str, float], difference: Interval | None) -> Markup:
     """Every candidate on the metric's own scale, with the interval around the adapted one."""
     figure, axes = new_figure(400, 36)
     interval = [values["base"] + edge for edge in (difference.low, difference.high)] if difference else []
@@ -47,7 +48,7 @@ def _gate_limits(metric: str, shown: list[float]) -> tuple[float, float]:
     return min(shown) - margin, max(shown) + margin
 
 
-def interval_glyph(metric: str, difference: Difference, verdict: str) -> Markup:
+def interval_glyph(metric: str, difference: Interval, verdict: str) -> Markup:
     """One interval on its own scale: zero in the middle, better to the right whatever the metric's direction."""
     figure, axes = new_figure(*GLYPH_SIZE)
     direction = -1 if metric in LOWER_IS_BETTER else 1

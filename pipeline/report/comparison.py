@@ -7,9 +7,11 @@ from typing import Literal
 
 from markupsafe import Markup
 
+from pipeline.metrics.catalogue import LOWER_IS_BETTER
+from pipeline.metrics.intervals import Interval
 from pipeline.report.charts import candidates_in_order, gate_chart, interval_glyph
-from pipeline.report.facts import Difference, ReportFacts
-from pipeline.report.formats import LOWER_IS_BETTER, change_unit, metric_change, metric_value, spoken
+from pipeline.report.facts import ReportFacts
+from pipeline.report.formats import change_unit, metric_change, metric_value, spoken
 
 Outcome = Literal["better", "worse", "unclear"]
 
@@ -48,7 +50,7 @@ class Comparison:
     chart: Markup | None
 
 
-def outcome(metric: str, difference: Difference) -> Outcome:
+def outcome(metric: str, difference: Interval) -> Outcome:
     """Better or worse only where the whole interval says so."""
     low, high = difference.low, difference.high
     if metric in LOWER_IS_BETTER:
@@ -92,7 +94,7 @@ def _row(facts: ReportFacts, metric: str, candidates: list[str]) -> MetricRow:
     )
 
 
-def _change(metric: str, difference: Difference) -> Change:
+def _change(metric: str, difference: Interval) -> Change:
     result = outcome(metric, difference)
     return Change(
         estimate=metric_change(metric, difference.estimate),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.metrics.intervals import Interval
+
 
 @dataclass(frozen=True)
 class StageFacts:
@@ -64,15 +66,6 @@ class SampleFacts:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Paired difference adapted - base of one metric with its 95% bootstrap interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class ReportFacts:
     """Everything on the page.
 
@@ -88,7 +81,7 @@ class ReportFacts:
     model_uri: str
     gate_metric: str
     metrics: dict[str, dict[str, float]]
-    differences: dict[str, Difference]
+    differences: dict[str, Interval]
     heldout_rows: int
     truncation: TruncationFacts
     training: list[dict[str, float]]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-SHARES = frozenset({"accuracy", "exact_match"})
-METRIC_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF"}
+from pipeline.metrics.catalogue import METRICS, SHARES
+
 ACRONYMS = frozenset({"cpu", "cpus", "gpu", "gpus", "id", "os", "sha256", "uri", "url"})
 MINUS = "\u2212"
 
 
 def spoken(name: str) -> str:
     """`exact_match` -> `Exact match`; metrics with a spelling of their own keep it."""
-    if name in METRIC_NAMES:
-        return METRIC_NAMES[name]
+    if name in METRICS:
+        return METRICS[name].label
     words = [word.upper() if word in ACRONYMS else word for word in name.split("_")]
     text = " ".join(words)
     return text[:1].upper() + text[1:]

@@ -6,7 +6,7 @@ Each candidate's result is an artifact of its own: the base is evaluated once fo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,13 @@ from pipeline.artifacts.store import Artifact
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
-from pipeline.evaluation.metrics import aggregate, paired_differences
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.journal import JournalTail, Record, read_journal
+from pipeline.metrics.intervals import Interval, measure, paired_differences
 from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import load_prepared
 from pipeline.registry.moves import settle
 from pipeline.registry.store import ModelVersion
-from pipeline.report.facts import Difference
 from pipeline.stages.prepare import log_datasets
 from pipeline.training.worker import ADAPTER
 
@@ -56,7 +55,7 @@ class Evaluation:
 
     artifact: Artifact
     metrics: dict[str, dict[str, float]]
-    differences: dict[str, dict[str, Difference]]
+    differences: dict[str, dict[str, Interval]]
     samples: dict[str, list[Record]]
     champion: ModelVersion | None
     obstacle: str | None
@@ -80,7 +79,7 @@ def evaluate(
             key = evaluation_key(context.recipe, prepared.key, base.digest, candidate.key)
             find_or_make = stage.main_artifact if candidate is adapted else stage.artifact
             results[candidate.name] = find_or_make(key, partial(_measure, context, base, prepared, candidate))
-        evaluation = _compare(results, champion, obstacle)
+        evaluation = _compare(results, context.recipe.evaluate.measured, champion, obstacle)
         log_datasets(context, stage.run_id, sources, prepared, ["heldout"])
         _publish(context, stage.run_id, evaluation, results)
     return evaluation
@@ -139,16 +138,26 @@ def _measure(
     (folder / RESULTS).write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
     for shard in shards:
         shard.journal.unlink()
-    return {"candidate": candidate.name, "rows": len(results), "metrics": aggregate(results)}
+    found = measure(results, recipe.evaluate.measured)
+    return {
+        "candidate": candidate.name,
+        "rows": len(results),
+        "metrics": {name: interval.estimate for name, interval in found.items()},
+        "intervals": {name: [interval.low, interval.high] for name, interval in found.items()},
+    }
 
 
-def _compare(results: Mapping[str, Artifact], champion: ModelVersion | None, obstacle: str | None) -> Evaluation:
+def _compare(
+    results: Mapping[str, Artifact], metrics: Sequence[str], champion: ModelVersion | None, obstacle: str | None
+) -> Evaluation:
     samples = {name: read_journal(artifact.folder / RESULTS) for name, artifact in results.items()}
     return Evaluation(
         artifact=results["adapted"],
         metrics={name: artifact.facts["metrics"] for name, artifact in results.items()},
         differences={
-            name: paired_differences(samples["adapted"], samples[name]) for name in results if name != "adapted"
+            name: paired_differences(samples["adapted"], samples[name], metrics)
+            for name in results
+            if name != "adapted"
         },
         samples=samples,
         champion=champion,

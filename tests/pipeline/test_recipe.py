@@ -58,7 +58,10 @@ def test_overrides(file, override, section, key, value) -> None:
         ("train.workers=20", r"train\.batch_size 16 leaves some of the 20 workers idle"),
         ("train.min_workers=2", r"train\.min_workers 2 is more than train\.workers 1"),
         ("spectra.rank=4", r"spectra\.rank 4 is smaller than the 8 triplets the adapter drops"),
-        ("evaluate.metric=accuracy", r"metric accuracy is not measured here; choose one of chrf, loss, rouge_l"),
+        (
+            "evaluate.metric=accuracy",
+            r"metric accuracy is not measured here; choose one of chrf, exact_match, loss, perplexity, rouge_l",
+        ),
         ("evaluate.choices=[a, b]", r"choices belong to kind: answer"),
         ("evaluate={kind: answer, choices: [a]}", r"at least two different answers"),
         (

@@ -2,10 +2,10 @@
 
 import pytest
 
+from pipeline.metrics.intervals import Interval
 from pipeline.registry.promotion import Gate, decide
-from pipeline.report.facts import Difference
 
-BETTER, WORSE, UNCLEAR = Difference(2.0, 1.0, 3.0), Difference(-2.0, -3.0, -1.0), Difference(0.5, -1.0, 2.0)
+BETTER, WORSE, UNCLEAR = Interval(2.0, 1.0, 3.0), Interval(-2.0, -3.0, -1.0), Interval(0.5, -1.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ BETTER, WORSE, UNCLEAR = Difference(2.0, 1.0, 3.0), Difference(-2.0, -3.0, -1.0)
         ("accuracy", {"base": WORSE, "champion": BETTER}, None, False, "against the base"),
         ("accuracy", {"base": WORSE}, None, False, "worse"),
         ("accuracy", {"base": UNCLEAR}, None, False, "the 95% interval holds 0"),
-        ("accuracy", {"base": Difference(1.0, 0.0, 2.0)}, None, False, "no clear gain"),
-        ("accuracy", {"base": Difference(0.0, 0.0, 0.0)}, None, False, "no clear gain"),
+        ("accuracy", {"base": Interval(1.0, 0.0, 2.0)}, None, False, "no clear gain"),
+        ("accuracy", {"base": Interval(0.0, 0.0, 0.0)}, None, False, "no clear gain"),
         ("loss", {"base": WORSE}, None, True, "better: loss -2.0000 [-3.0000, -1.0000]"),
         ("loss", {"base": BETTER}, None, False, "worse"),
         ("loss", {"base": UNCLEAR}, None, False, "no clear gain"),
@@ -54,23 +54,23 @@ def test_the_margin_holds_for_the_whole_interval(metric, difference, margin, pro
 @pytest.mark.parametrize(
     ("guard", "difference", "fall", "promoted", "says"),
     [
-        ("chrf", Difference(0.0, -1.0, 1.0), 1.0, True, "guard kept: chrf +0.0000"),
-        ("chrf", Difference(0.0, -1.0, 1.0), 0.9, False, "guard not certain: chrf +0.0000 [-1.0000, +1.0000]"),
-        ("chrf", Difference(-2.0, -3.0, -1.0), 0.9, False, "guard broken: chrf -2.0000"),
-        ("chrf", Difference(-2.0, -3.0, -1.0), 0.9, False, "must show a fall of 0.9 at most"),
-        ("chrf", Difference(-2.0, -3.0, -1.0), 3.0, True, "guard kept"),
-        ("chrf", Difference(2.0, 1.0, 3.0), 0.0, True, "guard kept"),
-        ("loss", Difference(0.0, -1.0, 1.0), 1.0, True, "guard kept: loss"),
-        ("loss", Difference(0.5, 0.2, 0.8), 0.5, False, "guard not certain: loss +0.5000"),
+        ("chrf", Interval(0.0, -1.0, 1.0), 1.0, True, "guard kept: chrf +0.0000"),
+        ("chrf", Interval(0.0, -1.0, 1.0), 0.9, False, "guard not certain: chrf +0.0000 [-1.0000, +1.0000]"),
+        ("chrf", Interval(-2.0, -3.0, -1.0), 0.9, False, "guard broken: chrf -2.0000"),
+        ("chrf", Interval(-2.0, -3.0, -1.0), 0.9, False, "must show a fall of 0.9 at most"),
+        ("chrf", Interval(-2.0, -3.0, -1.0), 3.0, True, "guard kept"),
+        ("chrf", Interval(2.0, 1.0, 3.0), 0.0, True, "guard kept"),
+        ("loss", Interval(0.0, -1.0, 1.0), 1.0, True, "guard kept: loss"),
+        ("loss", Interval(0.5, 0.2, 0.8), 0.5, False, "guard not certain: loss +0.5000"),
         (
             "loss",
-            Difference(0.5, 0.2, 0.8),
+            Interval(0.5, 0.2, 0.8),
             0.1,
             False,
             "guard broken: loss +0.5000 [+0.2000, +0.8000] against the base",
         ),
-        ("loss", Difference(0.5, 0.2, 0.8), 0.1, False, "must show a rise of 0.1 at most"),
-        ("loss", Difference(-0.5, -0.8, -0.2), 0.0, True, "guard kept"),
+        ("loss", Interval(0.5, 0.2, 0.8), 0.1, False, "must show a rise of 0.1 at most"),
+        ("loss", Interval(-0.5, -0.8, -0.2), 0.0, True, "guard kept"),
     ],
 )
 def test_a_guard_must_not_fall_by_more_than_allowed(guard, difference, fall, promoted, says) -> None:
@@ -82,7 +82,7 @@ def test_a_guard_must_not_fall_by_more_than_allowed(guard, difference, fall, pro
 
 def test_a_guard_counts_against_every_opponent() -> None:
     gate = Gate("rouge_l", guards={"loss": 0.1})
-    fine, risen = Difference(0.0, -0.05, 0.05), Difference(0.3, 0.2, 0.4)
+    fine, risen = Interval(0.0, -0.05, 0.05), Interval(0.3, 0.2, 0.4)
     decision = decide(gate, {"base": {"rouge_l": BETTER, "loss": risen}, "champion": {"rouge_l": BETTER, "loss": fine}})
     assert not decision.promote
     assert decision.reason.startswith("guard broken: loss +0.3000 [+0.2000, +0.4000] against the base")

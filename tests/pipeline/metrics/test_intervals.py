@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu import corpus_chrf, sentence_chrf
+from sacrebleu import corpus_chrf
 
-from pipeline.evaluation.metrics import aggregate, paired_differences, text_scores
+from pipeline.metrics import intervals
+from pipeline.metrics.intervals import Interval, measure
 
 PAIRS = [
     ("the cat sat on the mat", "a cat was sitting on the mat"),
@@ -17,37 +18,58 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("output", "reference"), PAIRS)
-def test_text_scores_are_the_libraries(output, reference) -> None:
-    scores = text_scores(output, reference)
-    rouge = RougeScorer(["rougeL"], use_stemmer=True).score(reference, output)["rougeL"].fmeasure
-    assert scores == {"rouge_l": 100 * rouge, "chrf": sentence_chrf(output, [reference]).score}
+def texts(pairs: list[tuple[str, str]]) -> list[dict]:
+    return [{"sample": n, "output": output, "references": [reference]} for n, (output, reference) in enumerate(pairs)]
+
+
+def value(results: list[dict], metric: str) -> float:
+    return measure(results, [metric])[metric].estimate
+
+
+def test_text_metrics_are_the_libraries() -> None:
+    outputs, references = zip(*PAIRS, strict=True)
+    rouge = [
+        RougeScorer(["rougeL"], use_stemmer=True).score(reference, output)["rougeL"].fmeasure
+        for output, reference in PAIRS
+    ]
+    assert value(texts(PAIRS), "rouge_l") == pytest.approx(100 * sum(rouge) / len(rouge))
+    assert value(texts(PAIRS), "chrf") == corpus_chrf(outputs, [references]).score
 
 
 def test_rouge_by_hand() -> None:
     # Longest common subsequence "cat on the mat" of 6 and 7 words: P 4/6, R 4/7.
-    assert text_scores(*PAIRS[0])["rouge_l"] == pytest.approx(100 * 2 * (4 / 6) * (4 / 7) / (4 / 6 + 4 / 7))
-    assert text_scores(*PAIRS[3]) == pytest.approx({"rouge_l": 100, "chrf": 100})
+    assert value(texts(PAIRS[:1]), "rouge_l") == pytest.approx(100 * 2 * (4 / 6) * (4 / 7) / (4 / 6 + 4 / 7))
+    assert value(texts(PAIRS[3:]), "rouge_l") == value(texts(PAIRS[3:]), "chrf") == pytest.approx(100)
 
 
-def test_aggregate() -> None:
-    results = [{"loss_sum": 6.0, "tokens": 3, "output": o, "reference": r, **text_scores(o, r)} for o, r in PAIRS[:2]]
-    results[1] |= {"loss_sum": 1.0, "tokens": 7}
-    found = aggregate(results)
-    assert found["loss"] == pytest.approx(0.7)  # per token, not the mean of per-sample means
-    assert found["perplexity"] == pytest.approx(math.exp(0.7))
-    assert found["rouge_l"] == pytest.approx((results[0]["rouge_l"] + results[1]["rouge_l"]) / 2)
-    assert found["chrf"] == corpus_chrf([o for o, _ in PAIRS[:2]], [[r for _, r in PAIRS[:2]]]).score
-    assert set(found) == {"loss", "perplexity", "rouge_l", "chrf"}
+def test_the_best_of_several_references_counts() -> None:
+    several = [{"sample": 0, "output": "the cat sat", "references": ["no dogs here", "the cat sat"]}]
+    several.append({"sample": 1, "output": "one", "references": ["one"]})
+    assert value(several, "rouge_l") == value(several, "chrf") == pytest.approx(100)
+
+
+def test_loss_is_per_token() -> None:
+    found = measure([losses(0, 6.0, 3), losses(1, 1.0, 7)], ["loss", "perplexity"])
+    assert found["loss"].estimate == pytest.approx(0.7)  # not the mean of per-sample means
+    assert found["perplexity"].estimate == pytest.approx(math.exp(0.7))
+
+
+def losses(sample: int, loss_sum: float, tokens: int) -> dict:
+    return {"sample": sample, "loss_sum": loss_sum, "tokens": tokens}
 
 
 def test_answers() -> None:
-    found = aggregate([{"loss_sum": 1.0, "tokens": 1, "accuracy": float(n < 3)} for n in range(4)])
-    assert found["accuracy"] == 0.75
+    assert value([{"sample": n, "accuracy": float(n < 3)} for n in range(4)], "accuracy") == 0.75
 
 
 def test_perplexity_of_a_diverged_model_is_still_a_number() -> None:
-    assert math.isfinite(aggregate([{"loss_sum": 1e6, "tokens": 1}])["perplexity"])
+    assert math.isfinite(value([losses(0, 1e6, 1)], "perplexity"))
+
+
+def test_the_interval_is_that_of_the_binomial() -> None:
+    found = measure([{"sample": n, "accuracy": float(n < 300)} for n in range(400)], ["accuracy"])["accuracy"]
+    spread = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert (found.low, found.high) == pytest.approx((0.75 - spread, 0.75 + spread), abs=0.004)
 
 
 def results(seed: int, gain: float = 0.0, count: int = 200) -> list[dict]:
@@ -55,9 +77,13 @@ def results(seed: int, gain: float = 0.0, count: int = 200) -> list[dict]:
     correct = generator.random(count) < 0.5 + gain
     losses = generator.gamma(4, 1, count) * (1 - gain)
     return [
-        {"loss_sum": float(loss), "tokens": 2 + i % 5, "accuracy": float(right)}
+        {"sample": i, "loss_sum": float(loss), "tokens": 2 + i % 5, "accuracy": float(right)}
         for i, (loss, right) in enumerate(zip(losses, correct, strict=True))
     ]
+
+
+def paired_differences(ours: list[dict], theirs: list[dict]) -> dict[str, Interval]:
+    return intervals.paired_differences(ours, theirs, ["accuracy", "loss"])
 
 
 def test_a_model_against_itself_differs_by_nothing() -> None:
@@ -78,14 +104,13 @@ def test_a_clear_gain_is_seen_with_its_sign() -> None:
     found = paired_differences(results(1, gain=0.3), results(2))
     assert 0 < found["accuracy"].low < found["accuracy"].estimate < found["accuracy"].high
     assert found["loss"].low < found["loss"].estimate < found["loss"].high < 0
-    assert set(found) == {"accuracy", "loss"}
 
 
 def test_the_estimate_is_the_difference_of_the_aggregates() -> None:
     ours, theirs = results(3), results(4)
     found = paired_differences(ours, theirs)
     for metric in ("accuracy", "loss"):
-        assert found[metric].estimate == pytest.approx(aggregate(ours)[metric] - aggregate(theirs)[metric])
+        assert found[metric].estimate == pytest.approx(value(ours, metric) - value(theirs, metric))
     assert paired_differences(ours, theirs) == found
 
 
@@ -104,5 +129,5 @@ def test_a_gain_in_proportion_to_the_tokens_is_certain() -> None:
 
 
 def test_samples_must_be_the_same() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="same samples"):
         paired_differences(results(0), results(0)[:-1])
