@@ -41,7 +41,7 @@ class DataSettings(Section):
     """Where the text comes from and how it becomes tokens."""
 
     train: StrList = Field(
-        description="Files, globs, folders, `hub:NAME[@REVISION][:SPLIT]` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
+        description="Files, globs, folders, `hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]`, `https://...` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
     )
     heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
     calibration: StrList = Field(

@@ -1,5 +1,5 @@
-"""Hub data sets, `hub:NAME[@REVISION][:SPLIT]`: each revision of a split becomes a parquet file of its own in the workspace,
-so that a run depends on those bytes, not on the hub, and an old revision is never taken for a new one.
+"""Hub data sets, `hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]`: each revision of a split becomes a parquet file of its own
+in the workspace, so that a run depends on those bytes, not on the hub, and an old revision is never taken for a new one.
 
 Without a revision a run takes the newest one that is known here, and `look_for_newest` asks the hub which that is. What
 is named is taken as it stands: a branch or a tag that moves on is not fetched again.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -20,20 +20,29 @@ from pipeline.errors import DataError, WorkspaceError
 from pipeline.settings import DataSettings
 
 PREFIX = "hub:"
-_FORM = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]*))?")
+_FORM = re.compile(
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]*))?"
+)
 _PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    """One split of a data set; `revision` is None where the newest is meant."""
+    """One split of a data set, or of a subset of it; `revision` is None where the newest is meant."""
 
     name: str
     revision: str | None
     split: str
+    subset: str | None = None
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.name}{f'@{self.revision}' if self.revision else ''}:{self.split}"
+        subset = f"/{self.subset}" if self.subset else ""
+        return f"{PREFIX}{self.name}{subset}{f'@{self.revision}' if self.revision else ''}:{self.split}"
+
+    @property
+    def file_name(self) -> str:
+        """Of its copy in the workspace."""
+        return f"{self.subset}--{self.split}.parquet" if self.subset else f"{self.split}.parquet"
 
 
 def parse_entry(entry: str, key: str) -> HubSplit:
@@ -44,8 +53,10 @@ def parse_entry(entry: str, key: str) -> HubSplit:
     """
     found = _FORM.fullmatch(entry.removeprefix(PREFIX))
     if found is None:
-        raise DataError(f"{key}: {entry} must have the form hub:NAME[@REVISION][:SPLIT], e.g. hub:owner/dataset:train")
-    return HubSplit(found["name"], found["revision"], found["split"] or "train")
+        raise DataError(
+            f"{key}: {entry} must have the form hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT], e.g. hub:owner/dataset:train"
+        )
+    return HubSplit(found["name"], found["revision"], found["split"] or "train", found["subset"])
 
 
 def hub_file(split: HubSplit, workspace: Path, fetch: bool) -> Path | None:
@@ -61,7 +72,7 @@ def hub_file(split: HubSplit, workspace: Path, fetch: bool) -> Path | None:
             return None
         revision = _ask(split.name)
         _remember(split.name, revision, workspace)
-    file = _folder(split.name, workspace) / revision.replace("/", "--") / f"{split.split}.parquet"
+    file = _folder(split.name, workspace) / revision.replace("/", "--") / split.file_name
     if not file.exists():
         if not fetch:
             return None
@@ -82,7 +93,7 @@ def look_for_newest(settings: DataSettings, workspace: Path) -> None:
         try:
             newest = _ask(name)
             for split in splits:
-                hub_file(HubSplit(name, newest, split), workspace, fetch=True)
+                hub_file(replace(split, revision=newest), workspace, fetch=True)
         except DataError as error:
             if known is None:
                 raise
@@ -92,15 +103,15 @@ def look_for_newest(settings: DataSettings, workspace: Path) -> None:
         _remember(name, newest, workspace)
 
 
-def _following(settings: DataSettings) -> dict[str, set[str]]:
+def _following(settings: DataSettings) -> dict[str, set[HubSplit]]:
     """The data sets whose newest revision is meant, with the splits that are used."""
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[HubSplit]] = {}
     for side in ("train", "heldout", "calibration"):
         for entry in getattr(settings, side):
             if entry.startswith(PREFIX):
                 split = parse_entry(entry, f"data.{side}")
                 if split.revision is None:
-                    found.setdefault(split.name, set()).add(split.split)
+                    found.setdefault(split.name, set()).add(split)
     return found
 
 
@@ -130,7 +141,7 @@ def _export(split: HubSplit, revision: str, file: Path) -> None:
                 return
             console.print(f"fetching {split} (revision {revision[:12]}) from the hub", markup=False, soft_wrap=True)
             try:
-                rows = datasets.load_dataset(split.name, split=split.split, revision=revision)
+                rows = datasets.load_dataset(split.name, split.subset, split=split.split, revision=revision)
             except Exception as error:  # as above
                 raise DataError(
                     f"{split} cannot be fetched from the hub: {_first_line(error)}; check the name, the revision, the "

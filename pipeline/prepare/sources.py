@@ -17,6 +17,8 @@ from pipeline.errors import DataError
 from pipeline.prepare.hub import PREFIX as HUB
 from pipeline.prepare.hub import hub_file, parse_entry
 from pipeline.prepare.readers import SUFFIXES
+from pipeline.prepare.web import PREFIXES as WEB
+from pipeline.prepare.web import web_file
 from pipeline.settings import DataSettings
 
 
@@ -59,7 +61,7 @@ class DataSources:
 def resolve_sources(
     settings: DataSettings, workspace: Path, fetch: bool = True, digest: Callable[[Path], str] = file_digest
 ) -> DataSources | None:
-    """Find the files, fetching `hub:` and `embedded:` entries into `<workspace>/sources` where they are absent.
+    """Find the files, fetching `hub:`, `embedded:` and `https://` entries into `<workspace>/sources` where they are absent.
 
     With `fetch` false nothing is written, and the answer is None where something would have to be fetched. `digest` gives
     the sha256 of a file's bytes (hexadecimal).
@@ -79,7 +81,9 @@ def resolve_sources(
             paths |= dict.fromkeys(found)
         sides.append(tuple(SourceFile(path, _sha256(path, digest)) for path in paths))
     if not sides[0]:
-        raise DataError("data.train names no source; give a file, a pattern, a folder, hub:NAME or embedded:NAME")
+        raise DataError(
+            "data.train names no source; give a file, a pattern, a folder, hub:NAME, an https address or embedded:NAME"
+        )
     return DataSources(*sides)
 
 
@@ -93,6 +97,9 @@ def resolve_source(entry: str, key: str, workspace: Path, fetch: bool) -> list[P
     if entry.startswith(HUB):
         exported = hub_file(parse_entry(entry, key), workspace, fetch)
         return None if exported is None else [exported]
+    if entry.startswith(WEB):
+        fetched = web_file(entry, key, workspace, fetch)
+        return None if fetched is None else [_checked(fetched, key)]
     return _local_files(entry, key)
 
 

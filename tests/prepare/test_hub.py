@@ -25,13 +25,15 @@ ROOT = Path(__file__).parents[2]
         ("hub:a/b:test", HubSplit("a/b", None, "test")),
         ("hub:a/b@refs/pr/1", HubSplit("a/b", "refs/pr/1", "train")),
         ("hub:a/b@v1.0:test", HubSplit("a/b", "v1.0", "test")),
+        ("hub:nyu-mll/glue/sst2:validation", HubSplit("nyu-mll/glue", None, "validation", "sst2")),
+        ("hub:a/b/c@v1:test", HubSplit("a/b", "v1", "test", "c")),
     ],
 )
 def test_an_entry_names_data_set_revision_and_split(entry: str, meaning: HubSplit) -> None:
     assert parse_entry(entry, "data.train") == meaning
 
 
-@pytest.mark.parametrize("entry", ["hub:", "hub:a/b/c", "hub:a/b@", "hub:a/b:x:y", "hub:a b"])
+@pytest.mark.parametrize("entry", ["hub:", "hub:a/b/c/d", "hub:a/b@", "hub:a/b:x:y", "hub:a b"])
 def test_another_form_is_refused(entry: str) -> None:
     with pytest.raises(DataError, match=r"data\.train: .* must have the form"):
         parse_entry(entry, "data.train")

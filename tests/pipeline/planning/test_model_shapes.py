@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, ViTConfig
+import torch
+from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, MistralConfig, ViTConfig
 
 from pipeline.errors import BaseModelError
 from pipeline.planning import model_shapes
+from pipeline.planning.known_shapes import KNOWN_SHAPES
 from pipeline.planning.model_shapes import meta_model, model_config
 
 PUBLISHED_PARAMETERS = {
@@ -28,6 +30,17 @@ PUBLISHED_PARAMETERS = {
     "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
     "embedded:smollm2-135m-instruct": 134_515_008,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "google/gemma-7b": 8_537_680_896,
+    "openai-community/gpt2": 124_439_808,
+    "openai-community/gpt2-medium": 354_823_168,
+    "openai-community/gpt2-large": 774_030_080,
+}
+# With a head for two classes.
+PUBLISHED_ENCODERS = {
+    "FacebookAI/roberta-base": 124_647_170,
+    "FacebookAI/roberta-large": 355_361_794,
+    "microsoft/deberta-v3-base": 184_423_682,
 }
 
 
@@ -37,7 +50,15 @@ def _empty_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_built_in_shape_has_a_published_count() -> None:
-    assert {name.lower().removeprefix("meta-llama/") for name in PUBLISHED_PARAMETERS} == set(model_shapes._KNOWN)
+    published = {name.lower().rpartition("/")[2] for name in [*PUBLISHED_PARAMETERS, *PUBLISHED_ENCODERS]}
+    assert published == set(KNOWN_SHAPES)
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED_ENCODERS.items())
+def test_encoders_have_their_published_counts(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(model_config(name))
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED_PARAMETERS.items())
