@@ -125,6 +125,16 @@ def plan(
 
 
 @app.command()
+def recipes(as_json: JsonOption = False) -> None:
+    """List the recipes that come along; every command that takes a recipe takes their names."""
+    from pipeline import present
+    from pipeline.recipe_catalogue import catalogue
+
+    named = list(catalogue())
+    print(json.dumps(present.recipes_json(named))) if as_json else present.show_recipes(named)
+
+
+@app.command()
 def submit(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,

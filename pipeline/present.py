@@ -18,6 +18,7 @@ from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS
 from pipeline.planning.dry_run import RunPlan
 from pipeline.planning.plan import Estimate, StageMemory
 from pipeline.recipe import recipe_values
+from pipeline.recipe_catalogue import NamedRecipe
 
 _out = Console(highlight=False, soft_wrap=True)
 
@@ -83,6 +84,38 @@ def _metrics_table(result: RunResult) -> Table:
         name = f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric
         table.add_row(name, *(f"{values[metric]:.3f}" for values in metrics.values()), interval)
     return table
+
+
+def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
+    """The catalogue as JSON objects."""
+    return [
+        {
+            "name": one.name,
+            "family": one.family,
+            **one.recipe.about.model_dump(mode="json"),
+            "base": one.recipe.base.model,
+            "hardware": one.hardware,
+            "fetched": one.fetched,
+        }
+        for one in named
+    ]
+
+
+def show_recipes(named: Sequence[NamedRecipe]) -> None:
+    """The catalogue as a table."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("what", "settings", "trains on", "fetches"):
+        table.add_column(heading)
+    for one in named:
+        about = one.recipe.about
+        table.add_row(
+            one.name, about.summary, about.settings, one.hardware, "model, data" if len(one.fetched) > 1 else ""
+        )
+    _out.print(table)
+    _out.print(
+        "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
+    )
 
 
 def plan_json(plan: RunPlan) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kasa.errors import nearest
 from kasa.truncation import CALIBRATED
 from pipeline.errors import RecipeError
+from pipeline.recipe_files import find_recipe
 from pipeline.settings import (
+    AboutSettings,
     AdapterSettings,
     BaseSettings,
     DataSettings,
@@ -41,6 +43,7 @@ class Recipe(Section):
         description="Folder for artifacts, MLflow's database and reports, on storage that all nodes share; or a URL such "
         "as `s3://BUCKET/FOLDER`, beside an MLflow server (docs/storage.md).",
     )
+    about: AboutSettings = Field(default_factory=AboutSettings)
     base: BaseSettings = Field(default_factory=BaseSettings)
     data: DataSettings
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
@@ -118,13 +121,15 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
     Paths in `base.model`, `data.train`, `data.heldout` and `workspace` are relative to the working directory.
 
+    Args:
+        path: A file, or the name of a recipe that comes along.
+
     Raises:
         RecipeError: the file is missing or no YAML mapping, an override is malformed, or a value is invalid.
     """
+    path = find_recipe(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
     try:

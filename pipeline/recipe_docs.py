@@ -1,6 +1,7 @@
-"""`docs/recipe.md`, generated from the recipe's models: `python -m pipeline.recipe_docs [--check]`.
+"""`docs/recipe.md`, from the recipe's models, and `docs/recipes.md`, from the recipes that come along:
+`python -m pipeline.recipe_docs [--check]`.
 
-With `--check` nothing is written; exit code 1 when the file is out of date.
+With `--check` nothing is written; exit code 1 when a page is out of date.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -18,9 +20,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.recipe import Recipe
+from pipeline.recipe_catalogue import catalogue
 from pipeline.settings import StrList
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 _INTRODUCTION = """\
 # The recipe
@@ -55,6 +58,27 @@ _RULES = """\
 - `data.prompt_template` contains `{prompt}` exactly once.
 """
 
+_CATALOGUE = """\
+# Recipes that come along
+
+<!-- Generated from recipes/ by `python -m pipeline.recipe_docs`. -->
+
+`kasa run NAME`, `kasa plan NAME` and every other command take these names as they take files. `--dry-run` needs neither
+network nor weights. Data and bases are fetched once; `data.train=FILE`, `data.heldout=FILE` and `base.model=FOLDER` name
+local copies instead, which are read in the same way. To change one, copy its file from `recipes/`.
+
+Settings are `published` (with the method's paper or code), `adapted` (another published work on the same task) or `ours`.
+Published results are the authors' single runs, in %; none has been repeated here.
+"""
+
+_FAMILIES = {
+    "recipes": "To start with",
+    "commonsense": "Commonsense reasoning",
+    "e2e": "Text from data",
+    "glue": "GLUE",
+    "instruct": "Instruction tuning",
+}
+
 _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
 _LIST_FROM_TEXT = get_args(StrList)[1]
 
@@ -62,18 +86,37 @@ _LIST_FROM_TEXT = get_args(StrList)[1]
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or only compare it."""
     parser = argparse.ArgumentParser("python -m pipeline.recipe_docs", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
+    parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args(argv)
-    page = recipe_page()
-    if options.check:
-        if options.page.exists() and options.page.read_text(encoding="utf-8") == page:
-            return 0
-        print(f"{options.page} is out of date: run python -m pipeline.recipe_docs", file=sys.stderr)
-        return 1
-    options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(page, encoding="utf-8")
-    return 0
+    pages = {options.docs / "recipe.md": recipe_page(), options.docs / "recipes.md": catalogue_page()}
+    outdated = [file for file, page in pages.items() if not file.exists() or file.read_text(encoding="utf-8") != page]
+    for file in outdated:
+        if options.check:
+            print(f"{file} is out of date: run python -m pipeline.recipe_docs", file=sys.stderr)
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(pages[file], encoding="utf-8")
+    return int(options.check and bool(outdated))
+
+
+def catalogue_page() -> str:
+    """The recipes that come along as Markdown, a table for each family."""
+    parts = [_CATALOGUE]
+    for family, named in groupby(catalogue(), key=lambda one: one.family):
+        parts += [
+            f"\n## {_FAMILIES[family]}\n\n",
+            "| recipe | what | settings | trains on | published |\n",
+            "|---|---|---|---|---|\n",
+        ]
+        notes: dict[str, None] = {}
+        for one in named:
+            about = one.recipe.about
+            cells = (f"`{one.name}`", about.summary, about.settings, one.hardware, one.published)
+            parts.append(f"| {' | '.join(map(_cell, cells))} |\n")
+            notes |= {about.differences: None} if about.differences else {}
+        parts += [f"\nNot as published: {note}.\n" for note in notes]
+    return "".join(parts)
 
 
 def recipe_page() -> str:

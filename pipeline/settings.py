@@ -27,6 +27,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class AboutSettings(Section):
+    """What people should know of a recipe; it changes nothing."""
+
+    summary: str = Field("", description="The task and the model in a few words.")
+    settings: Literal["published", "adapted", "ours"] = Field(
+        "ours",
+        description="Where the training settings come from. `published`: with the method's paper or code; `adapted`: from "
+        "another published work on the same task; `ours`: chosen here.",
+    )
+    differences: str = Field("", description="What is not as published.")
+    published: dict[str, float] = Field(default_factory=dict, description="The published result: metric -> value in %.")
+
+
 class BaseSettings(Section):
     """Which pretrained model is adapted."""
 
@@ -64,6 +77,10 @@ class DataSettings(Section):
     )
     system_prompt: str | None = Field(
         None, description="A system message put before every prompt (chat template only)."
+    )
+    train_on_prompt: bool = Field(
+        False,
+        description="Learn prompts as well as answers; held-out samples are judged by their answers all the same.",
     )
     max_tokens: int = Field(
         512, ge=8, description="Longest sample in tokens, prompt and completion; longer rows are rejected."

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.recipe_docs import PAGE, default_text, keys_of, main, recipe_page, section_of, type_text
+from pipeline.recipe_docs import DOCS, catalogue_page, default_text, keys_of, main, recipe_page, section_of, type_text
 from pipeline.settings import DataSettings, StrList, TrainSettings
 
 
@@ -42,19 +42,23 @@ def test_sections_go_by_the_names_a_recipe_uses() -> None:
     assert "register_" not in recipe_page()
 
 
-def test_the_committed_page_is_current() -> None:
+def test_the_committed_pages_are_current() -> None:
     assert main(["--check"]) == 0, "run python -m pipeline.recipe_docs"
-    assert PAGE.read_text(encoding="utf-8") == recipe_page()
+    assert (DOCS / "recipe.md").read_text(encoding="utf-8") == recipe_page()
+    assert (DOCS / "recipes.md").read_text(encoding="utf-8") == catalogue_page()
 
 
 def test_check_notices_a_missing_and_an_old_page(tmp_path: Path) -> None:
-    page = tmp_path / "docs" / "recipe.md"
-    assert main(["--check", "--page", str(page)]) == 1
-    assert not page.exists()
-    assert main(["--page", str(page)]) == 0
-    assert main(["--check", "--page", str(page)]) == 0
-    page.write_text(page.read_text(encoding="utf-8").replace("`rank`", "`r`"), encoding="utf-8")
-    assert main(["--check", "--page", str(page)]) == 1
+    docs = tmp_path / "docs"
+    assert main(["--check", "--docs", str(docs)]) == 1
+    assert not docs.exists()
+    assert main(["--docs", str(docs)]) == 0
+    assert main(["--check", "--docs", str(docs)]) == 0
+    for page, word in (("recipe.md", "`rank`"), ("recipes.md", "quickstart")):
+        text = (docs / page).read_text(encoding="utf-8")
+        (docs / page).write_text(text.replace(word, "`r`"), encoding="utf-8")
+        assert main(["--check", "--docs", str(docs)]) == 1
+        (docs / page).write_text(text, encoding="utf-8")
 
 
 class _Odd(BaseModel):

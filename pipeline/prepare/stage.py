@@ -17,7 +17,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,8 @@ def prepare_dataset(
     _check_rejected(rejected, rows_read, settings)
 
     split = split_samples(sides[0], sides[1] if sources.heldout else None, settings)
+    if settings.train_on_prompt:
+        split = replace(split, train=[replace(row, labels=row.input_ids) for row in split.train])
     summary = _summary(split, rejected, rows_read, form)
     with _storing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,15 @@ def test_calibration_text_is_a_split_of_its_own_or_the_training_split(
     assert named.heldout["input_ids"] == plain.heldout["input_ids"]
 
 
+def test_prompts_are_learned_where_the_recipe_says_so(tmp_path: Path, settings: Make, chat_folder: Path) -> None:
+    train = write_rows(tmp_path / "a.jsonl", ROWS)
+    summary = prepare(settings(train_on_prompt=True), sources_of(train), chat_folder, tmp_path / "out")
+    prepared = load_prepared(tmp_path / "out")
+    assert prepared.train["labels"] == prepared.train["input_ids"]
+    assert summary["train_labelled_tokens"] == summary["train_tokens"]
+    assert all(row["labels"][: row["prompt_tokens"]] == [-100] * row["prompt_tokens"] for row in prepared.heldout)
+
+
 def test_the_same_rows_in_another_order_give_the_same_splits(tmp_path: Path, settings: Make, chat_folder: Path) -> None:
     contents = []
     for name, rows in (("a", ROWS), ("b", ROWS[::-1])):
@@ -175,7 +184,7 @@ def test_files_globs_and_folders_are_resolved_by_content(tmp_path: Path, setting
         ("*.csv", "matches no file"),
         ("notes.md", "of no known format"),
         ("empty", "holds no"),
-        ("hub:a b", "must have the form hub:NAME"),
+        ("hub:a b", "must have the form hub:OWNER/NAME"),
         ("embedded:movie-review", "did you mean movie-reviews"),
     ],
 )

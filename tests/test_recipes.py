@@ -1,0 +1,60 @@
+"""The recipes that come along: each is planned with no network and no weights, and is found by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.errors import RecipeError
+from pipeline.recipe import load_recipe
+from pipeline.recipe_files import find_recipe, named_recipes
+
+NAMES = list(named_recipes())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, no hub, and no proxy that leads anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_needs_neither_network_nor_weights(name: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", name, "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout.splitlines()[-1])
+    assert plan["estimate"]["trainable_parameters"] > 0
+    assert plan["estimate"]["memory"] is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_is(name: str) -> None:
+    about = load_recipe(Path(name)).about
+    assert about.summary
+    assert (about.settings == "ours") == (not about.published) or about.differences
+
+
+def test_a_file_of_ones_own_comes_before_a_name(tmp_path: Path) -> None:
+    own = tmp_path / "quickstart"
+    own.write_text("name: mine\ndata: {train: rows.jsonl}\n")
+    assert load_recipe(Path("quickstart")).name == "mine"
+    own.unlink()
+    assert load_recipe(Path("quickstart")).name == "quickstart"
+
+
+def test_a_misspelt_name_gets_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"does not exist; .* did you mean quickstart\?"):
+        find_recipe(Path("quickstrat"))
+
+
+def test_the_catalogue_is_listed() -> None:
+    result = CliRunner().invoke(app, ["recipes", "--json"])
+    listed = json.loads(result.stdout.splitlines()[-1])
+    assert [one["name"] for one in listed] == NAMES
+    assert CliRunner().invoke(app, ["recipes"]).stdout.count("quickstart") == 1
