@@ -202,10 +202,10 @@ def test_a_source_that_is_not_there_is_explained(
 def test_hub_splits_are_stored_once(tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    calls: list[tuple[str, str, str]] = []
+    calls: list[tuple[str, str | None, str, str]] = []
 
-    def load(name: str, split: str, revision: str) -> datasets.Dataset:
-        calls.append((name, split, revision))
+    def load(name: str, subset: str | None, split: str, revision: str) -> datasets.Dataset:
+        calls.append((name, subset, split, revision))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -214,7 +214,9 @@ def test_hub_splits_are_stored_once(tmp_path: Path, settings: Make, monkeypatch:
     assert not list(tmp_path.iterdir())
     first = resolve_sources(data, tmp_path)
     assert first == resolve_sources(data, tmp_path) == resolve_sources(data, tmp_path, fetch=False)
-    assert calls == [("owner/set", "validation", "v1")]
+    assert calls == [("owner/set", None, "validation", "v1")]
+    resolve_sources(settings(train="hub:owner/set/part@v1:validation"), tmp_path)
+    assert calls[1:] == [("owner/set", "part", "validation", "v1")]
 
 
 def test_an_unreachable_hub_is_explained(tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
