@@ -222,7 +222,7 @@ def test_hub_splits_are_stored_once(tmp_path: Path, settings: Make, monkeypatch:
 def test_an_unreachable_hub_is_explained(tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load(name: str, split: str, revision: str) -> None:
+    def load(name: str, subset: str | None, split: str, revision: str) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
