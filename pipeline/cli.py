@@ -125,6 +125,36 @@ def plan(
 
 
 @app.command()
+def judge(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter folder.")],
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS.jsonl", help="Questions in MT-Bench's form.")],
+    endpoint: Annotated[str, typer.Option(help="The judge's OpenAI-compatible address, up to /v1.")],
+    judge_model: Annotated[str, typer.Option("--judge", help="The judge's model name there.")],
+    against: Annotated[str, typer.Option(help="The other model; `base`: the same without its adapter.")] = "base",
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the key, if one is wanted.")] = (
+        "OPENAI_API_KEY"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once by a worker.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that answer.")] = 1,
+    gpu: Annotated[bool, typer.Option(help="Give each of them a GPU.")] = False,
+    base: BaseOption = None,
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """Have two models answer questions and a judge grade and compare the answers."""
+    from pipeline import present
+    from pipeline.judging.judge import Judge
+    from pipeline.judging.judgement import AnswerSettings, judge_models
+
+    asked = Judge(endpoint, judge_model, os.environ.get(key_variable), workspace / "judgements" / "verdicts.jsonl")
+    settings = AnswerSettings(max_new_tokens, batch_size, workers, gpu, "bf16")
+    with ProgressBars().showing() as bars:
+        result = judge_models(model, against, prompts, asked, settings, workspace, base, bars)
+    print(json.dumps(result.as_json())) if as_json else present.show_judgement(result)
+
+
+@app.command()
 def recipes(as_json: JsonOption = False) -> None:
     """List the recipes that come along; every command that takes a recipe takes their names."""
     from pipeline import present

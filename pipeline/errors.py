@@ -37,6 +37,10 @@ class TrainingError(KasaError):
     """Training cannot go on for a reason the user can mend, such as a rate at which it diverges."""
 
 
+class JudgeError(KasaError):
+    """The judge of answers cannot be asked, or its words cannot be understood."""
+
+
 class ConnectionLostError(Exception):
     """A service that answered before does so no longer; what it was asked to do may well go on."""
 

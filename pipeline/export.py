@@ -63,7 +63,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class _Source:
+class ModelSource:
     """An adapter, its files, and its base where that is on this machine and is the right one.
 
     Attributes:
@@ -101,7 +101,7 @@ def export(
         raise InterchangeError(f"--pad-rank belongs to --format lora; leave it out for {format_}")
     if format_ == "peft-kasa" and dtype == "bf16":
         raise InterchangeError("--format peft-kasa is written in fp32, as it was trained; leave out --dtype bf16")
-    with _source(model, workspace, base, needs_base=format_ == "merged") as source:
+    with model_source(model, workspace, base, needs_base=format_ == "merged") as source:
         if format_ == "merged":
             return _merged(source, out, dtype)
         if format_ == "lora":
@@ -140,7 +140,7 @@ def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
     )
 
 
-def _merged(source: _Source, out: Path, dtype: Dtype) -> Exported:
+def _merged(source: ModelSource, out: Path, dtype: Dtype) -> Exported:
     assert source.base is not None
     written = merge(source.adapter, source.base, out, DTYPES.get(dtype), source.prompting)
     logits, note = None, too_large(written.parameters)
@@ -153,7 +153,7 @@ def _merged(source: _Source, out: Path, dtype: Dtype) -> Exported:
     )
 
 
-def _lora(source: _Source, out: Path, pad_rank: bool, dtype: Dtype) -> Exported:
+def _lora(source: ModelSource, out: Path, pad_rank: bool, dtype: Dtype) -> Exported:
     needed = lora_rank(source.adapter)
     stored = DTYPES["bf16"] if dtype == "bf16" else DTYPES["fp32"]
     rank = export_lora(
@@ -164,7 +164,7 @@ def _lora(source: _Source, out: Path, pad_rank: bool, dtype: Dtype) -> Exported:
     return Exported(out, "lora", source.base_name, _size(out), rank, (name,), None, command)
 
 
-def _serve_lora(source: _Source, out: Path, rank: int) -> str:
+def _serve_lora(source: ModelSource, out: Path, rank: int) -> str:
     if any(target.transposed for target in source.adapter.targets):
         return _load_with_peft(source, out)
     try:
@@ -175,7 +175,7 @@ def _serve_lora(source: _Source, out: Path, rank: int) -> str:
     return f"vllm serve {shlex.quote(source.base_name)} --enable-lora --max-lora-rank {limit} --lora-modules {module}"
 
 
-def _peft_kasa(source: _Source, out: Path) -> Exported:
+def _peft_kasa(source: ModelSource, out: Path) -> Exported:
     export_peft_kasa(source.adapter, out, source.base_name, source.prompting)
     config = source.adapter.config
     notes = ["PEFT computes the truncation anew, by an SVD of every weight, whenever it loads this folder"]
@@ -194,7 +194,7 @@ def _peft_kasa(source: _Source, out: Path) -> Exported:
     )
 
 
-def _load_with_peft(source: _Source, out: Path) -> str:
+def _load_with_peft(source: ModelSource, out: Path) -> str:
     return (
         'python -c "from peft import PeftModel; from transformers import AutoModelForCausalLM; '
         f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{source.base_name}'), '{out}')\""
@@ -202,7 +202,7 @@ def _load_with_peft(source: _Source, out: Path) -> str:
 
 
 @contextmanager
-def _source(model: str, workspace: Path, base: Path | None, needs_base: bool) -> Iterator[_Source]:
+def model_source(model: str, workspace: Path, base: Path | None, needs_base: bool) -> Iterator[ModelSource]:
     if not model.startswith(REGISTRY):
         folder = Path(model)
         if not (folder / ADAPTER_JSON).exists():
@@ -219,7 +219,9 @@ def _source(model: str, workspace: Path, base: Path | None, needs_base: bool) ->
         yield _with_base(folder, workspace, base, Path(config.get("base_folder", "")), needs_base)
 
 
-def _with_base(folder: Path, workspace: Path, base: Path | None, recorded: Path | None, needs_base: bool) -> _Source:
+def _with_base(
+    folder: Path, workspace: Path, base: Path | None, recorded: Path | None, needs_base: bool
+) -> ModelSource:
     adapter = read_adapter(folder)
     given = base or _environment_base()
     chosen = given or (recorded if recorded and (recorded / "config.json").exists() else None)
@@ -233,7 +235,7 @@ def _with_base(folder: Path, workspace: Path, base: Path | None, recorded: Path 
     if found and not needs_base:  # merging compares every weight itself
         check_base(adapter, found)
     keeps_name = found is None or (given is None and _is_hub_id(adapter.base))
-    return _Source(folder, adapter, found, adapter.base if keeps_name else str(found))
+    return ModelSource(folder, adapter, found, adapter.base if keeps_name else str(found))
 
 
 def _is_hub_id(name: str) -> bool:

@@ -112,9 +112,20 @@ class Prompting:
         Raises:
             TemplateError: the chat template refuses the conversation.
         """
+        return self.conversation_ids(tokenizer, [Message("user", prompt)])
+
+    def conversation_ids(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> list[int]:
+        """Token ids that generation starts from after a conversation that ends with a user turn, as the user types it.
+
+        Without a chat template the turns follow each other in paragraphs, each prompt in the prompt template.
+
+        Raises:
+            TemplateError: the chat template refuses the conversation.
+        """
+        turns = [Message(role, self.wrap(text) if role == "user" else text) for role, text in conversation]
         if not self.chat_template:
-            return _tokens_with_bos(tokenizer, self.wrap(prompt))
-        return _tokens(tokenizer, self._render(tokenizer, [Message("user", self.wrap(prompt))], generation=True))
+            return _tokens_with_bos(tokenizer, "\n\n".join(turn.content for turn in turns))
+        return _tokens(tokenizer, self._render(tokenizer, turns, generation=True))
 
     def answer_ids(self, tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
         """Token ids of an answer to a prompt, ended by EOS as in training: what follows `prompt_ids`.
