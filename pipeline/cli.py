@@ -143,25 +143,24 @@ def judge(
     as_json: JsonOption = False,
 ) -> None:
     """Have two models answer questions and a judge grade and compare the answers."""
-    from pipeline import present
     from pipeline.judging.judge import Judge
     from pipeline.judging.judgement import AnswerSettings, judge_models
+    from pipeline.judging.present import show_judgement
 
     asked = Judge(endpoint, judge_model, os.environ.get(key_variable), workspace / "judgements" / "verdicts.jsonl")
     settings = AnswerSettings(max_new_tokens, batch_size, workers, gpu, "bf16")
     with ProgressBars().showing() as bars:
         result = judge_models(model, against, prompts, asked, settings, workspace, base, bars)
-    print(json.dumps(result.as_json())) if as_json else present.show_judgement(result)
+    print(json.dumps(result.as_json())) if as_json else show_judgement(result)
 
 
 @app.command()
 def recipes(as_json: JsonOption = False) -> None:
     """List the recipes that come along; every command that takes a recipe takes their names."""
-    from pipeline import present
-    from pipeline.recipe_catalogue import catalogue
+    from pipeline.recipe_catalogue import catalogue, recipes_json, show_recipes
 
     named = list(catalogue())
-    print(json.dumps(present.recipes_json(named))) if as_json else present.show_recipes(named)
+    print(json.dumps(recipes_json(named))) if as_json else show_recipes(named)
 
 
 @app.command()

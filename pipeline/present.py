@@ -14,13 +14,10 @@ from rich.table import Table
 from pipeline.doctor import Finding
 from pipeline.export import Exported
 from pipeline.flow import RunResult
-from pipeline.judging.judgement import Judgement
 from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS
-from pipeline.metrics.intervals import Interval
 from pipeline.planning.dry_run import RunPlan
 from pipeline.planning.plan import Estimate, StageMemory
 from pipeline.recipe import recipe_values
-from pipeline.recipe_catalogue import NamedRecipe
 
 _out = Console(highlight=False, soft_wrap=True)
 
@@ -86,69 +83,6 @@ def _metrics_table(result: RunResult) -> Table:
         name = f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric
         table.add_row(name, *(f"{values[metric]:.3f}" for values in metrics.values()), interval)
     return table
-
-
-def show_judgement(judgement: Judgement) -> None:
-    """Grades and comparison as a table, and what they come to in words."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("mean grade, 1 to 10")
-    for who in judgement.grades:
-        table.add_column(escape(who), justify="right")
-    for category, of in judgement.by_category.items():
-        table.add_row(escape(category), *(f"{of[who]:.2f}" if who in of else "" for who in judgement.grades))
-    table.add_row(f"all {judgement.questions} questions", *(_interval(grade) for grade in judgement.grades.values()))
-    _out.print(table)
-    _out.print(f"difference  {_interval(judgement.difference, signed=True)}")
-    _out.print(f"win rate    {_interval(judgement.win_rate)} of the comparisons, in both orders; a draw counts half")
-    low, high = judgement.win_rate.low, judgement.win_rate.high
-    verdict = (
-        "the judge prefers"
-        if low > 0.5
-        else "the judge likes less"
-        if high < 0.5
-        else "the judge shows no preference for"
-    )
-    _out.print(f"{verdict} {escape(judgement.model)} (95% intervals over questions; judge {escape(judgement.judge)})")
-    if judgement.unreadable:
-        _out.print(f"{judgement.unreadable} of {judgement.asked} of its answers named no grade or verdict")
-    _out.print(f"{judgement.folder}")
-
-
-def _interval(interval: Interval, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{interval.estimate:{sign}.2f} [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
-
-
-def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
-    """The catalogue as JSON objects."""
-    return [
-        {
-            "name": one.name,
-            "family": one.family,
-            **one.recipe.about.model_dump(mode="json"),
-            "base": one.recipe.base.model,
-            "hardware": one.hardware,
-            "fetched": one.fetched,
-        }
-        for one in named
-    ]
-
-
-def show_recipes(named: Sequence[NamedRecipe]) -> None:
-    """The catalogue as a table."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("recipe", no_wrap=True)
-    for heading in ("what", "settings", "trains on", "fetches"):
-        table.add_column(heading)
-    for one in named:
-        about = one.recipe.about
-        table.add_row(
-            one.name, about.summary, about.settings, one.hardware, "model, data" if len(one.fetched) > 1 else ""
-        )
-    _out.print(table)
-    _out.print(
-        "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
-    )
 
 
 def plan_json(plan: RunPlan) -> dict[str, Any]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe_files import named_recipes
+
+_out = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -48,3 +54,35 @@ def catalogue() -> Iterator[NamedRecipe]:
     """All of them, those at the top first, then family by family."""
     for name, file in named_recipes().items():
         yield NamedRecipe(name, file, load_recipe(file))
+
+
+def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
+    """The catalogue as JSON objects."""
+    return [
+        {
+            "name": one.name,
+            "family": one.family,
+            **one.recipe.about.model_dump(mode="json"),
+            "base": one.recipe.base.model,
+            "hardware": one.hardware,
+            "fetched": one.fetched,
+        }
+        for one in named
+    ]
+
+
+def show_recipes(named: Sequence[NamedRecipe]) -> None:
+    """The catalogue as a table."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("what", "settings", "trains on", "fetches"):
+        table.add_column(heading)
+    for one in named:
+        about = one.recipe.about
+        table.add_row(
+            one.name, about.summary, about.settings, one.hardware, "model, data" if len(one.fetched) > 1 else ""
+        )
+    _out.print(table)
+    _out.print(
+        "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
+    )
