@@ -75,13 +75,11 @@ def show_recipes(named: Sequence[NamedRecipe]) -> None:
     """The catalogue as a table."""
     table = Table(box=None, header_style="bold")
     table.add_column("recipe", no_wrap=True)
-    for heading in ("what", "settings", "trains on", "fetches"):
+    for heading in ("what", "settings", "trains on"):
         table.add_column(heading)
     for one in named:
         about = one.recipe.about
-        table.add_row(
-            one.name, about.summary, about.settings, one.hardware, "model, data" if len(one.fetched) > 1 else ""
-        )
+        table.add_row(one.name, about.summary, about.settings, one.hardware)
     _out.print(table)
     _out.print(
         "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
