@@ -1,7 +1,8 @@
-"""Where a run comes from, as tags of its MLflow run: the code's version, the seeds."""
+"""Where a run comes from, as tags of its MLflow run: the code's version, the seeds, the user."""
 
 from __future__ import annotations
 
+import getpass
 import subprocess
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def code_tags(module: Path = _HERE) -> dict[str, str]:
         "kasa.code.dirty": str(bool(changed)).lower(),
         "mlflow.source.git.commit": commit,
     }
+
+
+def user_name() -> str:
+    """Who runs this, as the system knows them."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
 
 
 def seed_tags(recipe: Recipe) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.metrics.intervals import Interval
+from pipeline.provenance import user_name
 from pipeline.registry.aliases import CHAMPION, PREVIOUS, after_promotion, after_rollback
 from pipeline.registry.moves import event, history, move, settle
 from pipeline.registry.store import ModelVersion, Registry, open_registry
@@ -89,10 +89,10 @@ def promote(workspace: Path, uri: str, reason: str | None) -> Change:
     if not moves:
         return Change(version.name, version.version, aliases.get(PREVIOUS), version.version, "", changed=False)
     words = _words(reason)
-    events = [event(version.version, "promoted by hand", _person(), words)]
+    events = [event(version.version, "promoted by hand", user_name(), words)]
     if replaced := moves.get(PREVIOUS):
         events.append(
-            event(replaced, "replaced", _person(), f"version {version.version} was promoted by hand: {words}")
+            event(replaced, "replaced", user_name(), f"version {version.version} was promoted by hand: {words}")
         )
     move(registry, version.name, moves, events)
     return _change(registry, version.name, aliases.get(CHAMPION), words)
@@ -114,9 +114,9 @@ def rollback(workspace: Path, name: str, reason: str | None) -> Change:
         raise ModelError(
             f"the previous champion of {name}, version {back}, was deleted; name a version with kasa promote"
         )
-    events = [event(back, "made champion again", _person(), words)]
+    events = [event(back, "made champion again", user_name(), words)]
     if champion := moves[PREVIOUS]:
-        events.append(event(champion, "rolled back", _person(), words))
+        events.append(event(champion, "rolled back", user_name(), words))
     move(registry, name, moves, events)
     return _change(registry, name, aliases.get(CHAMPION), words)
 
@@ -148,10 +148,3 @@ def _row(version: ModelVersion, aliases: Mapping[str, str]) -> ModelRow:
 
 def _words(reason: str | None) -> str:
     return " ".join((reason or "").split()) or _NO_REASON
-
-
-def _person() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return "unknown"

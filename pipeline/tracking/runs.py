@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import TrackingAwayError
 from pipeline.journal import Record
+from pipeline.provenance import user_name
 from pipeline.tracking.patience import absence
 from pipeline.tracking.store import connect, own_database, tracking_uri
 
@@ -63,7 +64,7 @@ class Tracking:
             origin: what the run is for, once and for all; a run that was made for it, by a call whose answer was lost or
                 a process that died, is taken instead of a second one.
         """
-        own = {**tags, "mlflow.runName": name, "mlflow.source.name": "kasa", "mlflow.user": _user()}
+        own = {**tags, "mlflow.runName": name, "mlflow.source.name": "kasa", "mlflow.user": user_name()}
         if parent:
             own[_PARENT_TAG] = parent
         if origin is None:
@@ -230,12 +231,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def _shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= _PARAMETER_LENGTH else text[: _PARAMETER_LENGTH - 1] + "…"
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return "unknown"
