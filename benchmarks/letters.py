@@ -41,7 +41,7 @@ def write_task(folder: Path, name: str, steps: int) -> None:
             "batch_size": 16, "micro_batch_size": 16, "learning_rate": 2e-3, "schedule": "constant",
             "checkpoint_every": 1000,
         },
-        "evaluate": {"kind": "answer", "choices": ["1", "0"], "batch_size": 100, "max_new_tokens": 1},
+        "evaluate": {"kind": "choice", "choices": ["1", "0"], "batch_size": 100, "max_new_tokens": 1},
         "promotion": {"margin": 0.05, "guards": {"loss": 0.1}},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -24,6 +24,7 @@ from pipeline.base.model import BaseModel, find_base
 from pipeline.cluster import ray_cluster
 from pipeline.console import ProgressBars
 from pipeline.context import RunContext, close_context, open_context, ready_workspace
+from pipeline.metrics.catalogue import check_measurable
 from pipeline.prepare.sources import DataSources, resolve_sources
 from pipeline.provenance import code_tags, seed_tags
 from pipeline.recipe import Recipe
@@ -66,7 +67,9 @@ def run(
         KasaError: a mistake in the recipe, the data, the base or the environment; what was made so far is kept.
     """
     started = time.perf_counter()
-    deepspeed_settings(recipe)  # a mistake in it should not wait for the stage that needs it
+    # Mistakes in what later stages need should not wait for them.
+    deepspeed_settings(recipe)
+    check_measurable(recipe.evaluate.measured)
     storage = ready_workspace(recipe)
     base, sources = _find_inputs(recipe)
     targets = base.targets(recipe.adapter.targets)

@@ -92,7 +92,7 @@ def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
     if batch.attention_mask_BT is not None:
         inputs["attention_mask"] = batch.attention_mask_BT
-    if _limits_logits(model):
+    if limits_logits(model):
         logits_BKV = model(**inputs, logits_to_keep=batch.predicting_K).logits
     else:
         logits_BKV = model(**inputs).logits[:, batch.predicting_K]
@@ -108,6 +108,7 @@ def vocabulary_size(model: nn.Module) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def _limits_logits(model: nn.Module) -> bool:
+def limits_logits(model: nn.Module) -> bool:
+    """Whether the model can compute the logits of some positions alone (`logits_to_keep`)."""
     inner = getattr(model, "module", model)
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -32,6 +32,7 @@ def result_json(result: RunResult) -> dict[str, Any]:
         "seconds": {**result.stage_seconds, "total": result.seconds},
         "artifacts": {name: str(folder) for name, folder in result.artifacts.items()},
         "metrics": result.evaluation.metrics,
+        "intervals": result.evaluation.intervals,
         "differences": {
             opponent: {metric: vars(difference) for metric, difference in differences.items()}
             for opponent, differences in result.evaluation.differences.items()
@@ -70,19 +71,24 @@ def show_result(result: RunResult) -> None:
 
 
 def _metrics_table(result: RunResult) -> Table:
-    metrics = result.evaluation.metrics
+    metrics, intervals = result.evaluation.metrics, result.evaluation.intervals
     against = result.evaluation.differences["base"]
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
-    table.add_column("held out", no_wrap=True)
+    table.add_column("held out, 95% interval", no_wrap=True)
     for candidate in metrics:
         table.add_column(candidate, justify="right")
-    table.add_column("adapted - base, 95% interval", justify="right")
+    table.add_column("adapted - base", justify="right")
     for metric in (name for name in METRICS if name in metrics["base"]):
         difference = against.get(metric)
         interval = f"{difference.estimate:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" if difference else ""
         name = f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric
-        table.add_row(name, *(f"{values[metric]:.3f}" for values in metrics.values()), interval)
+        own = (f"{values[metric]:.3f} {_ends(intervals[candidate][metric])}" for candidate, values in metrics.items())
+        table.add_row(name, *own, interval)
     return table
+
+
+def _ends(interval: Sequence[float]) -> str:
+    return f"[dim]\\[{interval[0]:.3f}, {interval[1]:.3f}][/]"
 
 
 def plan_json(plan: RunPlan) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Prompting:
         """
         turns = [Message(role, self.wrap(text) if role == "user" else text) for role, text in conversation]
         if not self.chat_template:
-            return _tokens_with_bos(tokenizer, "\n\n".join(turn.content for turn in turns))
+            return _start(tokenizer, "\n\n".join(turn.content for turn in turns))
         return _tokens(tokenizer, self._render(tokenizer, turns, generation=True))
 
     def answer_ids(self, tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
@@ -205,12 +205,18 @@ def _encode_text(tokenizer: Tokenizer, text: str) -> Encoded:
 
 
 def _encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
-    start = _tokens_with_bos(tokenizer, prompt)
+    start = _start(tokenizer, prompt)
     whole = _tokens_with_bos(tokenizer, prompt + completion)
     if whole[: len(start)] != start:
-        whole = start + _tokens(tokenizer, completion)
+        whole = start + _tokens(tokenizer, prompt[len(prompt.rstrip(" ")) :] + completion)
     ids = [*whole, tokenizer.eos_token_id]
     return Encoded(ids, [IGNORED] * len(start) + ids[len(start) :], len(start))
+
+
+def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids before an answer. Spaces at the prompt's end belong to the answer: tokenizers join a space to the word behind it,
+    and after one that stands alone a model has hardly ever seen a word begin."""
+    return _tokens_with_bos(tokenizer, prompt.rstrip(" "))
 
 
 def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> list[int]:

@@ -51,9 +51,11 @@ _RULES = """\
 - `train.pack_tokens` is at least `data.max_tokens`: the longest sample fits.
 - `train.patience` needs `data.validation_rows`.
 - `spectra.rank` is at least the number of triplets that the adapter drops.
-- `evaluate.choices` belong to `evaluate.kind: answer`, and there are at least two different ones.
-- `evaluate.metric` is one that is measured: `loss` always; `accuracy` with choices and `exact_match` without, for
-  `kind: answer`; `rouge_l` and `chrf` for `kind: text`.
+- `evaluate.choices` and `evaluate.extract` belong to `evaluate.kind: choice`, and there are no choices or at least two
+  different ones; `evaluate.metrics` belong to `kind: text`.
+- `evaluate.metric` is one that is measured: `loss` and `perplexity` always; `exact_match` for `kind: answer`; `accuracy`,
+  `accuracy_norm` and with `extract` `accuracy_generated` for `kind: choice`; `bleu`, `rouge_l`, `chrf`, `exact_match` and what
+  `metrics` names for `kind: text`.
 - `promotion.guards` names metrics that are measured, other than `evaluate.metric`.
 - `data.prompt_template` contains `{prompt}` exactly once.
 """

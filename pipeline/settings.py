@@ -9,9 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from kasa.errors import nearest
 from kasa.truncation import Truncation
 
-TokenizedForm = Literal["auto", "prompt-completion", "alpaca", "chat", "completion"]
+# Of generated text, in the order people read them, and those of them that take no effort.
+_TEXT_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "chrf")
+_ALWAYS = frozenset(["bleu", "rouge_l", "chrf"])
+
+TokenizedForm = Literal["auto", "prompt-completion", "multiple-choice", "llm-adapters", "alpaca", "chat", "completion"]
 
 
 def _as_list(value: Any) -> Any:
@@ -68,10 +73,18 @@ class DataSettings(Section):
         default_factory=dict,
         description="Renames: the form's field -> the data's column, e.g. `{prompt: question, completion: answer}`.",
     )
+    group_references: bool = Field(
+        False,
+        description="Held-out samples of one prompt become one sample with all their references, as E2E is scored. The "
+        "loss is that of one of them, chosen by hash. In training each reference stays a sample of its own.",
+    )
     separator: str | None = Field(
         None, description="Text files only: splits each line into prompt and completion at its first occurrence."
     )
-    prompt_template: str = Field("{prompt}", description="Wraps each prompt; `{prompt}` marks its place.")
+    prompt_template: str = Field(
+        "{prompt}",
+        description="Wraps each prompt; `{prompt}` marks its place. Without a chat template the answer follows at once, so end with a space or a line break.",
+    )
     chat_template: bool | None = Field(
         None, description="Use the tokenizer's chat template; default: where the tokenizer has one."
     )
@@ -217,15 +230,30 @@ class TrainSettings(Section):
 class EvaluateSettings(Section):
     """The held-out comparison of base, adapter and champion."""
 
-    kind: Literal["answer", "text"] = Field(
-        "text", description="`answer`: short answers scored right or wrong; `text`: prose scored by ROUGE-L and chrF."
+    kind: Literal["text", "answer", "choice", "loss"] = Field(
+        "text",
+        description="`text`: generated prose, scored by BLEU, ROUGE-L and chrF; `answer`: generated answers, right or "
+        "wrong; `choice`: one of several given answers; `loss`: loss and perplexity alone, of any data.",
+    )
+    metrics: StrList = Field(
+        default_factory=list,
+        description="For `text`, what is measured beside: `nist`, `meteor`, `cider` (the last two need the extra `e2e`, "
+        "METEOR Java as well).",
     )
     choices: list[str] = Field(
         default_factory=list,
-        description="For answers from a fixed set: the model chooses the likeliest of these, by summed log-likelihood.",
+        description="For `choice`: the answers to choose from, where they are the same for all samples. Default: those of "
+        "each row (`data.form` `multiple-choice` or `llm-adapters`).",
     )
-    metric: Literal["loss", "accuracy", "exact_match", "rouge_l", "chrf"] | None = Field(
-        None, description="What promotion is decided on. Default: accuracy, exact_match or rouge_l, as the kind has it."
+    extract: bool = Field(
+        False,
+        description="For `choice`: generate an answer as well, and measure `accuracy_generated` by the first choice it "
+        "names.",
+    )
+    metric: str | None = Field(
+        None,
+        description="What promotion is decided on, of the metrics that are measured. Default: `rouge_l`, `exact_match`, "
+        "`accuracy` or `loss`, as the kind has it.",
     )
     workers: int = Field(1, ge=1, description="Evaluation processes; the samples are shared out among them.")
     batch_size: int = Field(16, ge=1, description="Samples per forward pass or generated batch.")
@@ -234,19 +262,42 @@ class EvaluateSettings(Section):
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The metrics that are compared."""
-        if self.kind == "text":
-            return ("rouge_l", "chrf", "exact_match", "loss", "perplexity")
-        return ("accuracy" if self.choices else "exact_match", "loss", "perplexity")
+        """The metrics that are compared, in the order people read them."""
+        text = tuple(name for name in _TEXT_METRICS if name in _ALWAYS or name in self.metrics)
+        own = {
+            "text": (*text, "exact_match"),
+            "answer": ("exact_match",),
+            "choice": ("accuracy", "accuracy_norm", *(("accuracy_generated",) if self.extract else ())),
+            "loss": (),
+        }
+        return (*own[self.kind], "loss", "perplexity")
 
     @property
     def gate_metric(self) -> str:
         """The metric that decides promotion."""
-        if self.metric:
-            return self.metric
-        if self.kind == "text":
-            return "rouge_l"
-        return "accuracy" if self.choices else "exact_match"
+        return (
+            self.metric or {"text": "rouge_l", "answer": "exact_match", "choice": "accuracy", "loss": "loss"}[self.kind]
+        )
+
+    @property
+    def generates(self) -> bool:
+        """Whether every sample needs a generated answer."""
+        return self.kind in ("text", "answer") or self.extract
+
+    @model_validator(mode="after")
+    def _settings_suit_the_kind(self) -> EvaluateSettings:
+        for name in self.metrics:
+            if name not in _TEXT_METRICS:
+                hint = nearest(name, _TEXT_METRICS) or f"; choose from {', '.join(_TEXT_METRICS)}"
+                raise ValueError(f"metrics: there is no {name!r} of generated text{hint}")
+        for setting, kind in (("metrics", "text"), ("choices", "choice"), ("extract", "choice")):
+            if getattr(self, setting) and self.kind != kind:
+                raise ValueError(f"{setting} belong{'s' if setting == 'extract' else ''} to kind: {kind}")
+        if len(self.choices) == 1 or len(set(self.choices)) != len(self.choices):
+            raise ValueError("choices need at least two different answers")
+        if not all(choice.strip() for choice in self.choices):
+            raise ValueError("choices must not be empty")
+        return self
 
     @model_validator(mode="after")
     def _metric_is_measured(self) -> EvaluateSettings:
@@ -254,10 +305,6 @@ class EvaluateSettings(Section):
             raise ValueError(
                 f"metric {self.gate_metric} is not measured here; choose one of {', '.join(sorted(self.measured))}"
             )
-        if self.choices and self.kind == "text":
-            raise ValueError("choices belong to kind: answer")
-        if len(self.choices) == 1 or len(set(self.choices)) != len(self.choices):
-            raise ValueError("choices need at least two different answers")
         return self
 
 
@@ -268,7 +315,8 @@ class PromotionSettings(Section):
         0.0,
         ge=0,
         description="The gain in `evaluate.metric` that the whole 95% interval must lie above, in the metric's unit: "
-        "`accuracy` and `exact_match` run from 0 to 1, `rouge_l` and `chrf` from 0 to 100, `loss` is in nats.",
+        "accuracies and `exact_match` run from 0 to 1, `bleu`, `rouge_l`, `meteor` and `chrf` from 0 to 100, `loss` is in "
+        "nats.",
     )
     guards: dict[str, float] = Field(
         default_factory=dict,

@@ -75,7 +75,7 @@ def samples(champion: bool = True) -> list[SampleFacts]:
     for text, right, base in REVIEWS:
         outputs = {"base": base, "adapted": right} | ({"champion": right} if champion else {})
         prompt = f"Movie review: {text}\nIs this review positive or negative? Answer with one word."
-        kept.append(SampleFacts(prompt, right, outputs))
+        kept.append(SampleFacts(prompt, [right], outputs))
     return kept
 
 
@@ -93,6 +93,10 @@ def full_facts(**changes: Any) -> ReportFacts:
             "base": {"accuracy": 0.48, "loss": 2.9127, "perplexity": 18.407},
             "adapted": {"accuracy": 0.89, "loss": 0.2714, "perplexity": 1.3118},
             "champion": {"accuracy": 0.8425, "loss": 0.3502, "perplexity": 1.4194},
+        },
+        "intervals": {
+            "base": {"accuracy": [0.4325, 0.5275], "loss": [2.81, 3.02]},
+            "adapted": {"accuracy": [0.8575, 0.92], "loss": [0.229, 0.318]},
         },
         "differences": {
             "accuracy": Interval(0.41, 0.3525, 0.465),

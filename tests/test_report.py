@@ -159,7 +159,7 @@ def test_html_in_the_facts_stays_text(tmp_path: Path) -> None:
     facts = full_facts(
         title=attack,
         verdict=attack,
-        samples=[SampleFacts(attack, attack, {"base": attack, attack: "no"})],
+        samples=[SampleFacts(attack, [attack], {"base": attack, attack: "no"})],
         layers=[LayerFacts(attack, [0.1], [0.01], 1.0, 0.1)],
         metrics={"base": {"accuracy": 0.5, attack: 1.0}, "adapted": {"accuracy": 0.6, attack: 2.0}},
         differences={"accuracy": Interval(0.1, 0.0, 0.2), attack: Interval(1.0, 0.5, 1.5)},
@@ -232,7 +232,7 @@ def test_gate_comes_first_and_best_follows_the_direction() -> None:
 
 def test_right_answers_are_marked_after_stripping(tmp_path: Path) -> None:
     outputs = {"base": "negative", "adapted": " positive\n"}
-    text, _ = rendered(full_facts(samples=[SampleFacts("Good?", "positive", outputs)]), tmp_path)
+    text, _ = rendered(full_facts(samples=[SampleFacts("Good?", ["positive"], outputs)]), tmp_path)
     assert text.count('aria-label="correct"') == 1
     assert re.search(r'positive\s+<span role="img" aria-label="correct">', text)
 

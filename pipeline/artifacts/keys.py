@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kasa.errors import nearest
 from pipeline.artifacts.store import StageKey, code_digests, package_versions
 from pipeline.errors import RecipeError
+from pipeline.metrics.meteor import lacks_package
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -166,9 +167,17 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
                     "kasa.layer",
                 ]
             ),
-            "versions": package_versions(["torch", "transformers", "sacrebleu", "rouge-score"]),
+            "versions": package_versions(
+                ["torch", "transformers", "sacrebleu", "rouge-score", *_optional_packages(recipe)]
+            ),
         },
     )
+
+
+def _optional_packages(recipe: Recipe) -> list[str]:
+    needed = not {"meteor", "cider"}.isdisjoint(recipe.evaluate.measured)
+    # A dry run may be asked for where they are not installed.
+    return ["pycocoevalcap"] if needed and lacks_package() is None else []
 
 
 def register_key(recipe: Recipe, trained: str, evaluated: str, registry: str) -> StageKey:

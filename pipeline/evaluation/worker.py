@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.evaluation.choices import (
+    choices_of,
+    continuation_ids,
+    log_likelihoods,
+    named_choice,
+    right_choice,
+    score_choices,
+)
 from pipeline.generation import Answerer, greedy_answers, load_answerer
 from pipeline.journal import JournalWriter, Record, read_journal
 from pipeline.language_model import Sample, collate, label_losses
@@ -23,7 +31,7 @@ from pipeline.settings import EvaluateSettings
 
 @dataclass(frozen=True)
 class EvaluationShard:
-    """A share of one candidate's evaluation: the held-out samples `index`, `index + count`, ...
+    """A share of one candidate's evaluation: the batches `index`, `index + count`, ... of the held-out samples.
 
     Attributes:
         base_folder, adapter: the candidate; the plain base where `adapter` is None.
@@ -45,20 +53,30 @@ def evaluate_shard(shard: EvaluationShard) -> int:
     """Score the shard's samples that its journal lacks; returns how many it holds in the end."""
     torch.set_num_threads(1)
     samples = load_prepared(shard.prepared).heldout
-    journal = JournalWriter(shard.journal, keep=lambda record: True)
-    done = {record["sample"] for record in journal.kept}
-    mine = [index for index in range(shard.index, len(samples), shard.count) if index not in done]
-    if mine:
+    batches = batches_of([len(ids) for ids in samples["input_ids"]], shard.settings.batch_size)[
+        shard.index :: shard.count
+    ]
+    known = {record["sample"] for record in read_journal(shard.journal)}
+    whole = {index for batch in batches if known.issuperset(batch) for index in batch}
+    journal = JournalWriter(shard.journal, keep=lambda record: record["sample"] in whole)
+    left = [batch for batch in batches if not whole.issuperset(batch)]
+    if left:
         written = load_prepared(shard.prepared).prompting
         own = Prompting.load(shard.adapter) if shard.adapter else written
         answerer = load_answerer(shard.base_folder, shard.adapter, shard.precision, own)
-        # Longest first: what does not fit into memory fails at once.
-        mine.sort(key=lambda index: -len(samples[index]["input_ids"]))
-        for start in range(0, len(mine), shard.settings.batch_size):
-            chosen = mine[start : start + shard.settings.batch_size]
-            asked = [rewritten(samples[i], written, own, answerer.tokenizer) for i in chosen]
-            journal.append(_score(answerer, asked, chosen, shard.settings))
+        for batch in left:
+            asked = [rewritten(samples[i], written, own, answerer.tokenizer) for i in batch]
+            journal.append(_score(answerer, asked, batch, shard.settings))
     return len(read_journal(shard.journal))
+
+
+def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Samples of like length together, the longest first: what does not fit into memory fails at once.
+
+    The batches are the same for any number of workers, and so, with them, is every last bit of the results.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def rewritten(sample: Sample, written: Prompting, own: Prompting, tokenizer: Any) -> Sample:
@@ -69,7 +87,9 @@ def rewritten(sample: Sample, written: Prompting, own: Prompting, tokenizer: Any
     """
     if own == written:
         return sample
-    answer = Message("assistant", sample["reference"])
+    if not sample["references"]:
+        return sample
+    answer = Message("assistant", sample["references"][0])
     as_written = written.encode(tokenizer, [Message("user", written.wrap(sample["prompt"])), answer])
     if as_written.input_ids != list(sample["input_ids"]):
         return sample
@@ -79,58 +99,63 @@ def rewritten(sample: Sample, written: Prompting, own: Prompting, tokenizer: Any
 
 @torch.inference_mode()
 def _score(
-    answerer: Answerer, samples: Sequence[Any], indices: Sequence[int], settings: EvaluateSettings
+    answerer: Answerer, samples: Sequence[Sample], indices: Sequence[int], settings: EvaluateSettings
 ) -> list[Record]:
     losses, counts = _summed_losses(answerer.model, samples)
     records: list[Record] = [
-        {"sample": index, "loss_sum": loss, "tokens": count, "references": [sample["reference"]]}
+        {"sample": index, "loss_sum": loss, "tokens": count, "references": list(sample["references"])}
         for index, loss, count, sample in zip(indices, losses, counts, samples, strict=True)
     ]
-    if settings.choices:
-        for record, choice in zip(records, _likeliest_choices(answerer, samples, settings.choices), strict=True):
-            record["choice"] = choice
-            record["accuracy"] = float(choice == record["references"][0].strip())
+    if settings.kind == "choice":
+        _add_choices(answerer, samples, records, settings)
     _add_outputs(answerer, samples, records, settings)
     return records
 
 
-def _wants_output(settings: EvaluateSettings) -> bool:
-    return not settings.choices
+def _add_choices(
+    answerer: Answerer, samples: Sequence[Sample], records: Sequence[Record], settings: EvaluateSettings
+) -> None:
+    options = [choices_of(sample, settings.choices)[0] for sample in samples]
+    found = log_likelihoods(
+        answerer.model,
+        [_prompt(sample) for sample in samples],
+        [
+            [continuation_ids(answerer.prompting, answerer.tokenizer, sample["prompt"], choice) for choice in choices]
+            for sample, choices in zip(samples, options, strict=True)
+        ],
+    )
+    for record, choices, likelihoods in zip(records, options, found, strict=True):
+        record.update(score_choices(likelihoods, choices, right_choice(record["references"], choices)))
 
 
 def _add_outputs(
-    answerer: Answerer, samples: Sequence[Any], records: Sequence[Record], settings: EvaluateSettings
+    answerer: Answerer, samples: Sequence[Sample], records: Sequence[Record], settings: EvaluateSettings
 ) -> None:
-    """Generate for all samples where the metric needs it, else for those that the report shows."""
+    """Generate for all samples where a metric needs it, else for those that the report shows."""
     shown = [
         (sample, record)
         for sample, record in zip(samples, records, strict=True)
-        if sample["prompt_tokens"] and (_wants_output(settings) or record["sample"] < settings.samples_shown)
+        if sample["prompt_tokens"] and (settings.generates or record["sample"] < settings.samples_shown)
     ]
     if not shown:
         return
-    prompts = [sample["input_ids"][: sample["prompt_tokens"]] for sample, _ in shown]
+    prompts = [_prompt(sample) for sample, _ in shown]
     outputs = greedy_answers(answerer.model, answerer.tokenizer, prompts, settings.max_new_tokens)
-    for (_, record), output in zip(shown, outputs, strict=True):
+    for (sample, record), output in zip(shown, outputs, strict=True):
         record["output"] = output
-        if not settings.choices:
+        if settings.extract:
+            choices, labels = choices_of(sample, settings.choices)
+            right = right_choice(record["references"], choices)
+            record["accuracy_generated"] = float(right is not None and named_choice(output, labels) == right)
+        elif settings.generates:
             record["exact_match"] = float(output in [reference.strip() for reference in record["references"]])
 
 
-def _summed_losses(model: nn.Module, samples: Sequence[Any]) -> tuple[list[float], list[int]]:
+def _prompt(sample: Sample) -> list[int]:
+    return list(sample["input_ids"][: sample["prompt_tokens"]])
+
+
+def _summed_losses(model: nn.Module, samples: Sequence[Sample]) -> tuple[list[float], list[int]]:
     batch = collate(samples).to(next(model.parameters()).device)
     losses_BK = label_losses(model, batch)
     return losses_BK.sum(dim=1).tolist(), (batch.labels_BK >= 0).sum(dim=1).tolist()
-
-
-def _likeliest_choices(answerer: Answerer, samples: Sequence[Any], choices: Sequence[str]) -> list[str]:
-    """For each sample, the choice whose tokens after the prompt, EOS included, are the likeliest in sum."""
-    options = []
-    for sample in samples:
-        prompt = list(sample["input_ids"][: sample["prompt_tokens"]])
-        for choice in choices:
-            answer = answerer.prompting.answer_ids(answerer.tokenizer, sample["prompt"], choice)
-            options.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    losses, _ = _summed_losses(answerer.model, options)
-    count = len(choices)
-    return [choices[min(range(count), key=lambda option: losses[row * count + option])] for row in range(len(samples))]

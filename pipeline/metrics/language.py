@@ -1,4 +1,4 @@
-"""Loss and perplexity per labelled token, and shares of right answers."""
+"""Loss and perplexity per labelled token, and the three ways to score a choice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def _perplexity(sums: Floats) -> Floats:
 
 LANGUAGE_METRICS = (
     Metric("accuracy", "Accuracy", mean_of("accuracy"), ratio, best=1),
-    Metric("exact_match", "Exact match", mean_of("exact_match"), ratio, best=1),
+    Metric("accuracy_norm", "Accuracy, by length", mean_of("accuracy_norm"), ratio, best=1),
+    Metric("accuracy_generated", "Accuracy, generated", mean_of("accuracy_generated"), ratio, best=1),
     Metric("loss", "Loss", _losses, ratio, lower_is_better=True),
     Metric("perplexity", "Perplexity", _losses, _perplexity, lower_is_better=True),
 )

@@ -30,6 +30,7 @@ class Metric:
         value: (..., S), sums over samples -> (...).
         best: the largest value there is; None where there is none. 1 marks a share, shown as a percentage.
         lower_is_better: whether smaller values are the better ones.
+        lacks: what this machine lacks to measure it, with the remedy; None where nothing is missing.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Metric:
     value: Callable[[Floats], Floats]
     best: float | None = None
     lower_is_better: bool = False
+    lacks: Callable[[], str | None] = lambda: None
 
 
 def mean_of(field: str, scale: float = 1.0) -> Callable[[Sequence[SampleResult]], Floats]:

@@ -1,12 +1,15 @@
-"""Rows to samples. Four forms: prompt-completion, alpaca, chat and completion (plain text).
+"""Rows to samples, by the form that the rows have: see `REQUIRED`.
 
+A row with several references gives a sample for each; the held-out ones are joined again (`stage.join_references`).
 What is wrong with the data as a whole (no form fits its columns) stops the run; what is wrong with one row is a
 `Rejection`, to be counted and named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +21,20 @@ from pipeline.settings import DataSettings
 
 # In the order in which `auto` tries them: data sets often repeat a sample in a further `text` or `messages` column.
 REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "prompt-completion": (("prompt", "completion"),),
+    "multiple-choice": (
+        ("prompt", "choices", "answer"),
+        ("question", "choices", "answer"),
+        ("question", "choices", "answerKey"),
+        ("question_stem", "choices", "answerKey"),
+    ),
+    "prompt-completion": (("prompt", "completion"), ("prompt", "references")),
+    "llm-adapters": (("instruction", "output", "answer"),),
     "alpaca": (("instruction", "output"),),
     "chat": (("messages",), ("conversations",)),
     "completion": (("text",),),
 }
-OPTIONAL = {"alpaca": ("input",)}
+OPTIONAL = {"prompt-completion": ("references",), "llm-adapters": ("input",), "alpaca": ("input",)}
+_ANSWER_FORMAT = re.compile(r"^Answer format:[ \t]*(\S.*)$", re.MULTILINE)
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
 
@@ -36,10 +47,19 @@ class Rejection(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation ending with an assistant turn, before any template. A lone assistant turn is plain text."""
+    """A conversation ending with an assistant turn, before any template. A lone assistant turn is plain text.
+
+    Attributes:
+        further: references beside the last turn.
+        choices: the answers that the last turn is one of, if there are such.
+        labels: how a generated answer names each choice.
+    """
 
     turns: tuple[Message, ...]
     location: str
+    further: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -50,9 +70,9 @@ class Sample:
         return "\n".join(f"{turn.role}: {turn.content}" for turn in before)
 
     @property
-    def reference(self) -> str:
-        """The last assistant turn; empty for plain text, which has no answer to compare with."""
-        return self.turns[-1].content if len(self.turns) > 1 else ""
+    def references(self) -> tuple[str, ...]:
+        """The last assistant turn, then the further ones; none for plain text, which has no answer to compare with."""
+        return (self.turns[-1].content, *self.further) if len(self.turns) > 1 else ()
 
     @property
     def opening(self) -> str:
@@ -65,13 +85,15 @@ class _RowError(Exception):
     """The reason why one row is rejected."""
 
 
-def decide_form(settings: DataSettings, columns: Iterable[str], location: str) -> str:
+def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str) -> str:
     """The form of the data, decided by the first row's columns where the recipe says `auto`.
+
+    Alpaca rows may have a column `answer` as well; what tells those of LLM-Adapters' tasks is the line with the answers.
 
     Raises:
         DataError: no form fits the columns, or `data.columns` names a field or column that does not exist.
     """
-    found = list(columns)
+    found = list(first)
     for field, column in settings.columns.items():
         if column not in found:
             raise DataError(
@@ -80,6 +102,8 @@ def decide_form(settings: DataSettings, columns: Iterable[str], location: str) -
             )
     present = {*found, *settings.columns}
     fitting = [form for form, sets in REQUIRED.items() if any(present.issuperset(fields) for fields in sets)]
+    if settings.form == "auto" and "llm-adapters" in fitting and not _answer_labels(first, settings):
+        fitting.remove("llm-adapters")
     form = settings.form if settings.form != "auto" else next(iter(fitting), "")
     if form not in fitting:
         wanted = "; ".join(f"{name}: {_fields(name)}" for name in REQUIRED if form in ("", name))
@@ -87,7 +111,7 @@ def decide_form(settings: DataSettings, columns: Iterable[str], location: str) -
             f"{location}: columns {_listed(found)} fit {f'not the form {form}' if form else 'no form'} ({wanted}); "
             "rename them with data.columns, e.g. {prompt: question, completion: answer}"
         )
-    known = [field for fields in REQUIRED[form] for field in fields] + list(OPTIONAL.get(form, ()))
+    known = dict.fromkeys([*itertools.chain(*REQUIRED[form]), *OPTIONAL.get(form, ())])
     for field in settings.columns:
         if field not in known:
             raise DataError(
@@ -105,7 +129,8 @@ def read_samples(rows: Iterable[RawRow], settings: DataSettings, form: str) -> I
             if row.defect:
                 raise _RowError(row.defect)
             renamed = {field: row.values.get(column) for field, column in settings.columns.items()}
-            yield Sample(build({**row.values, **renamed}), row.location)
+            for conversation in build({**row.values, **renamed}):
+                yield Sample(location=row.location, **conversation._asdict())
         except _RowError as error:
             yield Rejection(row.location, str(error))
 
@@ -119,8 +144,21 @@ def _listed(columns: list[str]) -> str:
     return ", ".join(columns) or "(none)"
 
 
+def _texts(values: dict[str, Any], field: str) -> list[str]:
+    """A list of texts, at least one."""
+    items = values.get(field)
+    if items is None:
+        raise _RowError(f"{field} is missing")
+    if not isinstance(items, list) or not items:
+        raise _RowError(f"{field} is not a list with something in it")
+    return [_checked(item, f"one of {field}") for item in items]
+
+
 def _text(values: dict[str, Any], field: str) -> str:
-    value = values.get(field)
+    return _checked(values.get(field), field)
+
+
+def _checked(value: Any, field: str) -> str:
     if value is None:
         raise _RowError(f"{field} is missing")
     if not isinstance(value, str):
@@ -132,22 +170,99 @@ def _text(values: dict[str, Any], field: str) -> str:
     return value
 
 
-def _prompt_completion(values: dict[str, Any]) -> tuple[Message, ...]:
-    return Message("user", _text(values, "prompt")), Message("assistant", _text(values, "completion"))
+class _Conversation(NamedTuple):
+    """What a row says, or one of its references."""
+
+    turns: tuple[Message, ...]
+    choices: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
-def _alpaca(values: dict[str, Any]) -> tuple[Message, ...]:
+def _pair(prompt: str, answer: str) -> tuple[Message, ...]:
+    return Message("user", prompt), Message("assistant", answer)
+
+
+def _prompt_completion(values: dict[str, Any]) -> list[_Conversation]:
+    prompt = _text(values, "prompt")
+    answers = []
+    if values.get("completion") is not None or "references" not in values:
+        answers.append(_text(values, "completion"))
+    # Data sets often leave the list of their training rows empty.
+    if values.get("references") or not answers:
+        answers += _texts(values, "references")
+    return [_Conversation(_pair(prompt, answer)) for answer in dict.fromkeys(answers)]
+
+
+def _multiple_choice(values: dict[str, Any]) -> list[_Conversation]:
+    """Choices as a list of texts, or as the hub's ARC and OpenBookQA have them: lists `text` and `label`."""
+    question = next((field for field in ("prompt", "question", "question_stem") if field in values), "question")
+    given, names = values.get("choices"), []
+    if isinstance(given, Mapping):
+        names = _texts({"choices.label": given.get("label")}, "choices.label")
+        given = given.get("text")
+    choices = tuple(choice.strip() for choice in _texts({"choices": given}, "choices"))
+    if len(choices) < 2:
+        raise _RowError("choices has one entry only")
+    if names and len(names) != len(choices):
+        raise _RowError("choices has more or fewer labels than texts")
+    answer = values.get("answer" if "answer" in values else "answerKey")
+    right = choices[_place(answer, choices, names)]
+    return [_Conversation(_pair(_text(values, question), right), choices, choices)]
+
+
+def _place(answer: Any, choices: tuple[str, ...], names: list[str]) -> int:
+    """Which choice the answer is: its label, its text, its place from 0, or its letter."""
+    if isinstance(answer, str):
+        said = answer.strip()
+        for known in (names, choices):
+            if said in known:
+                return known.index(said)
+        if not names and len(said) == 1 and said.isascii() and said.isalpha():
+            answer = ord(said.upper()) - ord("A")
+        elif not names and said.isdecimal():
+            answer = int(said)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return answer
+    raise _RowError("answer is none of the choices")
+
+
+def _llm_adapters(values: dict[str, Any]) -> list[_Conversation]:
+    """Rows of LLM-Adapters' commonsense tasks: each choice is the output with another answer in place of the right one."""
+    (row,) = _alpaca(values)
+    labels, answer, output = _labels_in(row.turns[0].content), _text(values, "answer").strip(), row.turns[1].content
+    if not labels:
+        raise _RowError("instruction has no line `Answer format: a/b/...`")
+    if answer not in labels:
+        raise _RowError("answer is none of the instruction's answer format")
+    before, found, after = output.rpartition(answer)
+    if not found:
+        raise _RowError("output does not contain the answer")
+    return [row._replace(choices=tuple(f"{before}{label}{after}" for label in labels), labels=labels)]
+
+
+def _answer_labels(first: Mapping[str, Any], settings: DataSettings) -> tuple[str, ...]:
+    return _labels_in(str(first.get(settings.columns.get("instruction", "instruction"))))
+
+
+def _labels_in(instruction: str) -> tuple[str, ...]:
+    """`answer1/answer2` of the last line `Answer format: answer1/answer2`; empty where there is none."""
+    formats = _ANSWER_FORMAT.findall(instruction)
+    labels = tuple(label.strip() for label in formats[-1].split("/")) if formats else ()
+    return labels if len(labels) > 1 and all(labels) else ()
+
+
+def _alpaca(values: dict[str, Any]) -> list[_Conversation]:
     instruction = _text(values, "instruction")
     if values.get("input") not in (None, ""):
         instruction += "\n\n" + _text(values, "input")
-    return Message("user", instruction), Message("assistant", _text(values, "output"))
+    return [_Conversation(_pair(instruction, _text(values, "output")))]
 
 
-def _completion(values: dict[str, Any]) -> tuple[Message, ...]:
-    return (Message("assistant", _text(values, "text")),)
+def _completion(values: dict[str, Any]) -> list[_Conversation]:
+    return [_Conversation((Message("assistant", _text(values, "text")),))]
 
 
-def _chat(values: dict[str, Any]) -> tuple[Message, ...]:
+def _chat(values: dict[str, Any]) -> list[_Conversation]:
     field = "messages" if values.get("messages") is not None else "conversations"
     items = values.get(field)
     if items is None:
@@ -157,7 +272,7 @@ def _chat(values: dict[str, Any]) -> tuple[Message, ...]:
     role_key, text_key = ("role", "content") if all("role" in item for item in items) else ("from", "value")
     turns = tuple(Message(_role(item, role_key), _text(item, text_key)) for item in items)
     _check_order([turn.role for turn in turns])
-    return turns
+    return [_Conversation(turns)]
 
 
 def _role(item: dict[str, Any], key: str) -> str:
@@ -174,7 +289,9 @@ def _check_order(roles: list[str]) -> None:
         raise _RowError("the conversation has no user turn before its first answer")
 
 
-_BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Message, ...]]] = {
+_BUILDERS: dict[str, Callable[[dict[str, Any]], list[_Conversation]]] = {
+    "multiple-choice": _multiple_choice,
+    "llm-adapters": _llm_adapters,
     "prompt-completion": _prompt_completion,
     "alpaca": _alpaca,
     "chat": _chat,

@@ -43,11 +43,16 @@ class Split(Generic[S]):
     leaked: int
 
 
-def split_samples(train: Sequence[S], heldout: Sequence[S] | None, settings: DataSettings) -> Split[S]:
+def split_samples(
+    train: Sequence[S], heldout: Sequence[S] | None, settings: DataSettings, join: Callable[[list[S]], list[S]] = list
+) -> Split[S]:
     """Split `train`, or protect the named `heldout` source from leaks; then apply the row limits.
 
     A limit takes the training samples with the smallest hashes, and held-out samples prompt by prompt, so that a
     prompt's references stay together. Prompts are equal if they are equal up to case and white space.
+
+    Args:
+        join: makes one held-out sample of those that differ by their reference alone; the limit counts what it returns.
 
     Raises:
         DataError: a side is empty, or the validation samples leave nothing to train on.
@@ -67,7 +72,7 @@ def split_samples(train: Sequence[S], heldout: Sequence[S] | None, settings: Dat
         _check_named_sides(kept, clean, side)
     seed = settings.split_seed
     ordered = sorted(sides[0], key=lambda sample: _sample_hash(sample, seed))
-    grouped = sorted(sides[1], key=lambda sample: (_hash(group_key(sample), seed), _sample_hash(sample, seed)))
+    grouped = join(sorted(sides[1], key=lambda sample: (_hash(group_key(sample), seed), _sample_hash(sample, seed))))
     ordered, validation = _set_aside(ordered, settings)
     return Split(ordered[: settings.train_rows], grouped[: settings.heldout_rows], validation, duplicates, leaked)
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ from pipeline.settings import DataSettings
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMNS = ("input_ids", "labels", "prompt", "prompt_tokens", "reference", "source")
+COLUMNS = ("input_ids", "labels", "prompt", "prompt_tokens", "references", "choices", "choice_labels", "source")
 PROGRESS_EVERY_ROWS = 256
 ROWS_PER_BATCH = 10_000
 LOCATIONS_SHOWN = 5
@@ -153,7 +153,9 @@ def prepare_dataset(
     _, heldout, heldout_rejected = _read(sources.heldout, same_form)
     _, calibration, calibration_rejected = _read(sources.calibration, same_form)
     rejected += heldout_rejected + calibration_rejected
-    rows_read = len(train) + len(heldout) + len(calibration) + len(rejected)
+    rows_read = len(
+        {item.location for item in itertools.chain[Sample | Rejection](train, heldout, calibration, rejected)}
+    )
     _check_rejected(rejected, rows_read, settings)  # before the minutes that tokenising may take
 
     prompting = Prompting.from_settings(settings, tokenizer, form)
@@ -171,7 +173,12 @@ def prepare_dataset(
                 on_progress(done, total)
     _check_rejected(rejected, rows_read, settings)
 
-    split = split_samples(sides[0], sides[1] if sources.heldout else None, settings)
+    split = split_samples(
+        sides[0],
+        sides[1] if sources.heldout else None,
+        settings,
+        partial(join_references, by_prompt=settings.group_references),
+    )
     if settings.train_on_prompt:
         split = replace(split, train=[replace(row, labels=row.input_ids) for row in split.train])
     summary = _summary(split, rejected, rows_read, form)
@@ -229,12 +236,33 @@ def _read(files: Sequence[SourceFile], settings: DataSettings) -> tuple[str, lis
 def _tokenise(sample: Sample, prompting: Prompting, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
     turns = [Message(role, prompting.wrap(text) if role == "user" else text) for role, text in sample.turns]
     try:
-        ids, labels, prompt_tokens = prompting.encode(tokenizer, turns)
+        encoded = prompting.encode(tokenizer, turns)
+        # Every choice is scored after the prompt.
+        others = [
+            prompting.encode(tokenizer, [*turns[:-1], Message("assistant", choice)])
+            for choice in sample.choices
+            if choice != turns[-1].content
+        ]
     except TemplateError as error:
         return Rejection(sample.location, str(error))
-    if len(ids) > max_tokens:
+    if max(len(each.input_ids) for each in (encoded, *others)) > max_tokens:
         return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
+    ids, labels, prompt_tokens = encoded
     return Tokenised(sample, np.array(ids, np.int32), np.array(labels, np.int32), prompt_tokens)
+
+
+def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Tokenised]:
+    """One sample for those of one row, or `by_prompt` for all of one prompt: the first, with the references of all."""
+    groups: dict[Any, list[Tokenised]] = {}
+    for sample in samples:
+        asked = sample.turns[:-1]
+        place = None if by_prompt and asked else sample.sample.location
+        groups.setdefault((asked, sample.sample.choices, place), []).append(sample)
+    joined = []
+    for first, *others in groups.values():
+        further = tuple(other.turns[-1].content for other in others)
+        joined.append(replace(first, sample=replace(first.sample, further=further)))
+    return joined
 
 
 def _check_rejected(rejected: list[Rejection], rows_read: int, settings: DataSettings) -> None:
@@ -268,6 +296,7 @@ def _summary(split: Split[Tokenised], rejected: list[Rejection], rows_read: int,
         "heldout_rows": len(split.heldout),
         "validation_rows": len(split.validation),
         "heldout_prompts": len({row.opening for row in split.heldout}),
+        "heldout_references": sum(len(row.sample.references) for row in split.heldout),
         "train_tokens": sum(len(row.input_ids) for row in split.train),
         "train_labelled_tokens": sum(int((row.labels >= 0).sum()) for row in split.train),
         "heldout_tokens": sum(len(row.input_ids) for row in split.heldout),
@@ -280,7 +309,8 @@ def _write_split(rows: list[Tokenised], folder: Path) -> None:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
-    types = dict(zip(COLUMNS, (ids, ids, pa.string(), pa.int32(), pa.string(), pa.string()), strict=True))
+    texts = pa.list_(pa.string())
+    types = dict(zip(COLUMNS, (ids, ids, pa.string(), pa.int32(), texts, texts, texts, pa.string()), strict=True))
     schema = pa.schema(types)
     # In batches: one array of lists holds at most 2**31 tokens.
     batches = [_batch(rows[start : start + ROWS_PER_BATCH], schema) for start in range(0, len(rows), ROWS_PER_BATCH)]
@@ -302,7 +332,9 @@ def _batch(rows: list[Tokenised], schema: Any) -> Any:
         [row.labels for row in rows],
         [row.sample.prompt for row in rows],
         [row.prompt_tokens for row in rows],
-        [row.sample.reference for row in rows],
+        [row.sample.references for row in rows],
+        [row.sample.choices for row in rows],
+        [row.sample.labels for row in rows],
         [row.sample.location for row in rows],
     ]
     arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]

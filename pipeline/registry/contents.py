@@ -12,6 +12,7 @@ from kasa import KasaError, export_lora, read_adapter
 from pipeline.artifacts.store import Artifact, package_versions
 from pipeline.base.model import BaseModel
 from pipeline.context import RunContext
+from pipeline.evaluation.samples import write_samples
 from pipeline.metrics.intervals import RESAMPLES
 from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import load_prepared
@@ -67,11 +68,11 @@ def write_report(
         shutil.rmtree(left_behind, ignore_errors=True)
     (report / "samples").mkdir(parents=True)
     for candidate, records in evaluation.samples.items():
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (report / "samples" / f"{candidate}.jsonl").write_text(text, encoding="utf-8")
+        write_samples(report / "samples" / f"{candidate}.parquet", records)
     measured = {
         "heldout_rows": len(evaluation.samples["adapted"]),
         "metrics": evaluation.metrics,
+        "intervals": evaluation.intervals,
         "differences": _plain(evaluation),
         "interval": {"level": 0.95, "method": "paired percentile bootstrap over samples", "resamples": RESAMPLES},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,12 +31,13 @@ class Change:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric of every candidate; a candidate without it has no entry in `values`."""
+    """One metric of every candidate; a candidate without it has no entry in `values`, nor in `intervals`."""
 
     label: str
     lower_is_better: bool
     decides: bool
     values: dict[str, str]
+    intervals: dict[str, str]
     best: str | None
     change: Change | None
 
@@ -89,9 +91,14 @@ def _row(facts: ReportFacts, metric: str, candidates: list[str]) -> MetricRow:
         lower_is_better=metric in LOWER_IS_BETTER,
         decides=metric == facts.gate_metric,
         values={name: metric_value(metric, value) for name, value in values.items()},
+        intervals={name: _ends(metric, facts.intervals.get(name, {}).get(metric)) for name in values},
         best=leaders[0] if len(leaders) == 1 and len(values) > 1 else None,
         change=_change(metric, difference) if difference else None,
     )
+
+
+def _ends(metric: str, interval: Sequence[float] | None) -> str:
+    return " to ".join(metric_value(metric, end) for end in interval) if interval else ""
 
 
 def _change(metric: str, difference: Interval) -> Change:

@@ -61,7 +61,7 @@ class SampleFacts:
     """One held-out prompt with each candidate's answer (`base`, `adapted`, maybe `champion`)."""
 
     prompt: str
-    reference: str
+    references: list[str]
     outputs: dict[str, str]
 
 
@@ -69,7 +69,7 @@ class SampleFacts:
 class ReportFacts:
     """Everything on the page.
 
-    `metrics` maps candidate -> metric -> value. `training` holds one record per optimizer step with the keys `step`,
+    `metrics` maps candidate -> metric -> value, `intervals` to the ends of the value's own 95% interval. `training` holds one record per optimizer step with the keys `step`,
     `loss`, `task_loss`, `singular_value_penalty`, `orthogonality_penalty`, `learning_rate`, `gradient_norm`,
     `tokens_per_second`, and `validation_loss` at some steps. `commands` maps a caption to a shell command (use the model, open the MLflow UI).
     """
@@ -81,6 +81,7 @@ class ReportFacts:
     model_uri: str
     gate_metric: str
     metrics: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, list[float]]]
     differences: dict[str, Interval]
     heldout_rows: int
     truncation: TruncationFacts

@@ -99,6 +99,7 @@ def _facts(
         model_uri=registration.uri,
         gate_metric=context.recipe.evaluate.gate_metric,
         metrics=evaluation.metrics,
+        intervals=evaluation.intervals,
         differences=evaluation.differences["base"],
         heldout_rows=len(prepared.heldout),
         truncation=_truncation(context, artifacts["audit"]),
@@ -156,7 +157,7 @@ def _samples(heldout: Any, evaluation: Evaluation) -> list[SampleFacts]:
     return [
         SampleFacts(
             prompt=heldout[index]["prompt"],
-            reference=heldout[index]["reference"],
+            references=heldout[index]["references"],
             outputs={name: records[index]["output"] for name, records in by_name.items()},
         )
         for index in shown

@@ -84,8 +84,8 @@ def _stage_bars(facts: ReportFacts) -> list[Markup]:
 
 
 def _is_short(sample: SampleFacts) -> bool:
-    return all(len(text) <= SHORT_ANSWER for text in [sample.reference, *sample.outputs.values()])
+    return all(len(text) <= SHORT_ANSWER for text in [*sample.references, *sample.outputs.values()])
 
 
 def _is_right(output: str, sample: SampleFacts) -> bool:
-    return output.strip() == sample.reference.strip()
+    return output.strip() in [reference.strip() for reference in sample.references]

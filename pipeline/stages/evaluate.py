@@ -5,7 +5,6 @@ Each candidate's result is an artifact of its own: the base is evaluated once fo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from pipeline.artifacts.store import Artifact
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
+from pipeline.evaluation.samples import read_samples, write_samples
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.journal import JournalTail, Record, read_journal
 from pipeline.metrics.intervals import Interval, measure, paired_differences
@@ -27,7 +27,7 @@ from pipeline.registry.store import ModelVersion
 from pipeline.stages.prepare import log_datasets
 from pipeline.training.worker import ADAPTER
 
-RESULTS = "samples.jsonl"
+RESULTS = "samples.parquet"
 _TRAIN_KEY = "kasa.train_key"
 
 
@@ -47,6 +47,7 @@ class Evaluation:
     Attributes:
         artifact: the adapted model's own result.
         metrics: candidate -> metric -> value.
+        intervals: candidate -> metric -> both ends of the value's own 95% interval.
         differences: opponent (`base`, `champion`) -> metric -> adapted - opponent, paired, with interval.
         samples: candidate -> per-sample results, in the order of the held-out split.
         champion: the champion there was.
@@ -55,6 +56,7 @@ class Evaluation:
 
     artifact: Artifact
     metrics: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, list[float]]]
     differences: dict[str, dict[str, Interval]]
     samples: dict[str, list[Record]]
     champion: ModelVersion | None
@@ -135,7 +137,8 @@ def _measure(
     context.run_tasks(evaluate_shard, shards, Resources(1, recipe.train.gpu), while_waiting=show)
     show()
     results = sorted((r for shard in shards for r in read_journal(shard.journal)), key=lambda r: r["sample"])
-    (folder / RESULTS).write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+    asked = load_prepared(prepared.folder).heldout.select_columns(["source", "prompt", "prompt_tokens"])
+    write_samples(folder / RESULTS, [{**asked[result["sample"]], **result} for result in results])
     for shard in shards:
         shard.journal.unlink()
     found = measure(results, recipe.evaluate.measured)
@@ -150,10 +153,11 @@ def _measure(
 def _compare(
     results: Mapping[str, Artifact], metrics: Sequence[str], champion: ModelVersion | None, obstacle: str | None
 ) -> Evaluation:
-    samples = {name: read_journal(artifact.folder / RESULTS) for name, artifact in results.items()}
+    samples = {name: read_samples(artifact.folder / RESULTS) for name, artifact in results.items()}
     return Evaluation(
         artifact=results["adapted"],
         metrics={name: artifact.facts["metrics"] for name, artifact in results.items()},
+        intervals={name: artifact.facts["intervals"] for name, artifact in results.items()},
         differences={
             name: paired_differences(samples["adapted"], samples[name], metrics)
             for name in results

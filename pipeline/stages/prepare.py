@@ -12,9 +12,10 @@ from pipeline.artifacts.store import Artifact
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
+from pipeline.evaluation.suitable import check_suitable
 from pipeline.journal import JournalTail, append_journal
 from pipeline.prepare.sources import DataSources
-from pipeline.prepare.stage import prepare_dataset
+from pipeline.prepare.stage import load_prepared, prepare_dataset
 from pipeline.settings import DataSettings
 
 # What each split is for, in MLflow's words.
@@ -32,7 +33,11 @@ class _Job:
 
 
 def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artifact:
-    """Make the prepared dataset; its facts are the summary of `prepare_dataset`."""
+    """Make the prepared dataset; its facts are the summary of `prepare_dataset`.
+
+    Raises:
+        RecipeError: the held-out samples cannot be evaluated as the recipe says.
+    """
     recipe = context.recipe
 
     def make(folder: Path) -> dict[str, Any]:
@@ -59,7 +64,9 @@ def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artif
         log_datasets(context, run_id, sources, artifact, SPLITS)
         context.log_artifact(run_id, artifact.folder, "prepared")
 
-    return context.run_stage(prepare_key(recipe, sources.digest, base.digest), make, publish)
+    prepared = context.run_stage(prepare_key(recipe, sources.digest, base.digest), make, publish)
+    check_suitable(recipe.evaluate, load_prepared(prepared.folder))
+    return prepared
 
 
 def log_datasets(

@@ -60,10 +60,15 @@ def test_overrides(file, override, section, key, value) -> None:
         ("spectra.rank=4", r"spectra\.rank 4 is smaller than the 8 triplets the adapter drops"),
         (
             "evaluate.metric=accuracy",
-            r"metric accuracy is not measured here; choose one of chrf, exact_match, loss, perplexity, rouge_l",
+            r"metric accuracy is not measured here; choose one of bleu, chrf, exact_match, loss, perplexity, rouge_l",
         ),
-        ("evaluate.choices=[a, b]", r"choices belong to kind: answer"),
-        ("evaluate={kind: answer, choices: [a]}", r"at least two different answers"),
+        ("evaluate.choices=[a, b]", r"choices belong to kind: choice"),
+        ("evaluate.extract=true", r"extract belongs to kind: choice"),
+        ("evaluate={kind: loss, metrics: [bleu]}", r"metrics belong to kind: text"),
+        ("evaluate={kind: choice, choices: [a]}", r"at least two different answers"),
+        ("evaluate={kind: choice, choices: [a, ' ']}", r"choices must not be empty"),
+        ("evaluate.metrics=[metor]", r"metrics: there is no 'metor' of generated text; did you mean meteor"),
+        ("evaluate={kind: choice, metric: accuracy_generated}", r"accuracy_generated is not measured here"),
         (
             "promotion.guards={los: 0.1}",
             r"promotion\.guards\.los: no metric of that name is measured here; did you mean loss",

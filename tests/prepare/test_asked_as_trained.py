@@ -17,7 +17,7 @@ def sample(prompting: Prompting, tokenizer: Any, *turns: Message) -> dict[str, A
     wrapped = [Message(role, prompting.wrap(text) if role == "user" else text) for role, text in turns]
     encoded = prompting.encode(tokenizer, wrapped)._asdict()
     prompt = turns[0].content if len(turns) == 2 else "a transcript"
-    return {**encoded, "prompt": prompt, "reference": turns[-1].content if len(turns) > 1 else ""}
+    return {**encoded, "prompt": prompt, "references": [turns[-1].content] if len(turns) > 1 else []}
 
 
 @pytest.mark.parametrize("own", [PLAIN, CHAT])

@@ -53,12 +53,12 @@ def test_columns_rename_even_across_existing_names(settings: Make) -> None:
     renames = settings(columns={"prompt": "completion", "completion": "prompt"})
     sample = read(renames, {"prompt": "answer", "completion": "question"})
     assert isinstance(sample, Sample)
-    assert (sample.prompt, sample.reference) == ("question", "answer")
+    assert (sample.prompt, sample.references) == ("question", ("answer",))
 
 
 def test_unknown_columns_list_what_there_is_and_what_would_fit(settings: Make) -> None:
     with pytest.raises(DataError) as caught:
-        decide_form(settings(), ["question", "answer"], "f:1")
+        decide_form(settings(), {"question": "q", "answer": "a"}, "f:1")
     for part in ("f:1", "question, answer", "instruction + output", "messages or conversations", "data.columns"):
         assert part in str(caught.value)
 
@@ -73,7 +73,7 @@ def test_unknown_columns_list_what_there_is_and_what_would_fit(settings: Make) -
 )
 def test_wrong_settings_are_explained(settings: Make, values: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        decide_form(settings(**values), ["question", "answer"], "f:1")
+        decide_form(settings(**values), {"question": "q", "answer": "a"}, "f:1")
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,83 @@ def test_prompt_and_opening_of_a_longer_conversation(settings: Make) -> None:
     sample = read(settings(), {"messages": [{"role": role, "content": text} for role, text in turns]})
     assert isinstance(sample, Sample)
     assert sample.prompt == "user: one\nassistant: two\nuser: three"
-    assert (sample.opening, sample.reference) == ("one", "four")
+    assert (sample.opening, sample.references) == ("one", ("four",))
+
+
+@pytest.mark.parametrize(
+    ("values", "references"),
+    [
+        ({"prompt": "p", "references": ["a", "b"]}, ["a", "b"]),
+        ({"prompt": "p", "completion": "b", "references": ["a", "b"]}, ["b", "a"]),
+        ({"prompt": "p", "completion": "c", "references": []}, ["c"]),
+    ],
+)
+def test_a_row_with_several_references_gives_a_sample_for_each(
+    settings: Make, values: dict[str, Any], references: list[str]
+) -> None:
+    form = decide_form(settings(), values, "f:1")
+    samples = list(read_samples([RawRow("f:1", values)], settings(), form))
+    assert [sample.turns[-1].content for sample in samples if isinstance(sample, Sample)] == references
+    assert {sample.location for sample in samples} == {"f:1"}
+
+
+@pytest.mark.parametrize("references", ["text", [], ["a", 3], ["a", " "], None])
+def test_references_must_be_a_list_of_texts(settings: Make, references: Any) -> None:
+    assert isinstance(read(settings(), {"prompt": "p", "references": references}), Rejection)
+
+
+ARC = {"question": "q", "choices": {"text": ["x", "y ", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"}
+OBQA = {"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+ADAPTERS = {
+    "instruction": "Choose: q\n\nAnswer1: x Answer2: y\n\nAnswer format: answer1/answer2",
+    "input": "",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "choices", "reference"),
+    [
+        ({"question": "q", "choices": ["x", "y"], "answer": 1}, ("x", "y"), "y"),
+        ({"prompt": "q", "choices": ["x", "y"], "answer": "a"}, ("x", "y"), "x"),
+        ({"prompt": "q", "choices": ["x", "y"], "answer": "y"}, ("x", "y"), "y"),
+        ({"prompt": "q", "choices": ["B", "A"], "answer": "A"}, ("B", "A"), "A"),
+        ({"prompt": "q", "choices": ["x", "y"], "answer": "1"}, ("x", "y"), "y"),
+        (ARC, ("x", "y", "z"), "y"),
+        (OBQA, ("x", "y"), "y"),
+        (ADAPTERS, ("the correct answer is answer1", "the correct answer is answer2"), "the correct answer is answer2"),
+    ],
+)
+def test_rows_with_choices(settings: Make, values: dict[str, Any], choices: tuple[str, ...], reference: str) -> None:
+    sample = read(settings(), values)
+    assert isinstance(sample, Sample)
+    assert (sample.choices, sample.references) == (choices, (reference,))
+    assert sample.labels == (("answer1", "answer2") if values is ADAPTERS else choices)
+
+
+def test_alpaca_rows_with_an_answer_column_stay_alpaca(settings: Make) -> None:
+    values = {"instruction": "2 + 2?", "output": "It is 4", "answer": "4"}
+    assert decide_form(settings(), values, "f:1") == "alpaca"
+    assert decide_form(settings(), ADAPTERS, "f:1") == "llm-adapters"
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"question": "q", "choices": ["x", "y"], "answer": 2}, "answer is none of the choices"),
+        ({"question": "q", "choices": ["x", "y"], "answer": -1}, "answer is none of the choices"),
+        ({"question": "q", "choices": ["x", "y"], "answer": True}, "answer is none of the choices"),
+        ({"question": "q", "choices": ["x", "y"], "answer": "z"}, "answer is none of the choices"),
+        ({"question": "q", "choices": ["x"], "answer": 0}, "choices has one entry only"),
+        ({"question": "q", "choices": "x, y", "answer": 0}, "choices is not a list"),
+        (ARC | {"answerKey": "D"}, "answer is none of the choices"),
+        (ARC | {"choices": {"text": ["x", "y"], "label": ["A"]}}, "more or fewer labels than texts"),
+        (ADAPTERS | {"answer": "answer3"}, "answer is none of the instruction's answer format"),
+        (ADAPTERS | {"output": "the second"}, "output does not contain the answer"),
+    ],
+)
+def test_rows_with_wrong_choices(settings: Make, values: dict[str, Any], reason: str) -> None:
+    rejection = read(settings(), values)
+    assert isinstance(rejection, Rejection)
+    assert reason in rejection.reason

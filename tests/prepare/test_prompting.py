@@ -33,12 +33,21 @@ def test_generation_starts_from_what_training_saw(
     prompting = Prompting("Q: {prompt}", chat, "the system" if chat else None)
     encoded = prompting.encode(tokenizer, [Message("user", prompting.wrap(prompt)), Message("assistant", answer)])
     start = prompting.prompt_ids(tokenizer, prompt)
+    if not chat and prompt.endswith(" "):  # a space belongs to the word behind it
+        prompt, answer = prompt[:-1], f" {answer}"
     assert encoded.input_ids[: encoded.prompt_tokens] == start
     assert encoded.labels == [IGNORED] * len(start) + encoded.input_ids[len(start) :]
     assert learned(tokenizer, encoded.labels) == f"{answer}<|end|>"
     assert encoded.input_ids == start + prompting.answer_ids(tokenizer, prompt, answer)
     assert f"Q: {prompt}" in tokenizer.decode(start)
     assert ("the system" in tokenizer.decode(start)) == chat
+
+
+def test_a_space_before_the_answer_is_joined_to_its_first_word(plain_tokenizer: Any) -> None:
+    turns = [Message("user", "the film: "), Message("assistant", "good")]
+    encoded = Prompting().encode(plain_tokenizer, turns)
+    assert encoded.input_ids == [*plain_tokenizer("the film: good")["input_ids"], plain_tokenizer.eos_token_id]
+    assert plain_tokenizer.decode(encoded.input_ids[: encoded.prompt_tokens]) == "the film:"
 
 
 def test_a_prompt_that_merges_with_its_answer_is_split_where_generation_starts(plain_tokenizer: Any) -> None:

@@ -48,9 +48,9 @@ def test_the_splits_hold_what_training_and_evaluation_need(
     for row in prepared.train:
         start = row["input_ids"][: row["prompt_tokens"]]
         assert prepared.prompting.prompt_ids(chat_tokenizer, row["prompt"]) == start
-        assert chat_tokenizer.decode(row["input_ids"][row["prompt_tokens"] :]) == f"{row['reference']}<|end|>"
+        assert chat_tokenizer.decode(row["input_ids"][row["prompt_tokens"] :]) == f"{row['references'][0]}<|end|>"
         line = int(row["source"].rpartition(":")[2])
-        assert ROWS[line - 1] == {"prompt": row["prompt"], "completion": row["reference"]}
+        assert ROWS[line - 1] == {"prompt": row["prompt"], "completion": row["references"][0]}
     assert summary["train_tokens"] == sum(map(len, prepared.train["input_ids"]))
 
 
@@ -140,7 +140,7 @@ def test_plain_text_has_no_reference(tmp_path: Path, settings: Make, chat_folder
     path.write_text("".join(f"line {number}\n" for number in range(30)))
     assert prepare(settings(), sources_of(path), chat_folder, tmp_path / "out")["form"] == "completion"
     prepared = load_prepared(tmp_path / "out")
-    assert {(row["reference"], row["prompt"], row["prompt_tokens"]) for row in prepared.train} == {("", "", 0)}
+    assert {(*row["references"], row["prompt"], row["prompt_tokens"]) for row in prepared.train} == {("", 0)}
     assert not prepared.prompting.chat_template
 
 
@@ -247,3 +247,33 @@ def test_real_data_prepares(tmp_path: Path, chat_folder: Path, train: str, value
     assert summary["rows_read"] == rows
     assert summary["rows_rejected"] == 0
     assert summary["rows_kept"] + summary["duplicates_removed"] == rows
+
+
+def _heldout(folder: Path) -> list[tuple[str, list[str]]]:
+    return sorted((row["prompt"], sorted(row["references"])) for row in load_prepared(folder).heldout)
+
+
+def test_references_of_a_row_are_joined_always_those_of_a_prompt_where_the_recipe_says_so(
+    tmp_path: Path, settings: Make, chat_folder: Path, chat_tokenizer: Any
+) -> None:
+    rows = [{"prompt": "good", "references": ["a", "b"]}, {"prompt": "good", "references": ["c"]}]
+    rows += [{"prompt": "bad", "references": ["d"]}]
+    sources = sources_of(write_rows(tmp_path / "a.jsonl", ROWS), write_rows(tmp_path / "b.jsonl", rows))
+    summary = prepare(settings(), sources, chat_folder, tmp_path / "rows")
+    assert _heldout(tmp_path / "rows") == [("bad", ["d"]), ("good", ["a", "b"]), ("good", ["c"])]
+    assert (summary["heldout_rows"], summary["heldout_references"], summary["rows_read"]) == (3, 4, 63)
+    prepare(settings(group_references=True), sources, chat_folder, tmp_path / "prompts")
+    assert _heldout(tmp_path / "prompts") == [("bad", ["d"]), ("good", ["a", "b", "c"])]
+    # The loss is over the first.
+    for row in load_prepared(tmp_path / "prompts").heldout:
+        assert chat_tokenizer.decode(row["input_ids"][row["prompt_tokens"] :]) == f"{row['references'][0]}<|end|>"
+    one = prepare(settings(group_references=True, heldout_rows=1), sources, chat_folder, tmp_path / "one")
+    assert one["heldout_rows"] == 1  # a limit counts prompts then
+
+
+def test_in_training_each_reference_is_a_sample(tmp_path: Path, settings: Make, chat_folder: Path) -> None:
+    rows = [{"prompt": f"question {number}", "references": ["a", "b"]} for number in range(30)]
+    sources = sources_of(write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[:3]))
+    summary = prepare(settings(group_references=True), sources, chat_folder, tmp_path / "out")
+    assert (summary["train_rows"], summary["heldout_rows"]) == (54, 3)
+    assert {tuple(row["references"]) for row in load_prepared(tmp_path / "out").train} == {("a",), ("b",)}

@@ -1,0 +1,40 @@
+"""A tiny random LLaMA with its tokenizer, and prepared data for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.tiny_inputs import write_tiny_inputs
+from pipeline.prepare.sources import DataSources, SourceFile
+from pipeline.prepare.stage import prepare_dataset
+from pipeline.settings import DataSettings
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_inputs(folder)
+    return folder / "base"
+
+
+@pytest.fixture
+def prepared(base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`prepared(rows, **data settings)`: the folder of a held-out split of exactly these rows."""
+
+    def make(rows: list[dict[str, Any]], **settings: Any) -> Path:
+        (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        # Training has one row of the same form, about something else.
+        asked = next(iter(rows[0]))
+        trained = json.dumps({**rows[0], asked: "unseen"})
+        (tmp_path / "train.jsonl").write_text(f"{trained}\n", encoding="utf-8")
+        files = [(SourceFile(tmp_path / f"{side}.jsonl", side),) for side in ("train", "heldout")]
+        data = DataSettings(train=["train.jsonl"], max_tokens=128, **settings)
+        prepare_dataset(data, DataSources(files[0], files[1], ()), base, 128, tmp_path / "prepared", lambda *_: None)
+        return tmp_path / "prepared"
+
+    return make
