@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from benchmarks.core import ROOT
 from kasa.spectra import BottomTriplets
 from kasa.spectra_file import save_spectra
 from kasa.targets import Target
+from pipeline.base.head import LANGUAGE_MODEL, Head
 from pipeline.planning.model_shapes import meta_model, model_config
 from pipeline.planning.plan import checked_targets
 from pipeline.recipe import Recipe, parse_recipe
@@ -93,7 +95,7 @@ def shape_of(recipe: Recipe) -> nn.Module:
     """The recipe's base, which must be a folder, on the meta device."""
     config = model_config(recipe.base.model)
     assert config is not None
-    return meta_model(config)
+    return meta_model(config, recipe.base.head)
 
 
 def training_job(recipe: Recipe, folder: Path) -> TrainJob:
@@ -115,23 +117,29 @@ def training_job(recipe: Recipe, folder: Path) -> TrainJob:
     )
 
 
-Rows = Sequence[Mapping[str, Sequence[int]]]
+Rows = Sequence[Mapping[str, Any]]
 
 
-def write_inputs(folder: Path, rows: Rows, spectra: Mapping[str, BottomTriplets], validation: Rows = ()) -> None:
-    """Prepared data of `rows` (input_ids, labels) and spectra, as the stages before training leave them."""
+def write_inputs(
+    folder: Path,
+    rows: Rows,
+    spectra: Mapping[str, BottomTriplets],
+    validation: Rows = (),
+    head: Head = LANGUAGE_MODEL,
+) -> None:
+    """Prepared data of `rows` (their columns, and where they are from) and spectra, as the stages before training leave them."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
     for split, samples in (("train", rows), ("validation", validation)):
         columns = {
-            "input_ids": [list(row["input_ids"]) for row in samples],
-            "labels": [list(row["labels"]) for row in samples],
+            **{name: [row[name] for row in samples] for name in rows[0]},
             "source": [f"row {index}" for index in range(len(samples))],
         }
         if samples:
             Dataset.from_dict(columns).save_to_disk(str(folder / "prepared" / split))
     (folder / "prepared" / "summary.json").write_text(json.dumps({"train_rows": len(rows)}), encoding="utf-8")
+    head.save(folder / "prepared")
     save_spectra(folder / "spectra", dict(spectra), dict.fromkeys(spectra, "0"))
     (folder / "work").mkdir()
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from kasa import read_adapter
 from kasa.adapter_file import ADAPTER_JSON, check_base
+from pipeline.base.head import Head
 from pipeline.base.model import find_base
 from pipeline.errors import ModelError
 from pipeline.generation import load_answerer
+from pipeline.prediction import load_predictor
 from pipeline.prompting import Prompting
 from pipeline.registry.store import open_registry
 from pipeline.settings import BaseSettings
@@ -22,7 +24,8 @@ DEFAULT_NEW_TOKENS = 64
 def answer(
     model: str, prompts: Sequence[str], workspace: Path, base: Path | None, max_new_tokens: int | None
 ) -> list[str]:
-    """Greedy answers of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or an adapter folder.
+    """Greedy answers of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or an adapter folder; of a model with a head for labels
+    the classes or values of the texts, where pairs are parted by ` ||| `.
 
     Raises:
         ModelError: there is no such model.
@@ -38,6 +41,9 @@ def answer(
     saved = read_adapter(folder)
     found = base or find_base(BaseSettings(model=saved.base), workspace).folder  # type: ignore[union-attr]
     check_base(saved, found)
+    head = Head.load(folder)
+    if head.is_new:
+        return [str(said) for said in load_predictor(found, folder, "bf16", head).predictions(prompts)]
     answerer = load_answerer(found, folder, "bf16", Prompting.load(folder))
     return answerer.answers(prompts, max_new_tokens or DEFAULT_NEW_TOKENS)
 
@@ -49,6 +55,9 @@ def _from_registry(
     if base:
         os.environ["KASA_BASE_MODEL"] = str(base)
     loaded = registry.load_model(uri)
+    model = loaded.unwrap_python_model()
+    if hasattr(model, "predictor"):
+        return [str(said) for said in model.predictor.predictions(prompts)]
     if max_new_tokens:
-        loaded.unwrap_python_model().max_new_tokens = max_new_tokens
+        model.max_new_tokens = max_new_tokens
     return list(loaded.predict(list(prompts)))

@@ -187,6 +187,12 @@ class Prompting:
             raise TemplateError(f"the chat template refuses the conversation: {error}") from None
 
 
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
+    """What the tokenizer makes of a text, or a pair of them, for a new head: `input_ids`, perhaps `token_type_ids`."""
+    encoded = tokenizer(*texts)
+    return {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
 def _check_form(data: DataSettings, form: str, chat: bool) -> None:
     if form == "completion" and chat:
         raise DataError("data.chat_template is true, but data of form completion is plain text; remove it")

@@ -82,6 +82,46 @@ class Recipe(Section):
         """How many singular triplets are computed per weight (at least one, so that the report can show them)."""
         return self.spectra.rank or max(self.dropped_rank, 1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluation_follows_the_head(cls, values: Any) -> Any:
+        """A new head leaves one kind of evaluation, which need not be named."""
+        blocks = values if isinstance(values, dict) else {}
+        base, evaluate = blocks.get("base"), blocks.get("evaluate") or {}
+        head = base.get("head") if isinstance(base, dict) else None
+        if head not in ("classification", "regression") or not isinstance(evaluate, dict):
+            return values
+        return {**blocks, "evaluate": {"kind": head, **evaluate}}
+
+    @model_validator(mode="after")
+    def _head_agrees(self) -> Recipe:
+        head, data, kind = self.base.head, self.data, self.evaluate.kind
+        if head == "language-model":
+            if kind in ("classification", "regression"):
+                raise ValueError(f"evaluate.kind {kind} needs a head for it; set base.head: {kind}")
+            if data.form == "labelled" or data.labels:
+                key = "data.labels" if data.labels else "data.form: labelled"
+                raise ValueError(f"{key} needs a head to learn the labels; set base.head: classification or regression")
+            if self.train.head_learning_rate is not None:
+                raise ValueError("train.head_learning_rate needs a new head; set base.head or remove it")
+            return self
+        if kind != head:
+            raise ValueError(f"evaluate.kind {kind} does not fit base.head {head}; remove it")
+        if data.form not in ("auto", "labelled"):
+            raise ValueError(f"data.form {data.form} does not fit base.head {head}, which needs data of form labelled")
+        if data.labels and head == "regression":
+            raise ValueError("data.labels names classes, and base.head regression has none; remove it")
+        without_meaning = {
+            "data.prompt_template": data.prompt_template != "{prompt}",
+            "data.chat_template": bool(data.chat_template),
+            "data.system_prompt": data.system_prompt is not None,
+            "data.train_on_prompt": data.train_on_prompt,
+            "train.pack_tokens": self.train.pack_tokens is not None,
+        }
+        for key in (key for key, given in without_meaning.items() if given):
+            raise ValueError(f"{key} has no meaning with base.head {head}, which reads each text by itself; remove it")
+        return self
+
     @model_validator(mode="after")
     def _guards_are_measured(self) -> Recipe:
         measured = self.evaluate.measured

@@ -55,7 +55,11 @@ _RULES = """\
   different ones; `evaluate.metrics` belong to `kind: text`.
 - `evaluate.metric` is one that is measured: `loss` and `perplexity` always; `exact_match` for `kind: answer`; `accuracy`,
   `accuracy_norm` and with `extract` `accuracy_generated` for `kind: choice`; `bleu`, `rouge_l`, `chrf`, `exact_match` and what
-  `metrics` names for `kind: text`.
+  `metrics` names for `kind: text`. For `kind: classification` they are `loss`, `accuracy`, `f1_macro`, `matthews` and, of two
+  classes, `f1`; for `kind: regression` `loss`, `pearson` and `spearman`.
+- A new `base.head` decides `evaluate.kind` and `data.form`, and has no use for `data.prompt_template`,
+  `data.chat_template`, `data.system_prompt`, `data.train_on_prompt` and `train.pack_tokens`. `train.head_learning_rate` and
+  `data.labels` need one.
 - `promotion.guards` names metrics that are measured, other than `evaluate.metric`.
 - `data.prompt_template` contains `{prompt}` exactly once.
 """

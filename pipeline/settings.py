@@ -11,12 +11,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from kasa.errors import nearest
 from kasa.truncation import Truncation
+from pipeline.base.head import HeadKind
 
 # Of generated text, in the order people read them, and those of them that take no effort.
 _TEXT_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "chrf")
 _ALWAYS = frozenset(["bleu", "rouge_l", "chrf"])
 
-TokenizedForm = Literal["auto", "prompt-completion", "multiple-choice", "llm-adapters", "alpaca", "chat", "completion"]
+TokenizedForm = Literal[
+    "auto", "prompt-completion", "multiple-choice", "llm-adapters", "alpaca", "chat", "completion", "labelled"
+]
 
 
 def _as_list(value: Any) -> Any:
@@ -53,6 +56,11 @@ class BaseSettings(Section):
         description="A local Hugging Face folder with safetensors weights, a hub id, or `embedded:NAME`.",
     )
     revision: str | None = Field(None, description="Hub revision; leave out for local folders.")
+    head: HeadKind = Field(
+        "language-model",
+        description="`classification` and `regression` give the base, an encoder such as RoBERTa or a causal model, a new head "
+        "with as many classes as the data has; it is trained whole beside the adapter and saved with it.",
+    )
 
 
 class DataSettings(Section):
@@ -67,7 +75,13 @@ class DataSettings(Section):
         description="Text that `adapter.truncation` looks at, in the form of `train`; empty: `train` itself.",
     )
     form: TokenizedForm = Field(
-        "auto", description="How rows are read; `auto` decides by the columns of the first row."
+        "auto",
+        description="How rows are read; `auto` decides by the columns of the first row. `labelled`, a text or a pair of them "
+        "with a label, is the form for a new `base.head`.",
+    )
+    labels: list[str] = Field(
+        default_factory=list,
+        description="The names of the classes, in the order of their numbers in the data; empty: as the data has them.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -118,6 +132,8 @@ class DataSettings(Section):
     def _template_has_its_place(self) -> DataSettings:
         if self.prompt_template.count("{prompt}") != 1:
             raise ValueError("prompt_template must contain {prompt} exactly once")
+        if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels need at least two different names")
         return self
 
 
@@ -162,7 +178,10 @@ class SpectraSettings(Section):
         2048, ge=1, description="How much held-out text the loss of the truncated base is measured on."
     )
     warn_above: float = Field(
-        0.1, ge=0, description="Warn when truncation costs the base more than this many nats per token."
+        0.1,
+        ge=0,
+        description="Warn when truncation costs the base more than this many nats per token, or, with a new `base.head`, "
+        "changes more than this share of what the head reads.",
     )
 
 
@@ -192,6 +211,9 @@ class TrainSettings(Section):
         "not see each other. `micro_batch_size` has no meaning then.",
     )
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of a new `base.head`; default: `learning_rate`."
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
     warmup_share: float = Field(0.06, ge=0, lt=1, description="Share of the steps spent warming up.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
@@ -227,13 +249,24 @@ class TrainSettings(Section):
         return self.workers if self.min_workers is None else self.min_workers
 
 
+_DECIDING = {
+    "text": "rouge_l",
+    "answer": "exact_match",
+    "choice": "accuracy",
+    "loss": "loss",
+    "classification": "accuracy",
+    "regression": "pearson",
+}
+
+
 class EvaluateSettings(Section):
     """The held-out comparison of base, adapter and champion."""
 
-    kind: Literal["text", "answer", "choice", "loss"] = Field(
+    kind: Literal["text", "answer", "choice", "loss", "classification", "regression"] = Field(
         "text",
         description="`text`: generated prose, scored by BLEU, ROUGE-L and chrF; `answer`: generated answers, right or "
-        "wrong; `choice`: one of several given answers; `loss`: loss and perplexity alone, of any data.",
+        "wrong; `choice`: one of several given answers; `loss`: loss and perplexity alone, of any data. With a new "
+        "`base.head` it is that head's kind.",
     )
     metrics: StrList = Field(
         default_factory=list,
@@ -253,7 +286,7 @@ class EvaluateSettings(Section):
     metric: str | None = Field(
         None,
         description="What promotion is decided on, of the metrics that are measured. Default: `rouge_l`, `exact_match`, "
-        "`accuracy` or `loss`, as the kind has it.",
+        "`accuracy`, `pearson` or `loss`, as the kind has it.",
     )
     workers: int = Field(1, ge=1, description="Evaluation processes; the samples are shared out among them.")
     batch_size: int = Field(16, ge=1, description="Samples per forward pass or generated batch.")
@@ -269,15 +302,16 @@ class EvaluateSettings(Section):
             "answer": ("exact_match",),
             "choice": ("accuracy", "accuracy_norm", *(("accuracy_generated",) if self.extract else ())),
             "loss": (),
+            "classification": ("accuracy", "f1", "f1_macro", "matthews"),
+            "regression": ("pearson", "spearman"),
         }
-        return (*own[self.kind], "loss", "perplexity")
+        of_labels = self.kind in ("classification", "regression")
+        return (*own[self.kind], "loss", *(() if of_labels else ("perplexity",)))
 
     @property
     def gate_metric(self) -> str:
         """The metric that decides promotion."""
-        return (
-            self.metric or {"text": "rouge_l", "answer": "exact_match", "choice": "accuracy", "loss": "loss"}[self.kind]
-        )
+        return self.metric or _DECIDING[self.kind]
 
     @property
     def generates(self) -> bool:
@@ -316,7 +350,7 @@ class PromotionSettings(Section):
         ge=0,
         description="The gain in `evaluate.metric` that the whole 95% interval must lie above, in the metric's unit: "
         "accuracies and `exact_match` run from 0 to 1, `bleu`, `rouge_l`, `meteor` and `chrf` from 0 to 100, `loss` is in "
-        "nats.",
+        "nats (of a regression: the mean squared error).",
     )
     guards: dict[str, float] = Field(
         default_factory=dict,

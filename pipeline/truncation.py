@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,8 +23,11 @@ from kasa.spectra import Spectra
 from kasa.spectra_file import load_spectra
 from kasa.targets import Target
 from kasa.truncation import dropped_rank
+from pipeline.base.head import Head
 from pipeline.base.model import load_base
+from pipeline.head_features import changed_share, features, read_samples
 from pipeline.journal import append_journal, rewrite_journal
+from pipeline.labelled_model import Sample
 from pipeline.language_model import collate, label_losses
 from pipeline.prepare.stage import load_prepared
 
@@ -33,6 +37,7 @@ AUDIT_JSON = "audit.json"
 PASS_TOKENS = 1024
 
 TokenIds = Sequence[int]
+Text = TypeVar("Text")
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,18 @@ class AuditJob:
 def calibrate_shard(shard: CalibrationShard) -> None:
     """Sum up what the shard's rows do in the layers, and save the sums."""
     torch.set_num_threads(1)
-    samples = load_prepared(shard.prepared).calibration
+    prepared = load_prepared(shard.prepared)
+    samples = prepared.calibration
     rows = first_rows(samples, shard.tokens)[shard.index :: shard.count]
     rewrite_journal(shard.journal, keep=lambda record: False)
-    model = _load(shard.base_folder, shard.precision)
-    texts = [samples[row]["input_ids"] for row in rows]
+    model = _load(shard.base_folder, shard.precision, prepared.head)
+    if prepared.head.is_new:
+        batches = equal_length_batches([samples[row] for row in rows], _length)
+        passes = read_samples(model, batches, shard.gradients)
+    else:
+        passes = read_texts(model, [samples[row]["input_ids"] for row in rows], shard.gradients)
     with observe_layers(model, shard.targets, shard.gradients) as sums:
-        for tokens in read_texts(model, texts, shard.gradients):
+        for tokens in passes:
             append_journal(shard.journal, [{"tokens": tokens}])
     save_sums(shard.out, sums)
 
@@ -95,22 +105,30 @@ def read_texts(model: nn.Module, texts: Sequence[TokenIds], gradients: bool) -> 
 
 def audit_truncation(job: AuditJob) -> dict[str, Any]:
     """Losses of the base and of the truncated base, the share of its output that each layer loses, and the worst layers
-    truncated alone. Writes all of it to `audit.json`; returns what is not per layer."""
+    truncated alone. Writes all of it to `audit.json`; returns what is not per layer.
+
+    Below a new head the loss is the share of what the head reads that changes (`pipeline.head_features`), of the base 0.
+    """
     torch.set_num_threads(1)
-    heldout = load_prepared(job.prepared).heldout
-    texts = [heldout[row]["input_ids"] for row in first_rows(heldout, job.tokens)]
-    model = _load(job.base_folder, job.precision)
+    prepared = load_prepared(job.prepared)
+    rows = first_rows(prepared.heldout, job.tokens)
+    texts = [prepared.heldout[row]["input_ids"] for row in rows]
+    model = _load(job.base_folder, job.precision, prepared.head)
     spectra, _ = load_spectra(job.spectra)
+    if prepared.head.is_new:
+        measure = _feature_change(model, [prepared.heldout[row] for row in rows])
+    else:
+        measure = partial(language_loss, model, texts)
 
     def loss_of(targets: Sequence[Target]) -> float:
         attach(model, targets, job.config, spectra)
         try:
-            return _counted(job, language_loss(model, texts))
+            return _counted(job, measure())
         finally:
             detach(model)
 
     with observe_dropped(model, dropped_parts(job.targets, job.config, spectra)) as observed:
-        base_loss = _counted(job, language_loss(model, texts))
+        base_loss = _counted(job, measure())
     shares = observed.shares()
     truncated_loss = loss_of(job.targets)
     by_share = sorted((t for t in job.targets if t.name in shares), key=lambda target: -shares[target.name])
@@ -122,6 +140,21 @@ def audit_truncation(job: AuditJob) -> dict[str, Any]:
     }
     (job.out / AUDIT_JSON).write_text(json.dumps({**facts, "shares": shares}, indent=1), encoding="utf-8")
     return facts
+
+
+def _feature_change(model: nn.Module, samples: Sequence[Sample]) -> Callable[[], float]:
+    """How far what the head reads of the samples has moved from what it was at the first call."""
+    batches = equal_length_batches(samples, _length)
+    first: list[torch.Tensor] = []
+
+    def measure() -> float:
+        with torch.inference_mode():
+            now = [features(model, batch) for batch in batches]
+        if not first:
+            first.extend(now)
+        return changed_share(first, now)
+
+    return measure
 
 
 def dropped_parts(
@@ -142,11 +175,11 @@ def first_rows(samples: Any, tokens: int) -> range:
     return range(len(samples))
 
 
-def equal_length_batches(texts: Sequence[TokenIds]) -> list[list[TokenIds]]:
+def equal_length_batches(texts: Sequence[Text], length_of: Callable[[Text], int] = len) -> list[list[Text]]:  # type: ignore[assignment]
     """The texts, longest first, in batches of one length and about `PASS_TOKENS` tokens at most."""
-    by_length: defaultdict[int, list[TokenIds]] = defaultdict(list)
+    by_length: defaultdict[int, list[Text]] = defaultdict(list)
     for text in texts:
-        by_length[len(text)].append(text)
+        by_length[length_of(text)].append(text)
     batches = []
     for length in sorted(by_length, reverse=True):
         size = max(1, PASS_TOKENS // length)
@@ -167,8 +200,12 @@ def _token_losses(model: nn.Module, texts: Sequence[TokenIds]) -> torch.Tensor:
     return label_losses(model, batch.to(next(model.parameters()).device))[:, : len(texts[0]) - 1]
 
 
-def _load(folder: Path, precision: str) -> nn.Module:
-    return load_base(folder, precision).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+def _length(sample: Sample) -> int:
+    return len(sample["input_ids"])
+
+
+def _load(folder: Path, precision: str, head: Head) -> nn.Module:
+    return load_base(folder, precision, head).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _counted(job: AuditJob, loss: float) -> float:

@@ -15,7 +15,7 @@ DOORS = {
     # The second is no part of a run: a client of Ray's Jobs API, which speaks HTTP to a cluster and starts no Ray.
     "ray": {"pipeline/cluster.py", "pipeline/jobs/client.py"},
     "mlflow": {f"pipeline/tracking/{part}.py" for part in _TRACKING}
-    | {"pipeline/registry/store.py", "pipeline/registry/served_model.py"},
+    | {f"pipeline/registry/{part}.py" for part in ("store", "served_model", "served_labels")},
     "fsspec": {"pipeline/storage/objects.py"},
     "deepspeed": {"pipeline/training/zero.py"},
 }

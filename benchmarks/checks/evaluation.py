@@ -100,7 +100,8 @@ def damaged_references(path: Path, count: int) -> list[Record]:
     for line in path.read_text(encoding="utf-8").splitlines():
         meaning, _, reference = line.partition("||")
         groups.setdefault(meaning.strip(), []).append(reference.strip())
-    chance, results = random.Random(0), []
+    chance = random.Random(0)
+    results: list[dict[str, Any]] = []
     for references in [several for several in groups.values() if len(several) > 1][:count]:
         kept = [word for word in references[0].split() if chance.random() > 0.15]
         results.append({"sample": len(results), "output": " ".join(kept), "references": references[1:]})

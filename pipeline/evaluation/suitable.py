@@ -14,7 +14,7 @@ def check_suitable(settings: EvaluateSettings, prepared: PreparedDataset) -> Non
     Raises:
         RecipeError: the samples are plain text without a prompt, have no choices, or an answer that is none of them.
     """
-    if settings.kind == "loss":
+    if settings.kind in ("loss", "classification", "regression"):
         return
     heldout = prepared.heldout.select_columns(["references", "choices", "choice_labels", "source"])
     form = prepared.summary["form"]

@@ -5,8 +5,9 @@ An interrupted shard goes on where its journal ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ from pipeline.evaluation.choices import (
     right_choice,
     score_choices,
 )
+from pipeline.evaluation.labels import score_labels
 from pipeline.generation import Answerer, greedy_answers, load_answerer
 from pipeline.journal import JournalWriter, Record, read_journal
 from pipeline.language_model import Sample, collate, label_losses
-from pipeline.prepare.stage import load_prepared
+from pipeline.prediction import load_predictor
+from pipeline.prepare.stage import PreparedDataset, load_prepared
 from pipeline.prompting import Message, Prompting
 from pipeline.settings import EvaluateSettings
+
+# Samples and their indices -> their results.
+Scorer = Callable[[Sequence[Any], Sequence[int]], list[Record]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class EvaluationShard:
     Attributes:
         base_folder, adapter: the candidate; the plain base where `adapter` is None.
         prepared: folder of the prepared data.
+        seed: of an untrained head, where there is no adapter.
         journal: where results go.
     """
 
@@ -47,26 +54,24 @@ class EvaluationShard:
     index: int
     count: int
     journal: Path
+    seed: int = 0
 
 
 def evaluate_shard(shard: EvaluationShard) -> int:
     """Score the shard's samples that its journal lacks; returns how many it holds in the end."""
     torch.set_num_threads(1)
-    samples = load_prepared(shard.prepared).heldout
-    batches = batches_of([len(ids) for ids in samples["input_ids"]], shard.settings.batch_size)[
-        shard.index :: shard.count
-    ]
+    prepared = load_prepared(shard.prepared)
+    samples = prepared.heldout
+    lengths = [len(ids) for ids in samples["input_ids"]]
+    batches = batches_of(lengths, shard.settings.batch_size)[shard.index :: shard.count]
     known = {record["sample"] for record in read_journal(shard.journal)}
     whole = {index for batch in batches if known.issuperset(batch) for index in batch}
     journal = JournalWriter(shard.journal, keep=lambda record: record["sample"] in whole)
     left = [batch for batch in batches if not whole.issuperset(batch)]
     if left:
-        written = load_prepared(shard.prepared).prompting
-        own = Prompting.load(shard.adapter) if shard.adapter else written
-        answerer = load_answerer(shard.base_folder, shard.adapter, shard.precision, own)
+        score = _label_scorer(shard, prepared) if prepared.head.is_new else _text_scorer(shard, prepared)
         for batch in left:
-            asked = [rewritten(samples[i], written, own, answerer.tokenizer) for i in batch]
-            journal.append(_score(answerer, asked, batch, shard.settings))
+            journal.append(score([samples[index] for index in batch], batch))
     return len(read_journal(shard.journal))
 
 
@@ -77,6 +82,23 @@ def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _label_scorer(shard: EvaluationShard, prepared: PreparedDataset) -> Scorer:
+    predictor = load_predictor(shard.base_folder, shard.adapter, shard.precision, prepared.head, shard.seed)
+    return partial(score_labels, predictor)
+
+
+def _text_scorer(shard: EvaluationShard, prepared: PreparedDataset) -> Scorer:
+    written = prepared.prompting
+    own = Prompting.load(shard.adapter) if shard.adapter else written
+    answerer = load_answerer(shard.base_folder, shard.adapter, shard.precision, own)
+
+    def score(samples: Sequence[Any], indices: Sequence[int]) -> list[Record]:
+        asked = [rewritten(sample, written, own, answerer.tokenizer) for sample in samples]
+        return _score(answerer, asked, indices, shard.settings)
+
+    return score
 
 
 def rewritten(sample: Sample, written: Prompting, own: Prompting, tokenizer: Any) -> Sample:

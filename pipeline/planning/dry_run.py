@@ -58,7 +58,7 @@ def plan_run(recipe: Recipe, remake: Sequence[str] = ()) -> RunPlan:
     sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
-    model = meta_model(config) if config is not None else None
+    model = meta_model(config, recipe.base.head) if config is not None else None
     targets = checked_targets(recipe, model) if model is not None else []
     stages = _stages(recipe, base, sources.digest if sources else None, targets, remake)
     return RunPlan(

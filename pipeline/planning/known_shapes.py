@@ -107,6 +107,16 @@ _DEBERTA_V3_BASE: dict[str, Any] = {
     "layer_norm_eps": 1e-7,
 }
 
+_MINILM_L6: dict[str, Any] = {
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
+
 KNOWN_SHAPES: dict[str, dict[str, Any]] = {
     "embedded:smollm2-135m-instruct": _SMOLLM2_135M | _sizes(576, 1536, 30, 9, 3),
     "llama-2-7b-hf": _LLAMA_2_7B,
@@ -131,4 +141,5 @@ KNOWN_SHAPES: dict[str, dict[str, Any]] = {
     "roberta-base": _roberta(768, 3072, 12, 12),
     "roberta-large": _roberta(1024, 4096, 24, 16),
     "deberta-v3-base": _DEBERTA_V3_BASE,
+    "embedded:all-minilm-l6-v2": _MINILM_L6,
 }

@@ -7,14 +7,16 @@ configuration file of a local folder or of the local hub cache, or from `pipelin
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from kasa.errors import nearest
+from pipeline.base.head import HeadKind
 from pipeline.errors import BaseModelError
 from pipeline.planning.known_shapes import KNOWN_SHAPES
 
@@ -53,20 +55,32 @@ def built_in_names() -> list[str]:
     return list(KNOWN_SHAPES)
 
 
-def meta_model(config: PretrainedConfig) -> nn.Module:
+def meta_model(config: PretrainedConfig, head: HeadKind = "language-model") -> nn.Module:
     """The model of `config` on torch's meta device: every module and parameter shape, no memory.
 
+    A new head is made for the classes that the configuration names, which need not be those of the data.
+
     Raises:
-        BaseModelError: transformers has no causal language model for this configuration.
+        BaseModelError: transformers has no model with such a head for this configuration.
     """
+    models: Any = AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = models.from_config(config, trust_remote_code=False)
     except ValueError as error:
-        raise BaseModelError(
-            f"base.model of type {config.model_type!r} is no causal language model that transformers can build "
-            f"({_one_line(error)}); choose a decoder such as llama, mistral, qwen2 or gpt2"
-        ) from None
+        remedy = (
+            "is no causal language model that transformers can build ({}); choose a decoder such as llama, mistral, qwen2 or gpt2"
+            if head == "language-model"
+            else "cannot be given a head for labels by transformers ({}); choose an encoder such as roberta, deberta-v2 or bert"
+        )
+        raise BaseModelError(f"base.model of type {config.model_type!r} {remedy.format(_one_line(error))}") from None
+    return model
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The names of the modules beside the body: the new head of a model for labels."""
+    body = str(model.base_model_prefix)
+    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
 
 
 def _cached_folder(model: str, revision: str | None) -> Path | None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from kasa import find_targets
 from kasa.targets import Target, check_rank
 from kasa.truncation import dropped_rank
+from pipeline.base.model import targets_of
 from pipeline.deepspeed_config import complete_config, config_names, load_deepspeed_config
 from pipeline.errors import BaseModelError, RecipeError
 from pipeline.planning.compute import ACCELERATORS, Accelerator, SpectraCost, spectra_cost, training_flops
@@ -32,7 +32,7 @@ from pipeline.planning.memory import (
     trainable_parameters,
     worker_memory,
 )
-from pipeline.planning.model_shapes import built_in_names, meta_model, model_config
+from pipeline.planning.model_shapes import built_in_names, head_modules, meta_model, model_config
 from pipeline.recipe import Recipe, parse_recipe, recipe_values
 from pipeline.training.batches import optimizer_steps
 
@@ -174,7 +174,7 @@ def plan_training(recipe: Recipe, hardware: Hardware) -> Estimate:
             f"base.model {recipe.base.model}: its configuration is not on this machine; name a local folder with a "
             f"config.json, or one of {', '.join(built_in_names())}"
         )
-    model = meta_model(config)
+    model = meta_model(config, recipe.base.head)
     return estimate(recipe, model, checked_targets(recipe, model), hardware=hardware)
 
 
@@ -184,7 +184,7 @@ def checked_targets(recipe: Recipe, model: nn.Module) -> list[Target]:
     Raises:
         TargetError: there are none, or the recipe's ranks are too large for one.
     """
-    targets = find_targets(model, recipe.adapter.targets)
+    targets = targets_of(model, recipe.adapter.targets, recipe.base.head)
     check_rank(targets, recipe.adapter.rank, "adapter.rank")
     check_rank(targets, recipe.spectra_rank, "spectra.rank")
     return targets
@@ -263,6 +263,10 @@ def estimate(
     ]
     shape = None if model is None else block_shape(getattr(model, "config", None))
     trainable = trainable_parameters(adapted)
+    if model is not None and recipe.base.head != "language-model":
+        # A new head has a few outputs, not a vocabulary of logits, and is trained whole.
+        shape = None if shape is None else replace(shape, vocabulary=0)
+        trainable += sum(p.numel() for name in head_modules(model) for p in model.get_submodule(name).parameters())
     known = model is not None
     forward = ForwardPass(
         rows=train.micro_batch_size if train.pack_tokens is None else 1,

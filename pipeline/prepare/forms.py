@@ -14,11 +14,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kasa.errors import nearest
+from pipeline.base.head import PAIR_SEPARATOR
 from pipeline.errors import DataError
 from pipeline.prepare.readers import RawRow
 from pipeline.prompting import Message
 from pipeline.settings import DataSettings
 
+# What labels belong to: our own names, then those of GLUE's tasks and their like. A second text makes a pair.
+LABEL = "label"
+LABELLED_TEXTS = (
+    ("text",),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("sentence",),
+)
 # In the order in which `auto` tries them: data sets often repeat a sample in a further `text` or `messages` column.
 REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
     "multiple-choice": (
@@ -32,8 +43,14 @@ REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction", "output"),),
     "chat": (("messages",), ("conversations",)),
     "completion": (("text",),),
+    "labelled": tuple((*texts, LABEL) for texts in LABELLED_TEXTS),
 }
-OPTIONAL = {"prompt-completion": ("references",), "llm-adapters": ("input",), "alpaca": ("input",)}
+OPTIONAL = {
+    "prompt-completion": ("references",),
+    "llm-adapters": ("input",),
+    "alpaca": ("input",),
+    "labelled": ("text_pair",),
+}
 _ANSWER_FORMAT = re.compile(r"^Answer format:[ \t]*(\S.*)$", re.MULTILINE)
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
@@ -48,6 +65,8 @@ class Rejection(NamedTuple):
 @dataclass(frozen=True)
 class Sample:
     """A conversation ending with an assistant turn, before any template. A lone assistant turn is plain text.
+
+    Of a labelled text the label is that turn; the second text of a pair is a turn of the role `pair`.
 
     Attributes:
         further: references beside the last turn.
@@ -67,12 +86,19 @@ class Sample:
         before = self.turns[:-1]
         if len(before) == 1 and before[0].role == "user":
             return before[0].content
+        if self.is_pair:
+            return PAIR_SEPARATOR.join(turn.content for turn in before)
         return "\n".join(f"{turn.role}: {turn.content}" for turn in before)
 
     @property
     def references(self) -> tuple[str, ...]:
         """The last assistant turn, then the further ones; none for plain text, which has no answer to compare with."""
         return (self.turns[-1].content, *self.further) if len(self.turns) > 1 else ()
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is a pair of texts with a label."""
+        return len(self.turns) == 3 and self.turns[1].role == "pair"
 
     @property
     def opening(self) -> str:
@@ -275,6 +301,29 @@ def _chat(values: dict[str, Any]) -> list[_Conversation]:
     return [_Conversation(turns)]
 
 
+def _labelled(values: dict[str, Any]) -> list[_Conversation]:
+    fields = next((texts for texts in LABELLED_TEXTS if all(field in values for field in texts)), LABELLED_TEXTS[0])
+    if fields == ("text",) and values.get("text_pair") is not None:
+        fields = ("text", "text_pair")
+    texts = [_text(values, field) for field in fields]
+    if len(texts) == 2 and PAIR_SEPARATOR in texts[0]:
+        raise _RowError(f"{fields[0]} contains {PAIR_SEPARATOR!r}, which parts the texts of a pair")
+    label = Message("assistant", _label(values))
+    return [_Conversation((*map(Message, ("user", "pair"), texts), label))]
+
+
+def _label(values: dict[str, Any]) -> str:
+    """The label as people would write it: 1 and 1.0 are one class, and so is "1" in a csv file."""
+    value = values.get(LABEL)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int | float):
+        return str(value)
+    return _text(values, LABEL).strip()
+
+
 def _role(item: dict[str, Any], key: str) -> str:
     role = item.get(key)
     if not isinstance(role, str) or role not in ROLES:
@@ -296,4 +345,5 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], list[_Conversation]]] = {
     "alpaca": _alpaca,
     "chat": _chat,
     "completion": _completion,
+    "labelled": _labelled,
 }

@@ -1,9 +1,10 @@
 """The prepare stage: files in, two tokenised splits out.
 
-    out/train, out/heldout   Hugging Face datasets on disk (columns: see `COLUMNS`)
+    out/train, out/heldout   Hugging Face datasets on disk (columns: see `COLUMNS` and `LABELLED_COLUMNS`)
     out/validation           another one, where `data.validation_rows` asks for it
     out/calibration          another one, where `data.calibration` names a source
     out/prompting.json       how prompts are written (`pipeline.prompting`)
+    out/head.json            what the outputs of a new head mean (`pipeline.base.head`), where the recipe asks for one
     out/rejected.jsonl       every unusable row with its reason
     out/summary.json         counts; written last
 
@@ -25,18 +26,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.base.head import Head, HeadKind
 from pipeline.errors import BaseModelError, DataError, WorkspaceError
 from pipeline.prepare.forms import Rejection, Sample, decide_form, read_samples
+from pipeline.prepare.labels import Labels, check_sides, find_labels, label_summary
 from pipeline.prepare.readers import read_rows
 from pipeline.prepare.sources import DataSources, SourceFile
 from pipeline.prepare.split import Split, split_samples
-from pipeline.prompting import Message, Prompting, TemplateError, Tokenizer
+from pipeline.prompting import Message, Prompting, TemplateError, Tokenizer, encode_texts
 from pipeline.settings import DataSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = ("input_ids", "labels", "prompt", "prompt_tokens", "references", "choices", "choice_labels", "source")
+# `token_type_ids` is empty where the tokenizer has none.
+LABELLED_COLUMNS = ("input_ids", "token_type_ids", "label", "prompt", "references", "source")
 PROGRESS_EVERY_ROWS = 256
 ROWS_PER_BATCH = 10_000
 LOCATIONS_SHOWN = 5
@@ -76,6 +81,11 @@ class PreparedDataset:
         """How the prompts were written."""
         return Prompting.load(self.folder)
 
+    @cached_property
+    def head(self) -> Head:
+        """The head that the samples are for."""
+        return Head.load(self.folder)
+
     def _load(self, name: str) -> Dataset:
         from datasets import load_from_disk
 
@@ -89,12 +99,14 @@ class PreparedDataset:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A sample with its token ids."""
+    """A sample with its token ids; `labels` and `prompt_tokens` for a language model, the others for a new head."""
 
     sample: Sample
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
-    prompt_tokens: int
+    prompt_tokens: int = 0
+    token_type_ids: npt.NDArray[np.int32] | None = None
+    label: float = 0.0
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -127,12 +139,14 @@ def prepare_dataset(
     context_tokens: int,
     out: Path,
     on_progress: Progress,
+    head: HeadKind = "language-model",
 ) -> dict[str, Any]:
     """Read, check, tokenise and split the data, and write the folder `out`.
 
     Args:
         context_tokens: The longest sequence the base model takes.
         on_progress: Called now and then with the rows tokenised so far and the rows in all.
+        head: What the samples are for.
 
     Returns:
         The summary, as in `summary.json`.
@@ -148,7 +162,12 @@ def prepare_dataset(
             f"set data.max_tokens to {context_tokens} or less"
         )
     tokenizer = load_tokenizer(tokenizer_folder)
+    labelled = head != "language-model"
+    if labelled:
+        settings = settings.model_copy(update={"form": "labelled"})
     form, train, rejected = _read(sources.train, settings)
+    if form == "labelled" and not labelled:
+        raise DataError("texts with a label need a head to learn it; set base.head: classification or regression")
     same_form = settings.model_copy(update={"form": form})
     _, heldout, heldout_rejected = _read(sources.heldout, same_form)
     _, calibration, calibration_rejected = _read(sources.calibration, same_form)
@@ -158,12 +177,14 @@ def prepare_dataset(
     )
     _check_rejected(rejected, rows_read, settings)  # before the minutes that tokenising may take
 
-    prompting = Prompting.from_settings(settings, tokenizer, form)
+    labels = find_labels(head, settings.labels, [*train, *heldout]) if labelled else None
+    prompting = Prompting() if labelled else Prompting.from_settings(settings, tokenizer, form)
+    tokenise = partial(_tokenise_labelled, labels) if labels else partial(_tokenise, prompting)
     sides: list[list[Tokenised]] = [[], [], []]
     done, total = 0, len(train) + len(heldout) + len(calibration)
     for side, samples in zip(sides, (train, heldout, calibration), strict=True):
         for sample in samples:
-            result = _tokenise(sample, prompting, tokenizer, settings.max_tokens)
+            result = tokenise(sample, tokenizer, settings.max_tokens)
             if isinstance(result, Rejection):
                 rejected.append(result)
             else:
@@ -182,15 +203,15 @@ def prepare_dataset(
     if settings.train_on_prompt:
         split = replace(split, train=[replace(row, labels=row.input_ids) for row in split.train])
     summary = _summary(split, rejected, rows_read, form)
+    if labels:
+        values = [row.label for row in split.train]
+        check_sides(labels.head, values, [row.label for row in split.heldout])
+        summary |= label_summary(labels.head, values)
     with _storing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        _write_split(split.train, out / "train")
-        _write_split(split.heldout, out / "heldout")
-        if split.validation:
-            _write_split(split.validation, out / "validation")
-        if sides[2]:
-            _write_split(sides[2], out / "calibration")
+        _write_splits(split, sides[2], out, LABELLED_COLUMNS if labels else COLUMNS)
         prompting.save(out)
+        if labels:
+            labels.head.save(out)
         lines = [json.dumps({"source": row.location, "reason": row.reason}, ensure_ascii=False) for row in rejected]
         out.joinpath("rejected.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
@@ -233,7 +254,7 @@ def _read(files: Sequence[SourceFile], settings: DataSettings) -> tuple[str, lis
     return settings.form, samples, rejected
 
 
-def _tokenise(sample: Sample, prompting: Prompting, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
+def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
     turns = [Message(role, prompting.wrap(text) if role == "user" else text) for role, text in sample.turns]
     try:
         encoded = prompting.encode(tokenizer, turns)
@@ -263,6 +284,18 @@ def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Token
         further = tuple(other.turns[-1].content for other in others)
         joined.append(replace(first, sample=replace(first.sample, further=further)))
     return joined
+
+
+def _tokenise_labelled(labels: Labels, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
+    read = labels.read(sample)
+    if isinstance(read, Rejection):
+        return read
+    encoded = encode_texts(tokenizer, [turn.content for turn in sample.turns[:-1]])
+    ids, types = (np.array(encoded.get(name, ()), np.int32) for name in ("input_ids", "token_type_ids"))
+    if len(ids) > max_tokens:
+        return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
+    sample, label = read
+    return Tokenised(sample, ids, ids[:0], token_type_ids=types, label=label)
 
 
 def _check_rejected(rejected: list[Rejection], rows_read: int, settings: DataSettings) -> None:
@@ -304,14 +337,25 @@ def _summary(split: Split[Tokenised], rejected: list[Rejection], rows_read: int,
     }
 
 
-def _write_split(rows: list[Tokenised], folder: Path) -> None:
+def _write_splits(split: Split[Tokenised], calibration: list[Tokenised], out: Path, columns: Sequence[str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    _write_split(split.train, out / "train", columns)
+    _write_split(split.heldout, out / "heldout", columns)
+    if split.validation:
+        _write_split(split.validation, out / "validation", columns)
+    if calibration:
+        _write_split(calibration, out / "calibration", columns)
+
+
+def _write_split(rows: list[Tokenised], folder: Path, columns: Sequence[str]) -> None:
     import datasets
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
     texts = pa.list_(pa.string())
-    types = dict(zip(COLUMNS, (ids, ids, pa.string(), pa.int32(), texts, texts, texts, pa.string()), strict=True))
-    schema = pa.schema(types)
+    types = {"input_ids": ids, "labels": ids, "token_type_ids": ids, "prompt_tokens": pa.int32(), "label": pa.float64()}
+    types |= dict.fromkeys(("references", "choices", "choice_labels"), texts)
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
     # In batches: one array of lists holds at most 2**31 tokens.
     batches = [_batch(rows[start : start + ROWS_PER_BATCH], schema) for start in range(0, len(rows), ROWS_PER_BATCH)]
     table = datasets.Dataset(pa.Table.from_batches(batches, schema))
@@ -324,20 +368,24 @@ def _write_split(rows: list[Tokenised], folder: Path) -> None:
             datasets.enable_progress_bars()
 
 
+_CELLS: dict[str, Callable[[Tokenised], Any]] = {
+    "input_ids": lambda row: row.input_ids,
+    "labels": lambda row: row.labels,
+    "token_type_ids": lambda row: [] if row.token_type_ids is None else row.token_type_ids,
+    "label": lambda row: row.label,
+    "prompt": lambda row: row.sample.prompt,
+    "prompt_tokens": lambda row: row.prompt_tokens,
+    "references": lambda row: row.sample.references,
+    "choices": lambda row: row.sample.choices,
+    "choice_labels": lambda row: row.sample.labels,
+    "source": lambda row: row.sample.location,
+}
+
+
 def _batch(rows: list[Tokenised], schema: Any) -> Any:
     import pyarrow as pa
 
-    columns = [
-        [row.input_ids for row in rows],
-        [row.labels for row in rows],
-        [row.sample.prompt for row in rows],
-        [row.prompt_tokens for row in rows],
-        [row.sample.references for row in rows],
-        [row.sample.choices for row in rows],
-        [row.sample.labels for row in rows],
-        [row.sample.location for row in rows],
-    ]
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+    arrays = [pa.array([_CELLS[field.name](row) for row in rows], field.type) for field in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 

@@ -97,9 +97,10 @@ def package_of(
 ) -> ModelPackage:
     """The model as MLflow stores it; `folder` holds what `write_report` made."""
     versions = package_versions(SERVING_PACKAGES).items()
+    labels = recipe.base.head != "language-model"
     prompts = (prompt for prompt in load_prepared(made["prepare"].folder).heldout["prompt"] if prompt.strip())
     return ModelPackage(
-        code=_ROOT / "pipeline" / "registry" / "served_model.py",
+        code=_ROOT / "pipeline" / "registry" / ("served_labels.py" if labels else "served_model.py"),
         packages=_PACKAGES,
         artifacts={
             ADAPTER: made["train"].folder / ADAPTER,

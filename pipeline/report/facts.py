@@ -39,7 +39,8 @@ class LayerFacts:
 class TruncationFacts:
     """What the truncation costs before training: mean losses in nats over `tokens` held-out tokens.
 
-    `worst` has the layers that lose the largest share of their output, each with the loss when it alone is truncated.
+    `worst` has the layers that lose the largest share of their output, each with the loss when it alone is truncated. With a
+    new head (`below_head`) the loss is the share of what the head reads that changes.
     """
 
     rule: str
@@ -49,6 +50,7 @@ class TruncationFacts:
     truncated_loss: float
     worst: list[tuple[str, float]]
     warning: str | None
+    below_head: bool = False
 
     @property
     def cost(self) -> float:

@@ -127,6 +127,7 @@ def _truncation(context: RunContext, audited: Artifact) -> TruncationFacts:
         truncated_loss=facts["truncated_loss"],
         worst=[(layer["name"], layer["loss"]) for layer in facts["worst"]],
         warning=truncation_warning(context.recipe, facts),
+        below_head=context.recipe.base.head != "language-model",
     )
 
 

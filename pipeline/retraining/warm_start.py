@@ -98,6 +98,7 @@ def adapter_tags(recipe: Recipe, targets: Sequence[Target]) -> dict[str, str]:
         "kasa.alpha": f"{adapter.alpha:g}",
         "kasa.truncation": f"{adapter.truncation} {recipe.dropped_rank}",
         "kasa.targets": content_digest(sorted(target.name for target in targets))[:16],
+        **({"kasa.head": recipe.base.head} if recipe.base.head != "language-model" else {}),
     }
 
 
@@ -121,6 +122,7 @@ _WORDS = {
     "kasa.alpha": "has another adapter.alpha",
     "kasa.truncation": "drops another part of the base (adapter.truncation, rank)",
     "kasa.targets": "adapts other modules (adapter.targets)",
+    "kasa.head": "has another base.head",
 }
 
 

@@ -79,6 +79,11 @@ def truncation_warning(recipe: Recipe, facts: dict[str, Any]) -> str | None:
         if recipe.calibrated
         else "use adapter.truncation=loss, or leave those layers out of adapter.targets"
     )
+    if recipe.base.head != "language-model":
+        return (
+            f"truncation changes {truncated:.0%} of what the new head reads of held-out text, before training begins (worst: "
+            f"{worst['name']}, alone {worst['loss']:.0%}); {remedy}"
+        )
     return (
         f"truncation takes the base's loss on held-out text from {base:.3f} to {truncated:.3f} before training begins "
         f"(worst: {worst['name']}, alone {worst['loss']:.3f}); {remedy}"

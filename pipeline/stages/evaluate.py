@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.artifacts.keys import EVALUATE, evaluation_key
 from pipeline.artifacts.store import Artifact
+from pipeline.base.head import Head
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
@@ -20,6 +21,7 @@ from pipeline.evaluation.samples import read_samples, write_samples
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.journal import JournalTail, Record, read_journal
 from pipeline.metrics.intervals import Interval, measure, paired_differences
+from pipeline.metrics.labels import metrics_for_classes
 from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import load_prepared
 from pipeline.registry.moves import settle
@@ -73,22 +75,24 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the base, the trained adapter, and the champion if it is another adapter on the same base."""
     adapted = Candidate("adapted", trained.folder / ADAPTER, trained.key)
-    champion, rival, obstacle = _champion(context, base, trained)
+    head = load_prepared(prepared.folder).head
+    measured = metrics_for_classes(context.recipe.evaluate.measured, len(head.classes))
+    champion, rival, obstacle = _champion(context, base, trained, head)
     candidates = [Candidate("base", None, None), *([rival] if rival else []), adapted]
     results: dict[str, Artifact] = {}
     with context.stage(EVALUATE) as stage:
         for candidate in candidates:
             key = evaluation_key(context.recipe, prepared.key, base.digest, candidate.key)
             find_or_make = stage.main_artifact if candidate is adapted else stage.artifact
-            results[candidate.name] = find_or_make(key, partial(_measure, context, base, prepared, candidate))
-        evaluation = _compare(results, context.recipe.evaluate.measured, champion, obstacle)
+            results[candidate.name] = find_or_make(key, partial(_measure, context, base, prepared, candidate, measured))
+        evaluation = _compare(results, measured, champion, obstacle)
         log_datasets(context, stage.run_id, sources, prepared, ["heldout"])
         _publish(context, stage.run_id, evaluation, results)
     return evaluation
 
 
 def _champion(
-    context: RunContext, base: BaseModel, trained: Artifact
+    context: RunContext, base: BaseModel, trained: Artifact, head: Head
 ) -> tuple[ModelVersion | None, Candidate | None, str | None]:
     """The champion, and itself as a candidate or what prevents that."""
     name = context.recipe.registered_name
@@ -103,12 +107,20 @@ def _champion(
         what = "was not registered by this pipeline" if key is None else "belongs to another base"
         return champion, None, f"{who} {what} and cannot be compared; kasa promote can replace it by hand"
     adapter = context.registry.download(f"{champion.uri}/artifacts/{ADAPTER}", context.workspace / "champions" / key)
+    if Head.load(adapter) != head:
+        obstacle = "has another head, or other classes, and cannot be compared; kasa promote can replace it by hand"
+        return champion, None, f"{who} {obstacle}"
     context.storage.share(adapter, key)
     return champion, Candidate("champion", adapter, key), None
 
 
 def _measure(
-    context: RunContext, base: BaseModel, prepared: Artifact, candidate: Candidate, folder: Path
+    context: RunContext,
+    base: BaseModel,
+    prepared: Artifact,
+    candidate: Candidate,
+    metrics: Sequence[str],
+    folder: Path,
 ) -> dict[str, Any]:
     """Score all held-out samples, shared out over the evaluation workers; facts: the metrics."""
     recipe = context.recipe
@@ -122,6 +134,7 @@ def _measure(
             index=index,
             count=recipe.evaluate.workers,
             journal=(folder / f"shard-{index}-of-{recipe.evaluate.workers}.jsonl").resolve(),
+            seed=recipe.train.seed,
         )
         for index in range(recipe.evaluate.workers)
     ]
@@ -141,7 +154,7 @@ def _measure(
     write_samples(folder / RESULTS, [{**asked[result["sample"]], **result} for result in results])
     for shard in shards:
         shard.journal.unlink()
-    found = measure(results, recipe.evaluate.measured)
+    found = measure(results, metrics)
     return {
         "candidate": candidate.name,
         "rows": len(results),

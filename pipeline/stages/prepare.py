@@ -9,13 +9,17 @@ from typing import Any
 
 from pipeline.artifacts.keys import prepare_key
 from pipeline.artifacts.store import Artifact
+from pipeline.base.head import Head, HeadKind
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
+from pipeline.errors import RecipeError
 from pipeline.evaluation.suitable import check_suitable
 from pipeline.journal import JournalTail, append_journal
+from pipeline.metrics.labels import metrics_for_classes
 from pipeline.prepare.sources import DataSources
 from pipeline.prepare.stage import load_prepared, prepare_dataset
+from pipeline.recipe import Recipe
 from pipeline.settings import DataSettings
 
 # What each split is for, in MLflow's words.
@@ -30,6 +34,7 @@ class _Job:
     context_tokens: int
     out: Path
     progress: Path
+    head: HeadKind
 
 
 def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artifact:
@@ -45,7 +50,7 @@ def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artif
         progress.unlink(missing_ok=True)
         for file in sources.files:
             context.storage.share(file.path, file.sha256)
-        job = _Job(recipe.data, sources, base.folder, base.context_tokens, folder, progress)
+        job = _Job(recipe.data, sources, base.folder, base.context_tokens, folder, progress, recipe.base.head)
         tail = JournalTail(progress)
 
         def show() -> None:
@@ -66,7 +71,20 @@ def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artif
 
     prepared = context.run_stage(prepare_key(recipe, sources.digest, base.digest), make, publish)
     check_suitable(recipe.evaluate, load_prepared(prepared.folder))
+    _check_metric(recipe, Head.load(prepared.folder))
     return prepared
+
+
+def _check_metric(recipe: Recipe, head: Head) -> None:
+    """Before hours of training: whether the classes that the data turned out to have allow what is to decide."""
+    evaluate = recipe.evaluate
+    meaningful = metrics_for_classes(evaluate.measured, len(head.classes))
+    for metric in (evaluate.gate_metric, *recipe.promotion.guards):
+        if metric not in meaningful:
+            raise RecipeError(
+                f"{metric} is the score of one of two classes, and the data has {len(head.classes)}; use f1_macro in "
+                "evaluate.metric and promotion.guards"
+            )
 
 
 def log_datasets(
@@ -90,4 +108,4 @@ def _prepare_task(job: _Job) -> dict[str, Any]:
     def on_progress(done: int, total: int) -> None:
         append_journal(job.progress, [{"done": done, "total": total}])
 
-    return prepare_dataset(job.settings, job.sources, job.tokenizer, job.context_tokens, job.out, on_progress)
+    return prepare_dataset(job.settings, job.sources, job.tokenizer, job.context_tokens, job.out, on_progress, job.head)

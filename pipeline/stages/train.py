@@ -13,6 +13,7 @@ from kasa import KasaConfig
 from kasa.targets import Target
 from pipeline.artifacts.keys import train_key
 from pipeline.artifacts.store import Artifact
+from pipeline.base.head import Head
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources, WorkerGroup
 from pipeline.console import ProgressBars
@@ -87,6 +88,7 @@ def train(
             raise TrainingError(error["error"]) if error["mistake"] else WorkerError(error["error"])
         records = read_journal(folder / JOURNAL)
         shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
+        Head.load(prepared.folder).save(folder / ADAPTER)
         for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
             shutil.rmtree(finished_with, ignore_errors=True)
         return _facts(records) | {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.language_model import collate, label_losses
+from pipeline.training.objective import Objective
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Looks:
 
 
 @torch.no_grad()
-def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int) -> float:
-    """Mean loss over all labels of `samples`, in nats; collective.
+def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int, objective: Objective) -> float:
+    """Mean loss over all labels of `samples`; collective.
 
     Every rank runs equally many forward passes, as stage 3 needs: where samples run out, one is repeated and not counted.
     """
@@ -56,10 +56,10 @@ def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int) 
     for turn in range(math.ceil(len(order) / (world * micro_batch_size))):
         first = turn * world * micro_batch_size
         mine = order[first : first + world * micro_batch_size][rank::world]
-        batch = collate([samples[index] for index in mine or order[:1]]).to(engine.device)
-        losses = label_losses(engine, batch)
+        chosen = [samples[index] for index in mine or order[:1]]
+        losses = objective.losses(engine, objective.batch(chosen, packed=False).to(engine.device))
         if mine:
-            totals += torch.tensor([losses.sum().item(), (batch.labels_BK >= 0).sum().item()]).to(totals)
+            totals += torch.tensor([losses.sum().item(), sum(map(objective.count, chosen))]).to(totals)
     engine.train()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1])

@@ -28,12 +28,13 @@ from kasa import KasaConfig, KasaError, adapted_layers, attach, attach_saved, pe
 from kasa.adapter import frozen_factors, trainable_parameters
 from kasa.adapter_file import SavedAdapter
 from kasa.spectra_file import load_spectra
-from kasa.targets import Target
+from kasa.targets import Target, is_within
+from pipeline.base.head import Head
 from pipeline.base.model import load_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.errors import TrainingError
 from pipeline.journal import JournalWriter, Record, append_journal, read_journal
-from pipeline.language_model import IGNORED, collate, label_losses, pack, vocabulary_size
+from pipeline.planning.model_shapes import head_modules
 from pipeline.prepare.stage import load_prepared
 from pipeline.settings import TrainSettings
 from pipeline.training import zero
@@ -46,6 +47,7 @@ from pipeline.training.checkpoints import (
     save_checkpoint,
 )
 from pipeline.training.divergence import what_went_wrong
+from pipeline.training.objective import Objective, objective_of
 from pipeline.training.roll_call import RollCall
 from pipeline.training.validation import Looks, validation_loss
 
@@ -145,34 +147,37 @@ def _train(job: TrainJob, node_leaves: Callable[[], bool]) -> None:
 
     # Stage 3 has to be announced before the base is loaded, so that no rank ever holds all of it.
     with zero.partitioned_loading(deepspeed):
-        model = load_base(job.base_folder, settings.precision)
-        start, digests = _attach(model, job)
+        model = load_base(job.base_folder, settings.precision, prepared.head, settings.seed)
+        objective = objective_of(model, prepared.head, samples)
+        whole = tuple(head_modules(model)) if prepared.head.is_new else ()
+        start, digests = _attach(model, job, whole, prepared.head)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         dropped = {name: factor.detach().clone() for name, factor in frozen_factors(model).items()}
-        engine = zero.start_engine(model, deepspeed, settings.weight_decay, settings.collective_timeout_s)
+        head = [p for name, p in trainable_parameters(model).items() if is_within(name, whole)]
+        engine = zero.start_engine(model, deepspeed, settings.weight_decay, settings.collective_timeout_s, head)
     model.train()
     parameters = trainable_parameters(model)
     step = _resume(job, engine, parameters, start)
     journal = _take_over(job, step)
     looks = _earlier_looks(settings, journal)
-    vocabulary, notified = vocabulary_size(model), False
+    notified = False
 
     while step < plan.steps and not looks.is_exhausted:
-        rate = learning_rate(step, plan.steps, settings.learning_rate, settings.warmup_share, settings.schedule)
-        zero.set_learning_rate(engine, rate)
-        record = _optimizer_step(job, engine, plan, samples, step)
+        rate, head_rate = _learning_rates(settings, plan, step)
+        zero.set_learning_rate(engine, rate, head_rate)
+        record = _optimizer_step(job, engine, plan, samples, step, objective)
         record |= {"step": step + 1, "steps": plan.steps, "learning_rate": rate, "time_s": time.time()}
         indices = plan.samples(step)
         step += 1
         if validation is not None and looks.is_due(step, plan.steps):
-            looks.losses[step] = validation_loss(engine, validation, settings.micro_batch_size)
+            looks.losses[step] = validation_loss(engine, validation, settings.micro_batch_size, objective)
             record["validation_loss"] = looks.losses[step]
         if journal:
             journal.append([record])
-        _refuse_divergence(record, vocabulary, indices, samples, job)
+        _refuse_divergence(record, objective, indices, samples, job)
         due = step % settings.checkpoint_every == 0 or step == looks.best_step
         if not notified and _anyone(node_leaves(), engine.device):
             notified = due = True
@@ -186,28 +191,44 @@ def _train(job: TrainJob, node_leaves: Callable[[], bool]) -> None:
     if dist.get_rank() == 0:
         if looks.best_step not in (None, step):
             values = load_checkpoint(job.checkpoints, looks.best_step).values
-        adapter = SavedAdapter(job.config, job.targets, job.base_name, digests, values, dropped)
+        adapter = SavedAdapter(job.config, job.targets, job.base_name, digests, values, dropped, whole)
         save_adapter(job.work / ADAPTER, adapter)
     dist.barrier()
 
 
-def _attach(model: nn.Module, job: TrainJob) -> tuple[SavedAdapter | None, dict[str, str]]:
+def _learning_rates(settings: TrainSettings, plan: BatchPlan, step: int) -> tuple[float, float]:
+    """Those of the adapter and of a new head in a step: one schedule, two peaks."""
+    peaks = settings.learning_rate, settings.head_learning_rate or settings.learning_rate
+    adapter, head = (learning_rate(step, plan.steps, peak, settings.warmup_share, settings.schedule) for peak in peaks)
+    return adapter, head
+
+
+def _attach(
+    model: nn.Module, job: TrainJob, whole: Sequence[str], head: Head
+) -> tuple[SavedAdapter | None, dict[str, str]]:
     """Give the model its adapter; the one it goes on from, if any, and the digests of the adapted weights."""
     if job.start is None:
         spectra, digests = load_spectra(job.spectra)
-        attach(model, job.targets, job.config, spectra, job.settings.seed)
+        attach(model, job.targets, job.config, spectra, job.settings.seed, trained_modules=whole)
         return None, digests
+    if (theirs := Head.load(job.start)) != head:
+        raise TrainingError(
+            f"the champion answers with {', '.join(theirs.classes) or theirs.kind}, and the data now has "
+            f"{', '.join(head.classes) or head.kind}; train with train.start: scratch"
+        )
     # Dropout and regularisers are those of this training.
     start = dataclasses.replace(read_adapter(job.start), config=job.config)
     attach_saved(model, start)
     return start, start.weight_digests
 
 
-def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, step: int) -> dict[str, float]:
+def _optimizer_step(
+    job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, step: int, objective: Objective
+) -> dict[str, float]:
     """Forward and backward over this rank's share of the global batch, one optimizer step; what happened, as numbers."""
     started, waited = time.perf_counter(), 0.0
     world, rank, device = dist.get_world_size(), dist.get_rank(), engine.device
-    batch_labels = sum(_label_count(samples[int(index)]) for index in plan.samples(step))
+    batch_labels = sum(objective.count(samples[int(index)]) for index in plan.samples(step))
     micro_batches = plan.micro_batches(step, rank)
     # Dropout depends on seed, step and rank alone, so a resumed run repeats it.
     torch.manual_seed(hash((job.settings.seed, step, rank)) & 0x7FFFFFFF)
@@ -215,10 +236,11 @@ def _optimizer_step(job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, s
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for indices in micro_batches:
         asked = time.perf_counter()
-        chosen = [samples[int(index)] for index in indices] or [_without_labels(samples[0])]
-        batch = (collate(chosen) if plan.pack_tokens is None else pack(chosen)).to(device)
+        chosen = [samples[int(index)] for index in indices] or [objective.without_labels(samples[0])]
+        # A worker with nothing to do runs a pass without labels: all workers must run equally many.
+        batch = objective.batch(chosen, packed=plan.pack_tokens is not None).to(device)
         waited += time.perf_counter() - asked
-        loss_sum = label_losses(engine, batch).sum()
+        loss_sum = objective.losses(engine, batch).sum()
         # After the forward pass, in which stage 3 releases each layer's parameters behind it, gathered before or not.
         with zero.gathered(engine, trainable_parameters(engine.module).values()):
             regularisers = penalty(layers, job.config.regulariser)
@@ -247,15 +269,6 @@ def _anyone(yes: bool, device: torch.device) -> bool:
     votes = torch.tensor(float(yes), device=device)
     dist.all_reduce(votes)
     return bool(votes)
-
-
-def _without_labels(sample: dict[str, Any]) -> dict[str, Any]:
-    """For a pass in which this worker has nothing to do: all workers must run equally many."""
-    return {**sample, "labels": [IGNORED] * len(sample["labels"])}
-
-
-def _label_count(sample: dict[str, Sequence[int]]) -> int:
-    return sum(label >= 0 for label in sample["labels"][1:])
 
 
 def _resume(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter], start: SavedAdapter | None) -> int:
@@ -310,9 +323,9 @@ def _save_checkpoint(
 
 
 def _refuse_divergence(
-    record: dict[str, float], vocabulary: int, indices: np.ndarray, samples: Any, job: TrainJob
+    record: dict[str, float], objective: Objective, indices: np.ndarray, samples: Any, job: TrainJob
 ) -> None:
-    wrong = what_went_wrong(record, vocabulary)
+    wrong = what_went_wrong(record, *objective.largest_loss)
     if wrong is None:
         return
     sources = ", ".join(samples[int(index)]["source"] for index in indices[:4])

@@ -20,6 +20,8 @@ from torch.distributed import distributed_c10d
 from pipeline.deepspeed_config import zero_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Marks the group of the head's parameters.
+IS_HEAD = "is_head"
 
 
 @contextmanager
@@ -38,8 +40,15 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     del announcement
 
 
-def start_engine(model: nn.Module, config: dict[str, Any], weight_decay: float, timeout_s: float) -> Any:
-    """A DeepSpeed engine that trains the parameters of `model` that require gradients.
+def start_engine(
+    model: nn.Module,
+    config: dict[str, Any],
+    weight_decay: float,
+    timeout_s: float,
+    head: Iterable[nn.Parameter] = (),
+) -> Any:
+    """A DeepSpeed engine that trains the parameters of `model` that require gradients; those of a new `head` have a rate of
+    their own.
 
     The learning rate is 0 until `set_learning_rate`; torch's process group must exist. No rank waits longer than
     `timeout_s` for another.
@@ -47,9 +56,17 @@ def start_engine(model: nn.Module, config: dict[str, Any], weight_decay: float, 
     deepspeed = _deepspeed()
     if config["bf16"]["enabled"]:
         _round_to_bf16(model)
+    in_head = {id(parameter) for parameter in head}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trainable if (id(parameter) in in_head) == is_head], IS_HEAD: is_head}
+        for is_head in ([False, True] if in_head else [False])
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if len(groups) > 1 and engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed links parameters to AdamW's state after its first step on the first group; the second has none then.
+        _create_partitioned_state(engine, 0)
     # DeepSpeed makes groups of its own, with torch's default of half an hour.
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
@@ -64,10 +81,10 @@ def _round_to_bf16(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def set_learning_rate(engine: Any, rate: float) -> None:
-    """The rate of the next step."""
+def set_learning_rate(engine: Any, rate: float, head_rate: float | None = None) -> None:
+    """The rate of the next step, and that of the head, where it is another."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = head_rate if head_rate is not None and group[IS_HEAD] else rate
 
 
 def gathered(engine: Any, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
@@ -109,13 +126,32 @@ def restore_state(
             parameter.data.copy_(values[name])
         return
     _restore_module(engine, parameters, values)
-    utils = _deepspeed().utils
     _create_partitioned_state(engine, steps_done)
     for name, parameter in parameters.items():
         # The fp32 master copy too: the engine made it from parameters already rounded to bf16.
-        utils.safe_set_full_fp32_param(parameter, values[name])
+        _write_partition(engine, parameter, values[name])
         for moment in MOMENTS:
-            utils.safe_set_full_optimizer_state(parameter, moments[f"{moment}/{name}"], moment)
+            _write_partition(engine, parameter, moments[f"{moment}/{name}"], moment)
+
+
+def _write_partition(engine: Any, parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
+    """This rank's part of a whole value, of the master copy or one of its moments."""
+    utils = _deepspeed().utils
+    if engine.zero_optimization_stage() < 3:
+        if moment is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        return
+    # Equal parts for all ranks, so that the last may reach beyond the end: DeepSpeed reads such values but cannot write them.
+    partitioned: Any = parameter
+    size, rank = partitioned.ds_tensor.numel(), engine.optimizer._get_param_partition_rank(parameter)
+    part = value.flatten()[rank * size : (rank + 1) * size]
+    part = nn.functional.pad(part, (0, size - part.numel()))
+    if moment is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, moment)
 
 
 def _restore_module(engine: Any, parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
@@ -134,8 +170,10 @@ def _create_partitioned_state(engine: Any, steps_done: int) -> None:
     zero = engine.optimizer
     third = engine.zero_optimization_stage() == 3
     for partition in zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups:
-        empty = {moment: torch.zeros_like(partition) for moment in MOMENTS}
-        zero.optimizer.state[partition] = {"step": torch.tensor(float(steps_done)), **empty}
+        state = zero.optimizer.state[partition]
+        # Parameters stay linked to the tensors that are there.
+        state |= {moment: torch.zeros_like(partition) for moment in MOMENTS if moment not in state}
+        state["step"] = torch.tensor(float(steps_done))
     if not third:
         zero._lazy_init_hp_params_optimizer_state()
 

@@ -117,5 +117,5 @@ def test_every_setting_of_a_section_counts_unless_named_as_mechanics(recipe) -> 
     ingredients = keys.train_key(recipe(), "p", "s").ingredients
     assert set(ingredients["settings"]["train"]) == {
         "precision", "epochs", "max_steps", "batch_size", "learning_rate", "schedule", "warmup_share", "weight_decay",
-        "gradient_clipping", "seed", "validate_every", "patience",
+        "gradient_clipping", "seed", "validate_every", "patience", "head_learning_rate",
     }  # fmt: skip

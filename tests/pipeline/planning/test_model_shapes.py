@@ -41,6 +41,7 @@ PUBLISHED_ENCODERS = {
     "FacebookAI/roberta-base": 124_647_170,
     "FacebookAI/roberta-large": 355_361_794,
     "microsoft/deberta-v3-base": 184_423_682,
+    "embedded:all-minilm-l6-v2": 22_713_986,
 }
 
 

@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[3]
 # Stage 3 both with every parameter partitioned and with the small ones kept whole on every rank.
 FP32 = ["0 fp32", "1 fp32", "2 fp32", "2 fp32 packed", "3 fp32", "3 fp32 packed", "3 fp32 persistent"]
 BF16 = ["1 bf16", "2 bf16", "3 bf16"]
+# A new head with a learning rate of its own; stage 1 works as stage 2.
+HEAD_FP32 = ["0 fp32 head", "2 fp32 head", "3 fp32 head"]
+HEAD_BF16 = ["3 bf16 head"]
 WORLDS = (1, 2)
 
 
@@ -39,7 +42,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         with log.open("w") as file:
             processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
     try:
-        codes = [process.wait(timeout=180) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -47,9 +50,9 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("case", FP32)
+@pytest.mark.parametrize("case", FP32 + HEAD_FP32)
 def test_the_losses_are_those_of_plain_torch(found: dict[str, Any], case: str) -> None:
-    losses, plain = found[case]["losses"], found["plain"]
+    losses, plain = found[case]["losses"], found["plain head" if case in HEAD_FP32 else "plain"]
     assert len(losses) == len(plain) == 6
     assert losses == pytest.approx(plain, abs=1e-5)
     # Steps that change nothing would agree as well, if both did so.
@@ -57,7 +60,7 @@ def test_the_losses_are_those_of_plain_torch(found: dict[str, Any], case: str) -
     assert abs(plain[0] - plain[-1]) > 0.1
 
 
-@pytest.mark.parametrize("case", FP32 + BF16)
+@pytest.mark.parametrize("case", FP32 + BF16 + HEAD_FP32 + HEAD_BF16)
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(found: dict[str, Any], case: str) -> None:
     assert found[case]["restored_differs"] == []
     assert found[case]["resumed"] == found[case]["losses"][3:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -16,35 +17,51 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty  # noqa: E402
 from kasa.adapter import trainable_parameters  # noqa: E402
 from kasa.spectra import bottom_triplets  # noqa: E402
+from kasa.targets import is_within  # noqa: E402
+from pipeline.base.head import Head  # noqa: E402
 from pipeline.deepspeed_config import with_passes  # noqa: E402
-from pipeline.language_model import collate, label_losses  # noqa: E402
 from pipeline.training import zero  # noqa: E402
 from pipeline.training.batches import BatchPlan  # noqa: E402
+from pipeline.training.objective import LabelObjective, Objective, TokenObjective  # noqa: E402
 from pipeline.training.worker import _optimizer_step  # noqa: E402
 
 STEPS, HALF, BATCH, MICRO = 6, 3, 8, 2
 CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=4, singular_value_weight=1e-2, orthogonality_weight=1e-2)
 RATES = [2e-3, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3]
-WEIGHT_DECAY, CLIPPING = 0.1, 1.0
+WEIGHT_DECAY, CLIPPING, HEAD_FASTER = 0.1, 1.0, 3
 
 
-def build_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A tiny LLaMA with a KaSA layer at every linear module, the same in every process."""
+@dataclass(frozen=True)
+class Task:
+    """What is trained: samples, their loss, and the modules trained whole, `HEAD_FASTER` times as fast as the adapter."""
+
+    samples: list[dict[str, Any]]
+    objective: Objective
+    head: tuple[str, ...]
+
+
+def build_model(task: Task, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A tiny LLaMA, or a BERT with a head, with a KaSA layer at every linear module, the same in every process."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=64, initializer_range=0.2,
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    model: Any
+    if task.head:
+        model = BertForSequenceClassification(
+            BertConfig(**sizes, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         )
-    )  # fmt: skip
-    targets = find_targets(model, "all-linear")
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2))
+    targets = find_targets(model, "all-linear", task.head)
     spectra = {t.name: bottom_triplets(model.get_submodule(t.name).weight, 4) for t in targets}
-    attach(model.to(dtype), targets, CONFIG, spectra)
+    attach(model.to(dtype), targets, CONFIG, spectra, trained_modules=task.head)
     return model.train()
 
 
@@ -59,26 +76,36 @@ def build_samples() -> list[dict[str, list[int]]]:
     return samples
 
 
-SAMPLES = build_samples()
+TOKENS = Task(build_samples(), TokenObjective(64), ())
+LABELS = Task(
+    [{"input_ids": sample["input_ids"], "label": float(index % 3)} for index, sample in enumerate(build_samples())],
+    LabelObjective(Head("classification", ("a", "b", "c")), 0, 1.1),
+    ("classifier",),
+)
 
 
-def batch_plan(workers: int, pack_tokens: int | None) -> BatchPlan:
-    lengths = [len(sample["input_ids"]) for sample in SAMPLES]
+def batch_plan(task: Task, workers: int, pack_tokens: int | None) -> BatchPlan:
+    lengths = [len(sample["input_ids"]) for sample in task.samples]
     return BatchPlan(lengths, STEPS, BATCH, MICRO, workers, 0, pack_tokens)
 
 
-def plain_losses() -> list[float]:
+def plain_losses(task: Task) -> list[float]:
     """The same training with nothing but torch, in one process."""
-    model = build_model()
-    parameters = list(trainable_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY)
+    model, objective = build_model(task), task.objective
+    named = trainable_parameters(model)
+    parameters, head = list(named.values()), {name for name in named if is_within(name, task.head)}
+    groups = [[p for name, p in named.items() if (name in head) == is_head] for is_head in (False, True)]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=WEIGHT_DECAY)
     losses = []
     for step in range(STEPS):
-        samples = [SAMPLES[index] for index in batch_plan(1, None).samples(step)]
-        labels = sum(label >= 0 for sample in samples for label in sample["labels"][1:])
-        optimizer.param_groups[0]["lr"] = RATES[step]
-        task = sum(label_losses(model, collate([sample])).sum() for sample in samples) / labels
-        loss = task + penalty(adapted_layers(model).values(), CONFIG.regulariser).weighted(CONFIG)
+        samples = [task.samples[index] for index in batch_plan(task, 1, None).samples(step)]
+        labels = sum(map(objective.count, samples))
+        for group, faster in zip(optimizer.param_groups, (1, HEAD_FASTER), strict=True):
+            group["lr"] = faster * RATES[step]
+        task_loss = (
+            sum(objective.losses(model, objective.batch([sample], packed=False)).sum() for sample in samples) / labels
+        )
+        loss = task_loss + penalty(adapted_layers(model).values(), CONFIG.regulariser).weighted(CONFIG)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIPPING)
@@ -99,19 +126,23 @@ def deepspeed_config(stage: int, dtype: torch.dtype, persistence: int, passes: i
     return with_passes(config, dist.get_world_size(), passes)
 
 
-def start(stage: int, dtype: torch.dtype, persistence: int, passes: int) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+def start(
+    task: Task, stage: int, dtype: torch.dtype, persistence: int, passes: int
+) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     config = deepspeed_config(stage, dtype, persistence, passes)
-    engine = zero.start_engine(build_model(dtype), config, WEIGHT_DECAY, timeout_s=60)
+    model = build_model(task, dtype)
+    head = [parameter for name, parameter in trainable_parameters(model).items() if is_within(name, task.head)]
+    engine = zero.start_engine(model, config, WEIGHT_DECAY, 60, head)
     return engine, trainable_parameters(engine.module)
 
 
-def train(engine: Any, steps: range, plan: BatchPlan) -> list[float]:
+def train(task: Task, engine: Any, steps: range, plan: BatchPlan) -> list[float]:
     """The pipeline's own optimizer step."""
     job: Any = SimpleNamespace(config=CONFIG, settings=SimpleNamespace(seed=0))
     losses = []
     for step in steps:
-        zero.set_learning_rate(engine, RATES[step])
-        losses.append(_optimizer_step(job, engine, plan, SAMPLES, step)["loss"])
+        zero.set_learning_rate(engine, RATES[step], HEAD_FASTER * RATES[step])
+        losses.append(_optimizer_step(job, engine, plan, task.samples, step, task.objective)["loss"])
     return losses
 
 
@@ -120,21 +151,21 @@ def snapshot(engine: Any, parameters: dict[str, torch.nn.Parameter]) -> dict[str
 
 
 def compare_resumed(
-    stage: int, dtype: torch.dtype, persistence: int = 0, pack_tokens: int | None = None
+    stage: int, dtype: torch.dtype, persistence: int = 0, pack_tokens: int | None = None, task: Task = TOKENS
 ) -> dict[str, Any]:
     """Six steps undisturbed, and three with three more in a new engine."""
-    plan = batch_plan(dist.get_world_size(), pack_tokens)
-    engine, parameters = start(stage, dtype, persistence, plan.passes)
-    undisturbed = train(engine, range(HALF), plan)
+    plan = batch_plan(task, dist.get_world_size(), pack_tokens)
+    engine, parameters = start(task, stage, dtype, persistence, plan.passes)
+    undisturbed = train(task, engine, range(HALF), plan)
     values, moments = zero.whole_parameters(engine, parameters), zero.whole_moments(engine, parameters)
-    undisturbed += train(engine, range(HALF, STEPS), plan)
+    undisturbed += train(task, engine, range(HALF, STEPS), plan)
     end = snapshot(engine, parameters)
     engine.destroy()
 
-    engine, parameters = start(stage, dtype, persistence, plan.passes)
+    engine, parameters = start(task, stage, dtype, persistence, plan.passes)
     zero.restore_state(engine, parameters, values, moments, HALF)
     restored = snapshot(engine, parameters)
-    resumed = train(engine, range(HALF, STEPS), plan)
+    resumed = train(task, engine, range(HALF, STEPS), plan)
     resumed_end = snapshot(engine, parameters)
     engine.destroy()
     saved = values | moments
@@ -153,13 +184,15 @@ def compare_resumed(
 def main(rank: int, world: int, store: str, result: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), world_size=world, rank=rank)
-    found: dict[str, Any] = {"plain": plain_losses()}
+    found: dict[str, Any] = {"plain": plain_losses(TOKENS), "plain head": plain_losses(LABELS)}
     # Stage 3 last: it leaves its marks on torch.
     found["2 fp32 packed"] = compare_resumed(2, torch.float32, pack_tokens=30)
     for stage in (0, 1, 2, 3):
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             if (stage, name) != (0, "bf16"):
                 found[f"{stage} {name}"] = compare_resumed(stage, dtype)
+                if f"{stage} {name}" in ("0 fp32", "2 fp32", "3 fp32", "3 bf16"):
+                    found[f"{stage} {name} head"] = compare_resumed(stage, dtype, task=LABELS)
     found["3 fp32 packed"] = compare_resumed(3, torch.float32, pack_tokens=30)
     found["3 fp32 persistent"] = compare_resumed(3, torch.float32, persistence=150)
     if rank == 0:
