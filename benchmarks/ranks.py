@@ -23,10 +23,12 @@ from kasa.spectra import BottomTriplets
 from kasa.spectra_file import save_spectra
 from kasa.targets import Target
 from pipeline.base.head import LANGUAGE_MODEL, Head
+from pipeline.base.model import BaseModel
+from pipeline.methods.choice import method_of
 from pipeline.planning.model_shapes import meta_model, model_config
 from pipeline.planning.plan import checked_targets
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.stages.train import adapter_config, deepspeed_settings
+from pipeline.stages.train import deepspeed_settings
 from pipeline.training.worker import TrainJob, train_worker
 
 
@@ -104,16 +106,18 @@ def training_job(recipe: Recipe, folder: Path) -> TrainJob:
     An adapter in `folder/start` is gone on from.
     """
     return TrainJob(
-        base_name="base",
         base_folder=Path(recipe.base.model),
         prepared=folder / "prepared",
-        spectra=folder / "spectra",
         work=folder / "work",
-        targets=tuple(checked_targets(recipe, shape_of(recipe))),
-        config=adapter_config(recipe),
+        method=method_of(
+            recipe,
+            BaseModel("base", Path(recipe.base.model)),
+            checked_targets(recipe, shape_of(recipe)),
+            folder / "spectra",
+            (folder / "start") if (folder / "start").exists() else None,
+        ),
         settings=recipe.train,
         deepspeed=deepspeed_settings(recipe),
-        start=(folder / "start") if (folder / "start").exists() else None,
     )
 
 

@@ -102,8 +102,9 @@ def activate(model: nn.Module, name: str) -> None:
     for wrapper in _wrappers(model):
         wrapper.switch(name)
         for owner, update in wrapper.updates.items():
+            fixed = FROZEN + getattr(update, "fixed", ())
             for attribute, parameter in update.named_parameters():
-                parameter.requires_grad_(owner == name and attribute not in FROZEN)
+                parameter.requires_grad_(owner == name and attribute not in fixed)
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:

@@ -23,6 +23,7 @@ class KasaConfig:
         regulariser: which convention `kasa.penalty` follows.
         singular_value_weight: beta, weight of L2 = sum of d squared.
         orthogonality_weight: gamma, weight of L3 = ||B^T B - I||_F + ||A A^T - I||_F.
+        singular_values: whether d is learned; otherwise it stays 1, and the update is B A.
     """
 
     rank: int = 8
@@ -33,6 +34,7 @@ class KasaConfig:
     regulariser: Regulariser = "authors"
     singular_value_weight: float = 1e-4
     orthogonality_weight: float = 1e-3
+    singular_values: bool = True
 
     @property
     def scale(self) -> float:

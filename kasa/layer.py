@@ -31,7 +31,7 @@ class KasaUpdate(nn.Module):
     Args:
         a_RI, d_R, b_OR: the trainable tensors; they are taken over, not copied.
         dropped: (U_d S_d of shape (O, D), V_d^T of shape (D, I)), or None to drop nothing; taken over likewise.
-        config: scale and dropout.
+        config: scale, dropout, and whether d is learned.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class KasaUpdate(nn.Module):
         super().__init__()
         self.scale = config.scale
         self.dropout = config.dropout
+        # What is held fixed beside the dropped part.
+        self.fixed = () if config.singular_values else ("d",)
         self.a = nn.Parameter(a_RI)
         self.d = nn.Parameter(d_R)
         self.b = nn.Parameter(b_OR)
@@ -61,10 +63,13 @@ class KasaUpdate(nn.Module):
         dropped: tuple[torch.Tensor, torch.Tensor] | None,
         generator: torch.Generator,
     ) -> KasaUpdate:
-        """The paper's start: A kaiming uniform, d standard normal, B zero, so that the layer is the truncated base."""
+        """The paper's start: A kaiming uniform, d standard normal (1 where it is not learned), B zero, so that the layer is
+        the truncated base."""
         a_RI = torch.empty(config.rank, target.in_features)
         nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
-        d_R = torch.empty(config.rank).normal_(generator=generator)
+        d_R = torch.ones(config.rank)
+        if config.singular_values:
+            d_R.normal_(generator=generator)
         return cls(a_RI, d_R, torch.zeros(target.out_features, config.rank), dropped, config)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, base_is_truncated: bool = False) -> torch.Tensor:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kasa import read_adapter
-from kasa.adapter_file import ADAPTER_JSON, check_base
+from kasa.adapter_file import ADAPTER_JSON
 from pipeline.base.head import Head
 from pipeline.base.model import find_base
 from pipeline.errors import ModelError
 from pipeline.generation import load_answerer
+from pipeline.methods.loading import base_name, check_saved_base, is_adapter
 from pipeline.prediction import load_predictor
 from pipeline.prompting import Prompting
 from pipeline.registry.store import open_registry
@@ -34,13 +34,12 @@ def answer(
     if model.startswith(REGISTRY):
         return _from_registry(model, prompts, workspace, base, max_new_tokens)
     folder = Path(model)
-    if not (folder / ADAPTER_JSON).exists():
+    if not is_adapter(folder):
         raise ModelError(
             f"{model} is neither a registry URI ({REGISTRY}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
         )
-    saved = read_adapter(folder)
-    found = base or find_base(BaseSettings(model=saved.base), workspace).folder  # type: ignore[union-attr]
-    check_base(saved, found)
+    found = base or find_base(BaseSettings(model=base_name(folder)), workspace).folder  # type: ignore[union-attr]
+    check_saved_base(folder, found)
     head = Head.load(folder)
     if head.is_new:
         return [str(said) for said in load_predictor(found, folder, "bf16", head).predictions(prompts)]

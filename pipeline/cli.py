@@ -100,6 +100,50 @@ def retrain(
 
 
 @app.command()
+def compare(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    methods: Annotated[
+        str, typer.Option(metavar="A,B,...", help="What to compare; docs/compare.md has the names.")
+    ] = "kasa,lora",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each method.")] = 3,
+    seed_from: Annotated[int | None, typer.Option(help="The first seed; default: train.seed.")] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="lr|learning_rate=A,B,...", help="Choose each method's rate on the validation samples first."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="What all are held against; default: lora, or else the base.")
+    ] = None,
+    side_by_side: Annotated[
+        int | None, typer.Option(min=1, help="Trials at once at most; default: as many as the cluster has room for.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the trials and what is cached; touch nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods on a recipe: the same data, steps and parameter budget; intervals, tests, costs, a plot."""
+    resolved = load_recipe(recipe, overrides)
+    from pipeline.comparison import present
+    from pipeline.comparison.entrants import entrant_names
+    from pipeline.comparison.run import compare as compare_methods
+    from pipeline.comparison.run import plan_comparison, plan_trials
+    from pipeline.comparison.tuning import tuned_rates
+
+    rates = tuned_rates(tune, resolved)
+    planned = plan_comparison(resolved, entrant_names(methods), seeds, seed_from, rates, against)
+    if dry_run:
+        trials = plan_trials(planned)
+        print(json.dumps(present.planned_json(planned, trials))) if as_json else present.show_planned(planned, trials)
+        return
+    compared = compare_methods(planned, ProgressBars(), side_by_side)
+    print(json.dumps(present.compared_json(compared))) if as_json else present.show_compared(compared)
+
+
+@app.command()
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,

@@ -159,6 +159,15 @@ def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def room() -> tuple[float, int]:
+    """How many CPU cores and GPUs the cluster has in all; connects to it."""
+    _connections[-1].ensure()
+    import ray
+
+    resources = ray.cluster_resources()
+    return float(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+
+
 def _facts() -> dict[str, str]:
     """The cluster that is connected: `address`, `nodes`, `cpus`, `gpus`, `memory_gib`, `ray` (its version)."""
     import ray

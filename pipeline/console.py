@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ class ProgressBars:
         self._tasks: dict[str, int] = {}
         self._printed: dict[str, float] = {}
         self._began: dict[str, tuple[float, int]] = {}
+        self._label = ""
 
     @contextmanager
     def showing(self) -> Iterator[ProgressBars]:
@@ -41,12 +43,24 @@ class ProgressBars:
         with self._bars:
             yield self
 
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[ProgressBars]:
+        """The same bars for one of several things done side by side: what it shows is named so, and goes when it ends."""
+        inner = copy.copy(self)
+        inner._label = f"{label}: "
+        try:
+            yield inner
+        finally:
+            for name in [name for name in list(self._tasks) if name.startswith(inner._label)]:
+                self._bars.remove_task(self._tasks.pop(name))  # type: ignore[arg-type]
+
     def say(self, text: str) -> None:
         """A line that stays, above the bars."""
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(f"{self._label}{text}", markup=False, soft_wrap=True)
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units of the activity `name`, with a short remark at the end of its line."""
+        name = f"{self._label}{name}"
         if console.is_terminal:
             self._update_bar(name, done, total, note)
         else:

@@ -62,6 +62,8 @@ class RunContext:
         finished: facts about the stages done so far, in the order of their ending.
         confirm: raises where this process has lost the right to go on; asked before each stage and before the registry
             is changed.
+        keeps_state: whether the workspace remembers the run while it is not complete. One that is part of another is found
+            again by what it is for.
     """
 
     recipe: Recipe
@@ -75,6 +77,7 @@ class RunContext:
     remade: dict[str, list[str]] = field(default_factory=dict)
     finished: list[StageFacts] = field(default_factory=list)
     confirm: Callable[[], None] = lambda: None
+    keeps_state: bool = True
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -162,9 +165,20 @@ class RunContext:
 
     def save(self) -> None:
         """Keep what the same command, should it have to go on from here, must know."""
+        if not self.keeps_state:
+            return
         with self._writing:  # stages may run side by side
             state = {"parent": self.parent_run, "children": self.children, "remade": self.remade}
             _write_state(self.storage, self.recipe, state)
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A run's place in MLflow: its name, the run it is part of, and what it is for, once and for all."""
+
+    label: str
+    parent: str
+    origin: str
 
 
 @dataclass
@@ -188,7 +202,9 @@ class StageRun:
         remake = remade is not None and key.key not in remade
 
         def make_and_remember(folder: Path) -> dict[str, Any]:
-            return {**make(folder), "mlflow_run_id": self.run_id}
+            started = time.perf_counter()
+            facts = make(folder)
+            return {**facts, "mlflow_run_id": self.run_id, "seconds": time.perf_counter() - started}
 
         artifact = self.context.store.find_or_make(key, make_and_remember, remake)
         if remade is not None and remake:
@@ -200,7 +216,8 @@ class StageRun:
         """The artifact that the stage is there for: its key and whether it was reused are tags of the run."""
         tracking = self.context.tracking
         tracking.tag(self.run_id, {"kasa.key": key.key})
-        if reasons := self._reasons(key):
+        # Of the parts of a comparison each is meant to be unlike the others.
+        if self.context.keeps_state and (reasons := self._reasons(key)):
             self.context.bars.say(f"{key.stage}: made anew: {reasons}")
             tracking.tag(self.run_id, {"kasa.made_anew_for": reasons})
         artifact = self.artifact(key, make)
@@ -235,21 +252,29 @@ def open_context(
     tags: Mapping[str, str],
     remake: Iterable[str] = (),
     confirm: Callable[[], None] = lambda: None,
+    within: Nest | None = None,
 ) -> RunContext:
     """Start, or go on with, the recipe's MLflow parent run in a workspace that is ready; `remake` names stages.
+
+    Args:
+        within: where the run is part of another one.
 
     Raises:
         WorkspaceError: MLflow cannot be used.
     """
     workspace = storage.folder
     tracking = Tracking(workspace, recipe.name)
-    state = _read_state(storage, recipe)
+    tags = {**tags, "kasa.recipe": recipe.name}
+    state = {} if within else _read_state(storage, recipe)
     parent = state.get("parent")
-    if not (parent and tracking.resume_run(parent)):
+    if within:
+        parent = tracking.start_run(within.label, tags, parent=within.parent, origin=within.origin)
+        tracking.resume_run(parent)
+    elif not (parent and tracking.resume_run(parent)):
         # Written before the run is made: a process that dies in between finds that run again.
         state = {"origin": state.get("origin") or uuid.uuid4().hex}
         _write_state(storage, recipe, state)
-        parent = tracking.start_run(recipe.name, {**tags, "kasa.recipe": recipe.name}, origin=state["origin"])
+        parent = tracking.start_run(recipe.name, tags, origin=state["origin"])
     context = RunContext(
         recipe,
         storage,
@@ -261,6 +286,7 @@ def open_context(
         dict(state.get("children", {})),
         {stage: state.get("remade", {}).get(stage, []) for stage in remake},
         confirm=confirm,
+        keeps_state=within is None,
     )
     context.save()
     return context
@@ -268,7 +294,8 @@ def open_context(
 
 def close_context(context: RunContext) -> None:
     """The run is complete: the next one is a new run."""
-    context.storage.discard(_state_file(context.workspace, context.recipe))
+    if context.keeps_state:
+        context.storage.discard(_state_file(context.workspace, context.recipe))
 
 
 def ready_workspace(recipe: Recipe) -> Workspace:

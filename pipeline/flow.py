@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kasa.targets import Target, check_rank
+from kasa.targets import Target
 from pipeline.artifacts import keys
 from pipeline.artifacts.store import Artifact
 from pipeline.base.model import BaseModel, find_base
 from pipeline.cluster import ray_cluster
 from pipeline.console import ProgressBars
 from pipeline.context import RunContext, close_context, open_context, ready_workspace
+from pipeline.methods.choice import check_ranks, check_registrable
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.prepare.sources import DataSources, resolve_sources
 from pipeline.provenance import code_tags, seed_tags
@@ -67,14 +68,14 @@ def run(
         KasaError: a mistake in the recipe, the data, the base or the environment; what was made so far is kept.
     """
     started = time.perf_counter()
+    check_registrable(recipe)
     # Mistakes in what later stages need should not wait for them.
     deepspeed_settings(recipe)
     check_measurable(recipe.evaluate.measured)
     storage = ready_workspace(recipe)
     base, sources = _find_inputs(recipe)
     targets = base.targets(recipe.adapter.targets)
-    check_rank(targets, recipe.adapter.rank, "adapter.rank")
-    check_rank(targets, recipe.spectra_rank, "spectra.rank")
+    check_ranks(recipe, targets)
 
     storage.share(base.folder, base.digest)
     tags = {**environment_tags(), **code_tags(), **seed_tags(recipe)}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasa import attach_saved, read_adapter
 from pipeline.base.model import load_base
+from pipeline.methods.loading import attach_folder
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.prompting import Prompting
 
@@ -38,7 +38,7 @@ def load_answerer(base: Path, adapter: Path | None, precision: str, prompting: P
     """
     model = load_base(base, precision)
     if adapter:
-        attach_saved(model, read_adapter(adapter))
+        attach_folder(model, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Answerer(model, load_tokenizer(base), prompting)
 

@@ -67,15 +67,15 @@ class Recipe(Section):
 
     @property
     def dropped_rank(self) -> int:
-        """How many singular triplets each adapted weight loses (0 with `truncation: none`)."""
-        if self.adapter.truncation == "none":
+        """How many singular triplets each adapted weight loses (0 with `truncation: none`, and with another method)."""
+        if self.adapter.truncation == "none" or self.adapter.method != "kasa":
             return 0
         return self.adapter.truncation_rank or self.adapter.rank
 
     @property
     def calibrated(self) -> bool:
         """Whether the spectra depend on text."""
-        return self.adapter.truncation in CALIBRATED
+        return self.adapter.method == "kasa" and self.adapter.truncation in CALIBRATED
 
     @property
     def spectra_rank(self) -> int:
@@ -145,6 +145,11 @@ class Recipe(Section):
             )
         if train.patience is not None and self.data.validation_rows is None:
             raise ValueError("train.patience needs validation samples; set data.validation_rows, such as 200")
+        if train.start == "champion" and self.adapter.method != "kasa":
+            raise ValueError(
+                f"train.start champion goes on from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
+                "train.start scratch"
+            )
         if train.batch_size < train.workers:
             raise ValueError(f"train.batch_size {train.batch_size} leaves some of the {train.workers} workers idle")
         if train.fewest_workers > train.workers:

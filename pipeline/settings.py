@@ -21,6 +21,41 @@ TokenizedForm = Literal[
     "auto", "prompt-completion", "multiple-choice", "llm-adapters", "alpaca", "chat", "completion", "labelled"
 ]
 
+MethodName = Literal[
+    "kasa",
+    "lora",
+    "rslora",
+    "dora",
+    "pissa",
+    "milora",
+    "olora",
+    "adalora",
+    "vera",
+    "fourierft",
+    "ia3",
+    "layernorm",
+    "full",
+]
+_LOW_RANK = frozenset({"rank", "alpha", "dropout", "targets"})
+# Which settings of `adapter` each method has a use for.
+METHOD_SETTINGS: dict[str, frozenset[str]] = {
+    "kasa": _LOW_RANK
+    | {
+        "truncation",
+        "truncation_rank",
+        "regulariser",
+        "singular_values",
+        "singular_value_weight",
+        "orthogonality_weight",
+    },
+    **dict.fromkeys(("lora", "rslora", "dora", "pissa", "milora", "olora", "adalora"), _LOW_RANK),
+    "vera": _LOW_RANK - {"alpha"},
+    "fourierft": frozenset({"rank", "targets"}),
+    "ia3": frozenset({"targets"}),
+    "layernorm": frozenset(),
+    "full": frozenset(),
+}
+
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -138,9 +173,19 @@ class DataSettings(Section):
 
 
 class AdapterSettings(Section):
-    """The KaSA adapter (arXiv 2412.06071)."""
+    """What is trained: the KaSA adapter (arXiv 2412.06071), or another method to compare it with."""
 
-    rank: int = Field(8, ge=1, description="Adapter rank r.")
+    method: MethodName = Field(
+        "kasa",
+        description="Another one than `kasa` is for `kasa compare` (docs/compare.md) and has a use for `rank`, `alpha`, "
+        "`dropout` and `targets` at most.",
+    )
+    rank: int = Field(
+        8,
+        ge=1,
+        description="Adapter rank r. Of `vera` the width of its frozen projections, of `fourierft` the number of "
+        "coefficients a module, of `adalora` the rank it ends with on average.",
+    )
     alpha: float = Field(16, gt=0, description="Scale numerator; the update is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: str | list[str] = Field(
@@ -158,6 +203,10 @@ class AdapterSettings(Section):
         "authors",
         description="`paper`: r x r Gram matrices, summed over layers. `authors`: in x in and out x out, averaged over "
         "layers, as in the code that the published weights belong to.",
+    )
+    singular_values: bool = Field(
+        True,
+        description="Learn d, the singular values of the update; `false` leaves B A, without their regulariser L2.",
     )
     singular_value_weight: float = Field(1e-4, ge=0, description="beta, the weight of the L2 term on d.")
     orthogonality_weight: float = Field(1e-3, ge=0, description="gamma, the weight of the orthogonality term L3.")

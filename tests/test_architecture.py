@@ -18,6 +18,7 @@ DOORS = {
     | {f"pipeline/registry/{part}.py" for part in ("store", "served_model", "served_labels")},
     "fsspec": {"pipeline/storage/objects.py"},
     "deepspeed": {"pipeline/training/zero.py"},
+    "peft": {"pipeline/methods/peft_methods.py"},
 }
 
 

@@ -42,10 +42,10 @@ from kasa.adapter import trainable_parameters
 from kasa.spectra import BottomTriplets
 from pipeline.base.model import find_base, load_base
 from pipeline.journal import Record
+from pipeline.methods.choice import kasa_config
 from pipeline.planning.plan import checked_targets
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.settings import BaseSettings
-from pipeline.stages.train import adapter_config
 from pipeline.training import worker, zero
 from pipeline.training.batches import BatchPlan, learning_rate
 
@@ -214,7 +214,7 @@ class _PlainLayer(nn.Module):
 
 def _reference(recipe: Recipe, spectra: Mapping[str, BottomTriplets]) -> tuple[list[Record], dict[str, torch.Tensor]]:
     """The same training with torch alone: one process, one sample after another."""
-    settings, config, samples = recipe.train, adapter_config(recipe), small_samples()
+    settings, config, samples = recipe.train, kasa_config(recipe), small_samples()
     base = Path(recipe.base.model)
     started = load_base(base, "fp32")
     attach(started, find_targets(started, "all-linear"), config, spectra, settings.seed)

@@ -14,6 +14,7 @@ from pipeline.artifacts.store import StageKey, code_digests, package_versions
 from pipeline.errors import RecipeError
 from pipeline.metrics.meteor import lacks_package
 from pipeline.recipe import Recipe
+from pipeline.settings import METHOD_SETTINGS
 
 if TYPE_CHECKING:
     from kasa.targets import Target
@@ -42,6 +43,8 @@ _TRAIN_MECHANICS = {
     # What it comes to is an input.
     "start",
 }
+_METHOD_CODE = {"kasa": ["pipeline.methods.kasa_method"], "full": ["pipeline.methods.full"]}
+_PEFT_CODE = [f"pipeline.methods.{part}" for part in ("peft_methods", "residual_base", "adalora")]
 _EVALUATE_MECHANICS = {"workers", "batch_size", "metric"}
 
 
@@ -137,26 +140,25 @@ def inherited_spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Ta
     )
 
 
-def train_key(recipe: Recipe, prepared: str, spectra: str, start: str | None = None) -> StageKey:
-    """The prepared data, every hyperparameter, and the spectra, or the training that is gone on from, which has them."""
+def train_key(recipe: Recipe, prepared: str, spectra: str | None, start: str | None = None) -> StageKey:
+    """The prepared data, every hyperparameter of the method, and the spectra, where there are any, or the training that is
+    gone on from, which has them."""
+    method = recipe.adapter.method
+    adapter = recipe.adapter.model_dump(mode="json", include={"method", *METHOD_SETTINGS[method]})
+    origin = {"champion": start} if start else {} if spectra is None else {"spectra": spectra}
+    code = ["kasa", "pipeline.training", "pipeline.language_model", "pipeline.labelled_model", "pipeline.base.model"]
+    code += _METHOD_CODE.get(method, _PEFT_CODE)
+    versions = ["torch", "transformers", "deepspeed", *([] if method in _METHOD_CODE else ["peft"])]
     return StageKey(
         TRAIN,
         {
             "settings": {
-                "adapter": recipe.adapter.model_dump(mode="json"),
+                "adapter": adapter,
                 "train": recipe.train.model_dump(mode="json", exclude=_TRAIN_MECHANICS),
             },
-            "inputs": {"prepared": prepared, **({"champion": start} if start else {"spectra": spectra})},
-            "code": code_digests(
-                [
-                    "kasa",
-                    "pipeline.training",
-                    "pipeline.language_model",
-                    "pipeline.labelled_model",
-                    "pipeline.base.model",
-                ]
-            ),
-            "versions": package_versions(["torch", "transformers", "deepspeed"]),
+            "inputs": {"prepared": prepared, **origin},
+            "code": code_digests(code),
+            "versions": package_versions(versions),
         },
     )
 
@@ -181,6 +183,7 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
                     "pipeline.language_model",
                     "pipeline.prediction",
                     "pipeline.labelled_model",
+                    "pipeline.methods.loading",
                     "kasa.layer",
                 ]
             ),

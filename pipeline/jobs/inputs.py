@@ -10,6 +10,7 @@ from pipeline.base.embedded import PREFIX as EMBEDDED
 from pipeline.base.model import find_base
 from pipeline.deepspeed_config import complete_config, config_names, load_deepspeed_config
 from pipeline.errors import JobError, WorkspaceError
+from pipeline.methods.choice import check_registrable
 from pipeline.prepare.sources import HUB, resolve_source
 from pipeline.recipe import Recipe
 
@@ -27,6 +28,7 @@ def check_inputs(recipe: Recipe, recipe_file: Path, folder: Path) -> list[Path]:
         WorkspaceError: the workspace is a relative path.
     """
     _check_workspace(recipe.workspace)
+    check_registrable(recipe)
     complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
     found = [("the recipe", recipe_file)]
     for side in ("train", "heldout", "calibration"):

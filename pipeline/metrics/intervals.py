@@ -32,8 +32,8 @@ def measure(results: Sequence[SampleResult], metrics: Sequence[str], seed: int =
     """The named metrics of one model's results."""
     tables = [METRICS[name].statistics(results) for name in metrics]
     return {
-        name: _interval(METRICS[name].value(table_NS.sum(axis=0)), METRICS[name].value(sums_RS))
-        for name, table_NS, sums_RS in zip(metrics, tables, _resampled_sums(tables, seed), strict=True)
+        name: interval_of(METRICS[name].value(table_NS.sum(axis=0)), METRICS[name].value(sums_RS))
+        for name, table_NS, sums_RS in zip(metrics, tables, resampled_sums(tables, seed), strict=True)
     }
 
 
@@ -48,17 +48,17 @@ def paired_differences(
     if [result["sample"] for result in ours] != [result["sample"] for result in theirs]:
         raise ValueError("two models can only be compared on the same samples, in the same order")
     tables = [METRICS[name].statistics(results) for name in metrics for results in (ours, theirs)]
-    sums = _resampled_sums(tables, seed)
+    sums = resampled_sums(tables, seed)
     found = {}
     for index, name in enumerate(metrics):
         value, pair = METRICS[name].value, slice(2 * index, 2 * index + 2)
         mine, others = (value(table_NS.sum(axis=0)) for table_NS in tables[pair])
         mine_R, others_R = (value(sums_RS) for sums_RS in sums[pair])
-        found[name] = _interval(mine - others, mine_R - others_R)
+        found[name] = interval_of(mine - others, mine_R - others_R)
     return found
 
 
-def _resampled_sums(tables: Sequence[Floats], seed: int) -> list[Floats]:
+def resampled_sums(tables: Sequence[Floats], seed: int) -> list[Floats]:
     """For each table (N, S) of the same samples, the sums over every resample, (R, S)."""
     if not tables:
         return []
@@ -73,6 +73,7 @@ def _resampled_sums(tables: Sequence[Floats], seed: int) -> list[Floats]:
     return np.split(np.concatenate(sums), np.cumsum([table.shape[1] for table in tables])[:-1], axis=1)
 
 
-def _interval(estimate: Floats, resampled_R: Floats) -> Interval:
+def interval_of(estimate: Floats | np.floating, resampled_R: Floats) -> Interval:
+    """An estimate with the 95% percentile interval of its resamples."""
     low, high = np.quantile(resampled_R, [_TAIL, 1 - _TAIL])
     return Interval(float(estimate), float(low), float(high))

@@ -11,6 +11,7 @@ from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.base.model import BaseModel, find_base
 from pipeline.errors import ModelError
 from pipeline.lineage import Ingredients, ingredients_by_name, stored_artifacts, why_made
+from pipeline.methods.choice import check_registrable
 from pipeline.planning.model_shapes import meta_model, model_config
 from pipeline.planning.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.prepare.sources import resolve_sources
@@ -55,6 +56,7 @@ def plan_run(recipe: Recipe, remake: Sequence[str] = ()) -> RunPlan:
     Raises:
         KasaError: what the run itself would refuse, as far as it can be seen from here.
     """
+    check_registrable(recipe)
     sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)

@@ -168,6 +168,8 @@ def plan_training(recipe: Recipe, hardware: Hardware) -> Estimate:
     Raises:
         KasaError: the model's shape is unknown here, or the run itself would refuse the recipe.
     """
+    if recipe.adapter.method != "kasa":
+        raise RecipeError(f"adapter.method {recipe.adapter.method}: what other methods than kasa need is not planned")
     config = model_config(recipe.base.model, recipe.base.revision)
     if config is None:
         raise BaseModelError(

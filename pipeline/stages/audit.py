@@ -14,9 +14,9 @@ from pipeline.cluster import Resources
 from pipeline.console import console
 from pipeline.context import RunContext
 from pipeline.journal import JournalTail, rewrite_journal
+from pipeline.methods.choice import kasa_config
 from pipeline.recipe import Recipe
 from pipeline.stages.spectra import FOLDER as SPECTRA
-from pipeline.stages.train import adapter_config
 from pipeline.truncation import AUDIT_JSON, WORST_LAYERS, AuditJob, audit_truncation
 
 
@@ -38,7 +38,7 @@ def audit(
             precision=recipe.train.precision,
             spectra=(spectra.folder / SPECTRA).resolve(),
             targets=tuple(targets),
-            config=adapter_config(recipe),
+            config=kasa_config(recipe),
             tokens=recipe.spectra.audit_tokens,
             out=folder.resolve(),
             journal=journal.resolve(),

@@ -91,6 +91,23 @@ def evaluate(
     return evaluation
 
 
+def evaluate_alone(context: RunContext, base: BaseModel, prepared: Artifact, trained: Artifact | None) -> Artifact:
+    """Evaluate one model, against none: the base where `trained` is None."""
+    name = "adapted" if trained else "base"
+    candidate = Candidate(name, trained.folder / ADAPTER if trained else None, trained.key if trained else None)
+    with context.stage(EVALUATE) as stage:
+        key = evaluation_key(context.recipe, prepared.key, base.digest, candidate.key)
+        artifact = stage.main_artifact(key, partial(_measure, context, base, prepared, candidate))
+        context.tracking.log_metrics(stage.run_id, artifact.facts["metrics"])
+        context.log_artifact(stage.run_id, artifact.folder / RESULTS)
+    return artifact
+
+
+def results_of(artifact: Artifact) -> list[Record]:
+    """The per-sample results of an evaluation, in the order of the held-out split."""
+    return read_samples(artifact.folder / RESULTS)
+
+
 def _champion(
     context: RunContext, base: BaseModel, trained: Artifact, head: Head
 ) -> tuple[ModelVersion | None, Candidate | None, str | None]:
@@ -166,7 +183,7 @@ def _measure(
 def _compare(
     results: Mapping[str, Artifact], metrics: Sequence[str], champion: ModelVersion | None, obstacle: str | None
 ) -> Evaluation:
-    samples = {name: read_samples(artifact.folder / RESULTS) for name, artifact in results.items()}
+    samples = {name: results_of(artifact) for name, artifact in results.items()}
     return Evaluation(
         artifact=results["adapted"],
         metrics={name: artifact.facts["metrics"] for name, artifact in results.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kasa import KasaConfig
 from kasa.targets import Target
 from pipeline.artifacts.keys import train_key
 from pipeline.artifacts.store import Artifact
@@ -21,6 +21,7 @@ from pipeline.context import RunContext
 from pipeline.deepspeed_config import complete_config, load_deepspeed_config
 from pipeline.errors import TrainingError, WorkerError
 from pipeline.journal import JournalTail, Record, read_journal
+from pipeline.methods.choice import check_method, method_of
 from pipeline.prepare.sources import DataSources
 from pipeline.prompting import FILE_NAME as PROMPTING
 from pipeline.recipe import Recipe
@@ -33,6 +34,7 @@ from pipeline.tracking.system_metrics import SERIES as SYSTEM_SERIES
 from pipeline.tracking.system_metrics import sampling
 from pipeline.training.worker import (
     ADAPTER,
+    ATTACHED,
     ERRORS,
     INTERRUPTIONS,
     JOURNAL,
@@ -57,26 +59,32 @@ def train(
     sources: DataSources,
     targets: Sequence[Target],
     prepared: Artifact,
-    spectra: Artifact,
+    spectra: Artifact | None,
     start: Start | None,
 ) -> Artifact:
     """Train the adapter, a new one or on from `start`; the artifact holds `adapter/` (loadable, with `prompting.json`) and
-    the journal."""
+    the journal.
+
+    Args:
+        spectra: None where nothing is dropped from the base.
+    """
     recipe = context.recipe
     deepspeed = deepspeed_settings(recipe)
 
     def make(folder: Path) -> dict[str, Any]:
         job = TrainJob(
-            base_name=base.name,
             base_folder=base.folder,
             prepared=prepared.folder.resolve(),
-            spectra=(spectra.folder / SPECTRA).resolve(),
             work=folder.resolve(),
-            targets=tuple(targets),
-            config=adapter_config(recipe),
+            method=method_of(
+                recipe,
+                base,
+                targets,
+                (spectra.folder / SPECTRA).resolve() if spectra else None,
+                start_adapter(context, start) if start else None,
+            ),
             settings=recipe.train,
             deepspeed=deepspeed,
-            start=start_adapter(context, start) if start else None,
         )
         # An error of an earlier run of this command has been read by now, and perhaps mended.
         shutil.rmtree(folder / ERRORS, ignore_errors=True)
@@ -89,9 +97,12 @@ def train(
         records = read_journal(folder / JOURNAL)
         shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
         Head.load(prepared.folder).save(folder / ADAPTER)
+        attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
         for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
             shutil.rmtree(finished_with, ignore_errors=True)
         return _facts(records) | {
+            **attached,
+            "adapter_bytes": sum(file.stat().st_size for file in (folder / ADAPTER).glob("*.safetensors")),
             "start": start.uri if start else "scratch",
             "interruptions": [
                 one["interruption"] for name in (NOTICES, INTERRUPTIONS) for one in read_journal(folder / name)
@@ -109,7 +120,7 @@ def train(
         context.log_artifact(run_id, artifact.folder / ADAPTER, "adapter")
         context.log_artifact(run_id, artifact.folder / JOURNAL)
 
-    key = train_key(recipe, prepared.key, spectra.key, start.train_key if start else None)
+    key = train_key(recipe, prepared.key, spectra.key if spectra else None, start.train_key if start else None)
     return context.run_stage(key, make, publish)
 
 
@@ -117,24 +128,11 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
     """The complete DeepSpeed configuration of the recipe.
 
     Raises:
-        RecipeError: there is no such configuration, or it decides what belongs to the recipe.
+        RecipeError: there is no such configuration, it decides what belongs to the recipe, or the method cannot do with it.
     """
-    return complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
-
-
-def adapter_config(recipe: Recipe) -> KasaConfig:
-    """The recipe's adapter section in the method library's terms."""
-    settings = recipe.adapter
-    return KasaConfig(
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        truncation=settings.truncation,
-        dropped_rank=recipe.dropped_rank,
-        regulariser=settings.regulariser,
-        singular_value_weight=settings.singular_value_weight,
-        orthogonality_weight=settings.orthogonality_weight,
-    )
+    config = complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
+    check_method(recipe, config)
+    return config
 
 
 def _worker_group(settings: TrainSettings) -> WorkerGroup:

@@ -1,14 +1,14 @@
 """Training checkpoints that do not depend on ZeRO stage or number of workers: safetensors and JSON, complete or absent.
 
-A checkpoint holds the adapter and AdamW's moments, in fp32. Nothing else is state: learning rate, sample order and dropout
-are functions of the step and the seed.
+A checkpoint holds the adapter and AdamW's moments, in fp32, and what a method that allocates its budget between steps
+remembers. Nothing else is state: learning rate, sample order and dropout are functions of the step and the seed.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,22 +17,25 @@ from kasa.errors import AdapterFileError
 from kasa.folders import read_tensor_folder, write_tensor_folder
 
 _JSON = "checkpoint.json"
+_ALLOCATION = "allocation/"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `step` optimizer steps: adapter tensors by name, and moments as `exp_avg/NAME`, `exp_avg_sq/NAME`."""
+    """The state after `step` optimizer steps: adapter tensors by name, moments as `exp_avg/NAME`, `exp_avg_sq/NAME`, and the
+    state of `Adapted.allocation`."""
 
     step: int
     values: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
+    allocation: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, kept: int, best: int | None = None) -> None:
     """Write `root/step-N` and remove all but the newest `kept` and that of step `best`, and what interrupted writers left."""
-    write_tensor_folder(
-        _folder(root, checkpoint.step), _JSON, {"step": checkpoint.step}, {**checkpoint.values, **checkpoint.moments}
-    )
+    allocation = {f"{_ALLOCATION}{name}": tensor for name, tensor in checkpoint.allocation.items()}
+    tensors = {**checkpoint.values, **checkpoint.moments, **allocation}
+    write_tensor_folder(_folder(root, checkpoint.step), _JSON, {"step": checkpoint.step}, tensors)
     for old in _complete(root)[:-kept]:
         if _step(old) != best:
             shutil.rmtree(old)
@@ -62,8 +65,9 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
         AdapterFileError: it is damaged.
     """
     facts, tensors = read_tensor_folder(_folder(root, step), _JSON)
-    moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
-    return Checkpoint(facts["step"], {n: t for n, t in tensors.items() if n not in moments}, moments)
+    allocation = {n.removeprefix(_ALLOCATION): t for n, t in tensors.items() if n.startswith(_ALLOCATION)}
+    moments = {n: t for n, t in tensors.items() if "/" in n and not n.startswith(_ALLOCATION)}
+    return Checkpoint(facts["step"], {n: t for n, t in tensors.items() if "/" not in n}, moments, allocation)
 
 
 def _folder(root: Path, step: int) -> Path:

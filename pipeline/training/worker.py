@@ -6,7 +6,7 @@ the journal; nothing here knows of Ray or MLflow.
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import logging
 import math
 import os
@@ -24,16 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kasa import KasaConfig, KasaError, adapted_layers, attach, attach_saved, penalty, read_adapter, save_adapter
-from kasa.adapter import frozen_factors, trainable_parameters
-from kasa.adapter_file import SavedAdapter
-from kasa.spectra_file import load_spectra
-from kasa.targets import Target, is_within
+from kasa.errors import KasaError
+from kasa.targets import is_within
 from pipeline.base.head import Head
 from pipeline.base.model import load_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.errors import TrainingError
 from pipeline.journal import JournalWriter, Record, append_journal, read_journal
+from pipeline.methods.method import Adapted, Method
 from pipeline.planning.model_shapes import head_modules
 from pipeline.prepare.stage import load_prepared
 from pipeline.settings import TrainSettings
@@ -54,6 +52,8 @@ from pipeline.training.validation import Looks, validation_loss
 JOURNAL = "journal.jsonl"
 ADAPTER = "adapter"
 ROLL_CALL = "roll-call"
+# What rank 0 found out when it put the method into the base: `trainable_parameters`, and `attach_s` in seconds.
+ATTACHED = "attached.json"
 # Written by the driver; each file has one writer, for nodes may have no common disk.
 INTERRUPTIONS = "interruptions.jsonl"
 NOTICES = "notices.jsonl"
@@ -67,26 +67,20 @@ class TrainJob:
     """All that a training process needs to know.
 
     Attributes:
-        base_name, base_folder: the base model.
+        base_folder: the base model.
         prepared: folder of the prepared data.
-        spectra: folder of the spectra.
         work: the folder this stage fills; checkpoints in it are resumed from.
-        targets, config: the adapter.
+        method: what is put into the base and trained.
         settings: the recipe's `train` section.
         deepspeed: the complete DeepSpeed configuration.
-        start: folder of the adapter to go on from, which brings along what it drops; None begins with a new one.
     """
 
-    base_name: str
     base_folder: Path
     prepared: Path
-    spectra: Path
     work: Path
-    targets: tuple[Target, ...]
-    config: KasaConfig
+    method: Method
     settings: TrainSettings
     deepspeed: dict[str, Any]
-    start: Path | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -150,17 +144,15 @@ def _train(job: TrainJob, node_leaves: Callable[[], bool]) -> None:
         model = load_base(job.base_folder, settings.precision, prepared.head, settings.seed)
         objective = objective_of(model, prepared.head, samples)
         whole = tuple(head_modules(model)) if prepared.head.is_new else ()
-        start, digests = _attach(model, job, whole, prepared.head)
+        adapted = _attach(model, job, plan.steps, whole, prepared.head)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        dropped = {name: factor.detach().clone() for name, factor in frozen_factors(model).items()}
-        head = [p for name, p in trainable_parameters(model).items() if is_within(name, whole)]
+        head = [p for name, p in adapted.parameters.items() if is_within(name, whole)]
         engine = zero.start_engine(model, deepspeed, settings.weight_decay, settings.collective_timeout_s, head)
     model.train()
-    parameters = trainable_parameters(model)
-    step = _resume(job, engine, parameters, start)
+    step = _resume(job, engine, adapted)
     journal = _take_over(job, step)
     looks = _earlier_looks(settings, journal)
     notified = False
@@ -168,7 +160,7 @@ def _train(job: TrainJob, node_leaves: Callable[[], bool]) -> None:
     while step < plan.steps and not looks.is_exhausted:
         rate, head_rate = _learning_rates(settings, plan, step)
         zero.set_learning_rate(engine, rate, head_rate)
-        record = _optimizer_step(job, engine, plan, samples, step, objective)
+        record = _optimizer_step(adapted, engine, plan, samples, step, objective)
         record |= {"step": step + 1, "steps": plan.steps, "learning_rate": rate, "time_s": time.time()}
         indices = plan.samples(step)
         step += 1
@@ -185,14 +177,13 @@ def _train(job: TrainJob, node_leaves: Callable[[], bool]) -> None:
                 said = f"a node is about to be taken away; the state after step {step} is saved"
                 append_journal(job.work / NOTICES, [{"interruption": said}])
         if due and step < plan.steps:
-            _save_checkpoint(job, engine, parameters, step, journal, looks.best_step)
+            _save_checkpoint(job, engine, adapted, step, journal, looks.best_step)
 
-    values = zero.whole_parameters(engine, parameters)
+    values = zero.whole_parameters(engine, adapted.parameters)
     if dist.get_rank() == 0:
         if looks.best_step not in (None, step):
             values = load_checkpoint(job.checkpoints, looks.best_step).values
-        adapter = SavedAdapter(job.config, job.targets, job.base_name, digests, values, dropped, whole)
-        save_adapter(job.work / ADAPTER, adapter)
+        adapted.save(job.work / ADAPTER, values)
     dist.barrier()
 
 
@@ -203,27 +194,20 @@ def _learning_rates(settings: TrainSettings, plan: BatchPlan, step: int) -> tupl
     return adapter, head
 
 
-def _attach(
-    model: nn.Module, job: TrainJob, whole: Sequence[str], head: Head
-) -> tuple[SavedAdapter | None, dict[str, str]]:
-    """Give the model its adapter; the one it goes on from, if any, and the digests of the adapted weights."""
-    if job.start is None:
-        spectra, digests = load_spectra(job.spectra)
-        attach(model, job.targets, job.config, spectra, job.settings.seed, trained_modules=whole)
-        return None, digests
-    if (theirs := Head.load(job.start)) != head:
-        raise TrainingError(
-            f"the champion answers with {', '.join(theirs.classes) or theirs.kind}, and the data now has "
-            f"{', '.join(head.classes) or head.kind}; train with train.start: scratch"
-        )
-    # Dropout and regularisers are those of this training.
-    start = dataclasses.replace(read_adapter(job.start), config=job.config)
-    attach_saved(model, start)
-    return start, start.weight_digests
+def _attach(model: nn.Module, job: TrainJob, steps: int, whole: Sequence[str], head: Head) -> Adapted:
+    started = time.perf_counter()
+    adapted = job.method.attach(model, job.settings.seed, steps, whole, head)
+    if dist.get_rank() == 0:
+        facts = {
+            "trainable_parameters": sum(map(zero.element_count, adapted.parameters.values())),
+            "attach_s": time.perf_counter() - started,
+        }
+        (job.work / ATTACHED).write_text(json.dumps(facts), encoding="utf-8")
+    return adapted
 
 
 def _optimizer_step(
-    job: TrainJob, engine: Any, plan: BatchPlan, samples: Any, step: int, objective: Objective
+    adapted: Adapted, engine: Any, plan: BatchPlan, samples: Any, step: int, objective: Objective
 ) -> dict[str, float]:
     """Forward and backward over this rank's share of the global batch, one optimizer step; what happened, as numbers."""
     started, waited = time.perf_counter(), 0.0
@@ -231,8 +215,9 @@ def _optimizer_step(
     batch_labels = sum(objective.count(samples[int(index)]) for index in plan.samples(step))
     micro_batches = plan.micro_batches(step, rank)
     # Dropout depends on seed, step and rank alone, so a resumed run repeats it.
-    torch.manual_seed(hash((job.settings.seed, step, rank)) & 0x7FFFFFFF)
-    layers = adapted_layers(engine.module).values()
+    torch.manual_seed(hash((plan.seed, step, rank)) & 0x7FFFFFFF)
+    regularised = list(adapted.parameters.values()) if adapted.penalties else []
+    penalties: dict[str, torch.Tensor] = {}
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for indices in micro_batches:
         asked = time.perf_counter()
@@ -242,22 +227,26 @@ def _optimizer_step(
         waited += time.perf_counter() - asked
         loss_sum = objective.losses(engine, batch).sum()
         # After the forward pass, in which stage 3 releases each layer's parameters behind it, gathered before or not.
-        with zero.gathered(engine, trainable_parameters(engine.module).values()):
-            regularisers = penalty(layers, job.config.regulariser)
+        with zero.gathered(engine, regularised):
+            penalties = adapted.penalties() if adapted.penalties else {}
             # DeepSpeed averages over ranks and passes; this makes it the mean over the labels of the global batch.
             share = world * len(micro_batches) / batch_labels
-            engine.backward(loss_sum * share + regularisers.weighted(job.config))
+            engine.backward(loss_sum * share + sum(penalties.values()))
+        if adapted.allocation and engine.is_gradient_accumulation_boundary():
+            adapted.allocation.before_step()
         engine.step()
         totals += torch.tensor([loss_sum.item(), batch.token_count], dtype=torch.float64, device=device)
+    if adapted.allocation:
+        adapted.allocation.after_step(step)
     dist.all_reduce(totals)
     task_loss, tokens = totals[0].item() / batch_labels, totals[1].item()
+    weighted = {name: float(value) for name, value in penalties.items()}
     gradient_norm = engine.get_global_grad_norm()
     return {
-        "loss": task_loss + float(regularisers.weighted(job.config)),
+        # The parts add up to it.
+        "loss": task_loss + sum(weighted.values()),
         "task_loss": task_loss,
-        # Weighted, so that the three parts add up to the loss.
-        "singular_value_penalty": job.config.singular_value_weight * float(regularisers.singular_value),
-        "orthogonality_penalty": job.config.orthogonality_weight * float(regularisers.orthogonality),
+        **weighted,
         **({} if gradient_norm is None else {"gradient_norm": float(gradient_norm)}),
         "tokens_per_second": tokens / (time.perf_counter() - started),
         "data_wait_share": waited / (time.perf_counter() - started),
@@ -271,8 +260,9 @@ def _anyone(yes: bool, device: torch.device) -> bool:
     return bool(votes)
 
 
-def _resume(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter], start: SavedAdapter | None) -> int:
+def _resume(job: TrainJob, engine: Any, adapted: Adapted) -> int:
     """Restore the newest sound checkpoint that rank 0 sees, or the adapter to go on from; returns the steps already done."""
+    parameters, start = adapted.parameters, adapted.start
     found: list[Checkpoint | None] = [None]
     if dist.get_rank() == 0:
         # Beyond the journal only an earlier run's worker can have saved, after this run took over from it.
@@ -283,12 +273,12 @@ def _resume(job: TrainJob, engine: Any, parameters: dict[str, nn.Parameter], sta
     checkpoint = found[0]
     if checkpoint:
         zero.restore_state(engine, parameters, checkpoint.values, checkpoint.moments, checkpoint.step)
+        if adapted.allocation:
+            adapted.allocation.restore(checkpoint.allocation)
     elif start is not None:
         # The engine made its fp32 master copy from parameters rounded to bf16; AdamW begins anew.
-        moments = {
-            f"{moment}/{name}": torch.zeros_like(start.tensors[name]) for moment in zero.MOMENTS for name in parameters
-        }
-        zero.restore_state(engine, parameters, start.tensors, moments, 0)
+        moments = {f"{moment}/{name}": torch.zeros_like(start[name]) for moment in zero.MOMENTS for name in parameters}
+        zero.restore_state(engine, parameters, start, moments, 0)
     return checkpoint.step if checkpoint else 0
 
 
@@ -310,12 +300,14 @@ def _earlier_looks(settings: TrainSettings, journal: JournalWriter | None) -> Lo
 def _save_checkpoint(
     job: TrainJob,
     engine: Any,
-    parameters: dict[str, nn.Parameter],
+    adapted: Adapted,
     step: int,
     journal: JournalWriter | None,
     best: int | None,
 ) -> None:
-    checkpoint = Checkpoint(step, zero.whole_parameters(engine, parameters), zero.whole_moments(engine, parameters))
+    values = zero.whole_parameters(engine, adapted.parameters)
+    moments = zero.whole_moments(engine, adapted.parameters)
+    checkpoint = Checkpoint(step, values, moments, adapted.allocation.state() if adapted.allocation else {})
     if journal:
         if not journal.is_current():
             raise RuntimeError("another run has taken this training over")

@@ -81,6 +81,11 @@ def _round_to_bf16(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def element_count(parameter: nn.Parameter) -> int:
+    """How many elements a parameter has on all ranks together."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def set_learning_rate(engine: Any, rate: float, head_rate: float | None = None) -> None:
     """The rate of the next step, and that of the head, where it is another."""
     for group in engine.optimizer.param_groups:

@@ -10,7 +10,6 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 warnings.filterwarnings("ignore")
@@ -25,6 +24,7 @@ from kasa.spectra import bottom_triplets  # noqa: E402
 from kasa.targets import is_within  # noqa: E402
 from pipeline.base.head import Head  # noqa: E402
 from pipeline.deepspeed_config import with_passes  # noqa: E402
+from pipeline.methods.method import Adapted  # noqa: E402
 from pipeline.training import zero  # noqa: E402
 from pipeline.training.batches import BatchPlan  # noqa: E402
 from pipeline.training.objective import LabelObjective, Objective, TokenObjective  # noqa: E402
@@ -138,11 +138,16 @@ def start(
 
 def train(task: Task, engine: Any, steps: range, plan: BatchPlan) -> list[float]:
     """The pipeline's own optimizer step."""
-    job: Any = SimpleNamespace(config=CONFIG, settings=SimpleNamespace(seed=0))
+    layers = adapted_layers(engine.module).values()
+
+    def penalties() -> dict[str, torch.Tensor]:
+        return {"both": penalty(layers, CONFIG.regulariser).weighted(CONFIG)}
+
+    adapted = Adapted(trainable_parameters(engine.module), lambda folder, values: None, penalties)
     losses = []
     for step in steps:
         zero.set_learning_rate(engine, RATES[step], HEAD_FASTER * RATES[step])
-        losses.append(_optimizer_step(job, engine, plan, task.samples, step, task.objective)["loss"])
+        losses.append(_optimizer_step(adapted, engine, plan, task.samples, step, task.objective)["loss"])
     return losses
 
 

@@ -1,0 +1,89 @@
+"""What can be compared, by name, and the recipe of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import nn
+
+from kasa.errors import nearest
+from kasa.targets import Target
+from kasa.truncation import Truncation
+from pipeline.errors import RecipeError
+from pipeline.methods.shapes import FIXED, matching_rank, trainable_count
+from pipeline.recipe import Recipe, parse_recipe, recipe_values
+from pipeline.settings import MethodName
+
+BASE = "base"
+# Changes of the recipe's `adapter`, beside the rank.
+ENTRANTS: Mapping[str, Mapping[str, Any]] = {
+    **{method: {"method": method} for method in get_args(MethodName)},
+    **{f"kasa:{rule}": {"method": "kasa", "truncation": rule} for rule in get_args(Truncation)},
+    "kasa-without-d": {"method": "kasa", "singular_values": False},
+    "kasa-without-l2": {"method": "kasa", "singular_value_weight": 0.0},
+    "kasa-without-l3": {"method": "kasa", "orthogonality_weight": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A method in a comparison.
+
+    Attributes:
+        name: as it was asked for.
+        recipe: with its rank; seed and learning rate are still those of the recipe that was given.
+        parameters: how many numbers it trains.
+    """
+
+    name: str
+    recipe: Recipe
+    parameters: int
+
+
+def entrant_names(text: str) -> list[str]:
+    """The names in `kasa,lora,...`, without the base, which every comparison shows.
+
+    Raises:
+        RecipeError: there is no such method, or it is named twice, or none is.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in ENTRANTS and name != BASE:
+            known = (BASE, *ENTRANTS)
+            hint = nearest(name, known) or f"; choose from {', '.join(known)}"
+            raise RecipeError(f"--methods: there is no method {name!r}{hint}")
+        if names.count(name) > 1:
+            raise RecipeError(f"--methods names {name} twice")
+    if not [name for name in names if name != BASE]:
+        raise RecipeError("--methods names no method to train, such as kasa,lora")
+    return [name for name in names if name != BASE]
+
+
+def entrants(recipe: Recipe, names: Sequence[str], targets: Sequence[Target], model: nn.Module) -> list[Entrant]:
+    """The methods, each at the rank at which it trains as nearly as it can what KaSA trains by the recipe.
+
+    alpha / rank stays that of the recipe. `model` may be on the meta device.
+
+    Raises:
+        RecipeError: the recipe cannot be used with one of them.
+    """
+    if recipe.train.start == "champion":
+        raise RecipeError(
+            "train.start champion: a comparison starts every method from scratch; use train.start scratch"
+        )
+    budget = trainable_count(recipe.adapter.model_copy(update={"method": "kasa"}), targets, model)
+    return [_entrant(recipe, name, targets, model, budget) for name in names]
+
+
+def _entrant(recipe: Recipe, name: str, targets: Sequence[Target], model: nn.Module, budget: int) -> Entrant:
+    changes = dict(ENTRANTS[name])
+    adapter = recipe.adapter.model_copy(update=changes)
+    if adapter.method != "kasa" and adapter.method not in FIXED:
+        rank = matching_rank(adapter, targets, model, budget)
+        changes |= {"rank": rank, "alpha": recipe.adapter.alpha * rank / recipe.adapter.rank}
+    values = recipe_values(recipe)
+    values["adapter"] |= changes
+    made = parse_recipe(values, f"the recipe for {name}")
+    return Entrant(name, made, trainable_count(made.adapter, targets, model))

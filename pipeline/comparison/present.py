@@ -1,0 +1,65 @@
+"""A comparison for people (rich) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.comparison.paper import findings_json, table
+from pipeline.comparison.run import Compared, Plan, TrialPlan
+
+_out = Console(highlight=False, soft_wrap=True)
+# Further columns are on paper.
+_SHOWN = 12
+
+
+def compared_json(compared: Compared) -> dict[str, Any]:
+    """The comparison as one JSON object."""
+    return {
+        "name": compared.plan.name,
+        "run_id": compared.run_id,
+        "folder": str(compared.folder),
+        "trials": compared.trials,
+        "reused": compared.reused,
+        **findings_json(compared.findings),
+    }
+
+
+def show_compared(compared: Compared) -> None:
+    """Conclusion, table, what it does not say, and where the rest is."""
+    found = compared.findings
+    head, rows = table(found)
+    shown = Table(*head[:_SHOWN], box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        shown.add_row(*(escape(cell) for cell in row[:_SHOWN]))
+    _out.print(shown)
+    _out.print(f"\n{escape(found.conclusion)}")
+    for limit in found.limits:
+        _out.print(f"- {escape(limit)}")
+    _out.print(f"\n{compared.trials} trials, {compared.reused} of them finished before")
+    _out.print(f"in full  {compared.folder / 'comparison.md'}")
+
+
+def planned_json(plan: Plan, trials: Sequence[TrialPlan]) -> dict[str, Any]:
+    """The trials as one JSON object."""
+    return {"name": plan.name, "trials": [dataclasses.asdict(trial) for trial in trials]}
+
+
+def show_planned(plan: Plan, trials: Sequence[TrialPlan]) -> None:
+    """A line for each trial, with what is there of it."""
+    _out.print(f"comparison {escape(plan.name)}, against {escape(plan.against)}")
+    shown = Table("trial", "trains", "reuses", "makes", box=None, pad_edge=False, header_style="bold")
+    for trial in trials:
+        known = trial.reused or trial.made
+        shown.add_row(
+            escape(trial.name),
+            "" if trial.parameters is None else f"{trial.parameters:,}",
+            ", ".join(trial.reused),
+            ", ".join(trial.made) or ("nothing" if known else "known once earlier trials and inputs are there"),
+        )
+    _out.print(shown)

@@ -1,0 +1,64 @@
+"""Putting a trained adapter onto its base, whatever method made it; the folder says which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from kasa import attach_saved, read_adapter
+from kasa.adapter_file import ADAPTER_JSON, check_base
+from kasa.errors import AdapterFileError
+from kasa.interchange import PEFT_CONFIG
+from pipeline.methods.full import WEIGHTS_JSON, base_of_weights, load_weights
+
+# What a folder of each kind holds.
+MARKS = (ADAPTER_JSON, PEFT_CONFIG, WEIGHTS_JSON)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter of some method."""
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def attach_folder(model: nn.Module, folder: Path) -> None:
+    """Put the adapter in `folder` into a loaded base, in place.
+
+    Raises:
+        AdapterFileError: the folder is no adapter, damaged, or made for another architecture.
+    """
+    if (folder / PEFT_CONFIG).exists() and not (folder / ADAPTER_JSON).exists():
+        from pipeline.methods.peft_methods import load_peft_folder
+
+        load_peft_folder(model, folder)
+    elif (folder / WEIGHTS_JSON).exists():
+        load_weights(model, folder)
+    else:
+        attach_saved(model, read_adapter(folder))
+
+
+def base_name(folder: Path) -> str:
+    """Where the base of the adapter in `folder` came from.
+
+    Raises:
+        AdapterFileError: the folder is no adapter, or damaged.
+    """
+    if (folder / ADAPTER_JSON).exists():
+        return read_adapter(folder).base
+    if (folder / WEIGHTS_JSON).exists():
+        return base_of_weights(folder)
+    from pipeline.methods.peft_methods import base_of_peft_folder
+
+    return base_of_peft_folder(folder)
+
+
+def check_saved_base(folder: Path, base: Path) -> None:
+    """Compare the base with the one the adapter was trained on, as far as the adapter says.
+
+    Raises:
+        AdapterFileError: it is another one.
+    """
+    if (folder / ADAPTER_JSON).exists():
+        check_base(read_adapter(folder), base)
+    elif not is_adapter(folder):
+        raise AdapterFileError(f"{folder} holds no adapter: none of {', '.join(MARKS)}")

@@ -1,0 +1,165 @@
+"""Every method through the pipeline's own training worker: it learns, resumes bit for bit, and loads onto the untouched base
+as it was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.ranks import start_ranks
+from kasa import find_targets
+from pipeline.errors import RecipeError
+from pipeline.methods.choice import check_method, check_registrable
+from pipeline.methods.loading import attach_folder
+from pipeline.methods.residual_base import initial_factors
+
+ROOT = Path(__file__).parents[3]
+# Stage, precision, processes, methods.
+GROUPS = {
+    "0 fp32": ("0", "fp32", 1, ["adalora", "lora"]),
+    "2 fp32": ("2", "fp32", 2, ["kasa-without-d", "dora", "pissa", "milora", "olora", "rslora", "full"]),
+    "1 bf16": ("1", "bf16", 1, ["vera", "fourierft", "ia3", "layernorm", "pissa"]),
+}
+# Of a loss in nats, between the engine's arithmetic and a model loaded anew.
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3}
+
+
+@pytest.fixture(scope="module", params=GROUPS)
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
+    """What the ranks found out about a group of methods, and their folder."""
+    stage, precision, workers, methods = GROUPS[request.param]
+    folder = tmp_path_factory.mktemp("methods")
+    environment = {"PYTHONPATH": str(ROOT)}
+    ranks = start_ranks(
+        "tests.pipeline.methods.method_script", [str(folder), stage, precision, *methods], workers, folder, environment
+    )
+    try:
+        for process in ranks.processes:
+            process.wait(timeout=300)
+        ranks.wait()
+    finally:
+        ranks.kill()
+    return request.param, folder, json.loads((folder / "result.json").read_text())
+
+
+def test_every_method_of_the_group(group: tuple[str, Path, dict[str, Any]]) -> None:
+    name, _, found = group
+    precision = GROUPS[name][1]
+    for method in GROUPS[name][3]:
+        facts = found[method]
+        assert len(facts["losses"]) == 10, method
+        assert facts["resumed"] == facts["losses"], method
+        assert facts["differing"] == [], method
+        # The adapter that is kept is that of the best look, and it is not the base.
+        assert facts["loaded"] == pytest.approx(facts["best"], abs=TOLERANCES[precision]), method
+        assert abs(facts["loaded"] - found["base"]) > 1e-4, method
+        assert facts["trainable_parameters"] > 0, method
+
+
+def test_peft_itself_loads_what_was_saved(group: tuple[str, Path, dict[str, Any]]) -> None:
+    name, folder, _ = group
+    token_ids = torch.arange(1, 9)[None]
+    for method in GROUPS[name][3]:
+        adapter = folder / method / "whole" / "work" / "adapter"
+        if not (adapter / "adapter_config.json").exists():
+            assert method in ("full", "kasa-without-d")
+            continue
+        ours, theirs = (AutoModelForCausalLM.from_pretrained(folder / "base") for _ in range(2))
+        attach_folder(ours, adapter)
+        theirs = peft.PeftModel.from_pretrained(theirs, adapter)
+        with torch.no_grad():
+            assert torch.equal(ours.eval()(token_ids).logits, theirs.eval()(token_ids).logits), method
+
+
+def test_methods_that_change_the_base_are_saved_as_a_lora_of_twice_the_rank(
+    group: tuple[str, Path, dict[str, Any]],
+) -> None:
+    name, folder, _ = group
+    for method in {"pissa", "milora", "olora"} & set(GROUPS[name][3]):
+        adapter = folder / method / "whole" / "work" / "adapter"
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+        assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 16, 16)
+        assert settings["init_lora_weights"] is True
+        shapes = {tuple(t.shape) for n, t in load_file(adapter / "adapter_model.safetensors").items() if "lora_A" in n}
+        assert shapes == {(16, 64), (16, 160)}
+
+
+def test_without_d_it_stays_one(group: tuple[str, Path, dict[str, Any]]) -> None:
+    name, folder, _ = group
+    if "kasa-without-d" not in GROUPS[name][3]:
+        pytest.skip("not in this group")
+    tensors = load_file(folder / "kasa-without-d" / "whole" / "work" / "adapter" / "tensors.safetensors")
+    values = [tensor for key, tensor in tensors.items() if key.endswith(".d")]
+    assert len(values) == 14
+    assert all(bool((value == 1).all()) for value in values)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20)])
+@pytest.mark.parametrize("method", ["pissa", "olora", "milora"])
+def test_initial_factors_are_those_of_peft_and_of_a_full_svd(method: str, shape: tuple[int, int]) -> None:
+    weight_OI = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    b_OR, a_RI = initial_factors(method, weight_OI, 3, 2.0)
+    part_OI = 2.0 * b_OR @ a_RI
+    if method == "milora":
+        left, values, right = torch.linalg.svd(weight_OI.double(), full_matrices=False)
+        expected = (left[:, -3:] * values[-3:]) @ right[-3:]
+        torch.testing.assert_close(part_OI, expected.float(), atol=1e-5, rtol=1e-4)
+        return
+    model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
+    model[0].weight.data = weight_OI.clone()
+    peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=method))
+    torch.testing.assert_close(weight_OI - part_OI, model[0].base_layer.weight.data, atol=1e-5, rtol=1e-4)
+
+
+def test_a_random_start_is_the_seeds() -> None:
+    from pipeline.methods.peft_methods import PeftMethod
+
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        config = LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+        )
+        model = LlamaForCausalLM(config)
+        torch.rand(1)  # whatever was drawn before does not matter
+        method = PeftMethod("lora", tuple(find_targets(model, "all-linear")), 2, 4.0, 0.0, "base")
+        return dict(method.attach(model, seed, 10).parameters)
+
+    first, again, other = start(0), start(0), start(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_what_a_method_cannot_do_is_refused(recipe: Any) -> None:
+    def stage(number: int) -> dict[str, Any]:
+        return {"zero_optimization": {"stage": number}}
+
+    for method, largest in {"adalora": 0, "pissa": 2, "milora": 2, "olora": 2, "layernorm": 2}.items():
+        chosen = recipe({"adapter.method": method, "train.precision": "fp32"})
+        check_method(chosen, stage(largest))
+        with pytest.raises(RecipeError, match=f"{method} works up to ZeRO stage {largest}"):
+            check_method(chosen, stage(largest + 1))
+    with pytest.raises(RecipeError, match=r"adalora needs train\.precision=fp32"):
+        check_method(recipe({"adapter.method": "adalora", "train.precision": "bf16"}), stage(0))
+    check_method(recipe({"adapter.method": "lora"}), stage(3))
+    with pytest.raises(RecipeError, match=r"kasa compare RECIPE --methods kasa,lora"):
+        check_registrable(recipe({"adapter.method": "lora"}))
+
+
+def test_an_adapter_folder_that_is_damaged_is_named(tmp_path: Path) -> None:
+    from kasa.errors import AdapterFileError
+
+    model = torch.nn.Linear(2, 2)
+    for content, said in (
+        ("{", "cannot be read"),
+        ("[]", "no JSON object"),
+        ("{}", r"adapter_model\.safetensors is missing"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(AdapterFileError, match=said):
+            attach_folder(model, tmp_path)
