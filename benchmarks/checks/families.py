@@ -1,7 +1,7 @@
 """The paper's task families on a small model: LoRA and KaSA under each truncation rule, against the base and each other.
 
-Three seeds on a reduced budget, through `kasa compare`. The bar is the issue's: our best KaSA is no worse than LoRA, as far as
-the data can tell.
+Three seeds on a reduced budget, through `kasa compare`. The bar: the KaSA with the best estimate is no worse than LoRA; its
+interval is in the details, and being the best of five it is flattered by chance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TASKS = ("ARC-Easy", "ARC-Challenge", "openbookqa")
 SEEDS, PATIENCE_S = 3, 6 * 3600.0
 
 
-@check(bar=0, direction="at least", unit="BLEU", judges="upper end of its 95% interval")
+@check(bar=0, direction="at least", unit="BLEU")
 def e2e(setting: Setting) -> Measurement:
     """BLEU of the best KaSA on E2E less LoRA's: SmolLM2-135M, three seeds, 60 steps, references grouped."""
     return _compare(
@@ -32,7 +32,7 @@ def e2e(setting: Setting) -> Measurement:
     )
 
 
-@check(bar=0, direction="at least", unit="points", judges="upper end of its 95% interval")
+@check(bar=0, direction="at least", unit="points")
 def commonsense(setting: Setting) -> Measurement:
     """Accuracy of the best KaSA on ARC and OpenBookQA less LoRA's: SmolLM2-135M, three seeds, 60 steps."""
     sources = {
@@ -65,4 +65,4 @@ def _compare(
     differences = {name: found["methods"][name]["difference"] for name in KASA}
     best = max(differences, key=lambda name: differences[name]["estimate"])
     details = {name: found[name] for name in ("conclusion", "limits", "methods")} | {"best": best}
-    return Measurement(scale * differences[best]["estimate"], details, judged=scale * differences[best]["high"])
+    return Measurement(scale * differences[best]["estimate"], details)
