@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pipeline.artifacts.store import Artifact, ArtifactStore, StageKey, content_digest
+from pipeline.artifacts.store import ADAPTER, Artifact, ArtifactStore, StageKey, content_digest
 from pipeline.cluster import Resources, WorkerGroup, run_tasks, run_training_workers
 from pipeline.console import ProgressBars
 from pipeline.errors import WorkspaceError
@@ -154,6 +154,12 @@ class RunContext:
             facts = {**reference(path, size, self.store.root), "path": self.storage.address(path.resolve())}
             note.write_text(json.dumps(facts, indent=1), encoding="utf-8")
             self.tracking.log_files(run_id, note, place)
+
+    def registered_adapter(self, uri: str, train_key: str) -> Path:
+        """The adapter folder of a registered version, fetched into the workspace; `train_key` is that of its training."""
+        folder = self.registry.download(f"{uri}/artifacts/{ADAPTER}", self.workspace / "champions" / train_key)
+        self.storage.share(folder, train_key)
+        return folder
 
     def _child(self, stage: str) -> tuple[str, bool]:
         if (known := self.children.get(stage)) and self.tracking.resume_run(known):

@@ -22,6 +22,7 @@ from kasa.interchange import new_folder
 from kasa.lora_export import lora_rank, vllm_rank
 from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from pipeline.answer import REGISTRY
+from pipeline.artifacts.store import ADAPTER
 from pipeline.base.model import DTYPES, find_base
 from pipeline.errors import BaseModelError, ModelError
 from pipeline.logit_difference import LogitDifference, coarse, logit_difference, too_large
@@ -29,7 +30,6 @@ from pipeline.prompting import FILE_NAME as PROMPTING
 from pipeline.prompting import Prompting
 from pipeline.registry.store import open_registry
 from pipeline.settings import BaseSettings
-from pipeline.training.worker import ADAPTER
 
 Format = Literal["lora", "merged", "peft-kasa"]
 Dtype = Literal["fp32", "bf16", "stored"]

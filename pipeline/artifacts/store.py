@@ -30,6 +30,8 @@ from pipeline.storage.mirror import MANIFEST
 from pipeline.storage.places import PARTIAL
 from pipeline.storage.workspace import Workspace
 
+# Folder of the adapter in a training's artifact and in a registered model.
+ADAPTER = "adapter"
 _PATIENCE_S = 2.0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kasa import KasaError, export_lora, read_adapter
-from pipeline.artifacts.store import Artifact, package_versions
+from pipeline.artifacts.store import ADAPTER, Artifact, package_versions
 from pipeline.base.model import BaseModel
 from pipeline.context import RunContext
 from pipeline.evaluation.samples import write_samples
@@ -22,7 +22,6 @@ from pipeline.recipe import Recipe
 from pipeline.registry.promotion import Decision, Gate
 from pipeline.registry.store import ModelPackage
 from pipeline.stages.evaluate import Evaluation
-from pipeline.training.worker import ADAPTER
 
 LORA, REPORT = "lora", "evaluation"
 PROMOTED, KEPT_OUT = "promoted", "kept out"

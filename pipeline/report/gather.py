@@ -18,7 +18,7 @@ from kasa import read_adapter
 from kasa.spectra_file import load_spectra
 from kasa.truncation import dropped_rank
 from kasa.update import product_singular_values
-from pipeline.artifacts.store import Artifact, package_versions
+from pipeline.artifacts.store import ADAPTER, Artifact, package_versions
 from pipeline.context import RunContext
 from pipeline.journal import read_journal
 from pipeline.prepare.stage import load_prepared
@@ -30,7 +30,7 @@ from pipeline.stages.evaluate import Evaluation
 from pipeline.stages.register import Registration
 from pipeline.stages.spectra import FOLDER as SPECTRA
 from pipeline.tracking.store import ui_command
-from pipeline.training.worker import ADAPTER, JOURNAL
+from pipeline.training.worker import JOURNAL
 from pipeline.truncation import AUDIT_JSON
 
 _PACKAGES = ("kasa-pipeline", "torch", "deepspeed", "ray", "mlflow", "transformers", "datasets", "numpy", "scipy")

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import keys
-from pipeline.artifacts.store import ArtifactStore, StageKey, content_digest
+from pipeline.artifacts.store import ADAPTER, ArtifactStore, StageKey, content_digest
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from kasa.targets import Target
     from pipeline.context import RunContext
     from pipeline.registry.store import ModelVersion
-
-# Folder of the adapter in a training's artifact and in a registered model.
-ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,7 @@ def start_adapter(context: RunContext, start: Start) -> Path:
     known = context.store.known(keys.TRAIN, start.train_key)
     if known and (trained := context.store.find(known)):
         return (trained.folder / ADAPTER).resolve()
-    model = context.registry.download(start.uri, context.workspace / "champion" / start.train_key)
-    context.storage.share(model / "artifacts" / ADAPTER, start.train_key)
-    return (model / "artifacts" / ADAPTER).resolve()
+    return context.registered_adapter(start.uri, start.train_key).resolve()
 
 
 _WORDS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.keys import EVALUATE, evaluation_key
-from pipeline.artifacts.store import Artifact
+from pipeline.artifacts.store import ADAPTER, Artifact
 from pipeline.base.head import Head
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
@@ -27,7 +27,6 @@ from pipeline.prepare.stage import load_prepared
 from pipeline.registry.moves import settle
 from pipeline.registry.store import ModelVersion
 from pipeline.stages.prepare import log_datasets
-from pipeline.training.worker import ADAPTER
 
 RESULTS = "samples.parquet"
 _TRAIN_KEY = "kasa.train_key"
@@ -75,9 +74,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the base, the trained adapter, and the champion if it is another adapter on the same base."""
     adapted = Candidate("adapted", trained.folder / ADAPTER, trained.key)
-    head = load_prepared(prepared.folder).head
-    measured = metrics_for_classes(context.recipe.evaluate.measured, len(head.classes))
-    champion, rival, obstacle = _champion(context, base, trained, head)
+    measured = _measured(context, prepared)
+    champion, rival, obstacle = _champion(context, base, trained, load_prepared(prepared.folder).head)
     candidates = [Candidate("base", None, None), *([rival] if rival else []), adapted]
     results: dict[str, Artifact] = {}
     with context.stage(EVALUATE) as stage:
@@ -97,7 +95,8 @@ def evaluate_alone(context: RunContext, base: BaseModel, prepared: Artifact, tra
     candidate = Candidate(name, trained.folder / ADAPTER if trained else None, trained.key if trained else None)
     with context.stage(EVALUATE) as stage:
         key = evaluation_key(context.recipe, prepared.key, base.digest, candidate.key)
-        artifact = stage.main_artifact(key, partial(_measure, context, base, prepared, candidate))
+        measured = _measured(context, prepared)
+        artifact = stage.main_artifact(key, partial(_measure, context, base, prepared, candidate, measured))
         context.tracking.log_metrics(stage.run_id, artifact.facts["metrics"])
         context.log_artifact(stage.run_id, artifact.folder / RESULTS)
     return artifact
@@ -106,6 +105,11 @@ def evaluate_alone(context: RunContext, base: BaseModel, prepared: Artifact, tra
 def results_of(artifact: Artifact) -> list[Record]:
     """The per-sample results of an evaluation, in the order of the held-out split."""
     return read_samples(artifact.folder / RESULTS)
+
+
+def _measured(context: RunContext, prepared: Artifact) -> tuple[str, ...]:
+    """The metrics that the held-out samples allow."""
+    return metrics_for_classes(context.recipe.evaluate.measured, len(load_prepared(prepared.folder).head.classes))
 
 
 def _champion(
@@ -123,11 +127,10 @@ def _champion(
     if key is None or champion.tags.get("kasa.base_digest") != base.digest:
         what = "was not registered by this pipeline" if key is None else "belongs to another base"
         return champion, None, f"{who} {what} and cannot be compared; kasa promote can replace it by hand"
-    adapter = context.registry.download(f"{champion.uri}/artifacts/{ADAPTER}", context.workspace / "champions" / key)
+    adapter = context.registered_adapter(champion.uri, key)
     if Head.load(adapter) != head:
         obstacle = "has another head, or other classes, and cannot be compared; kasa promote can replace it by hand"
         return champion, None, f"{who} {obstacle}"
-    context.storage.share(adapter, key)
     return champion, Candidate("champion", adapter, key), None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from kasa.targets import Target
 from pipeline.artifacts.keys import train_key
-from pipeline.artifacts.store import Artifact
+from pipeline.artifacts.store import ADAPTER, Artifact
 from pipeline.base.head import Head
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources, WorkerGroup
@@ -33,7 +33,6 @@ from pipeline.tracking.delivery import Delivery, delivering
 from pipeline.tracking.system_metrics import SERIES as SYSTEM_SERIES
 from pipeline.tracking.system_metrics import sampling
 from pipeline.training.worker import (
-    ADAPTER,
     ATTACHED,
     ERRORS,
     INTERRUPTIONS,

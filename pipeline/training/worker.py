@@ -26,6 +26,7 @@ from torch import nn
 
 from kasa.errors import KasaError
 from kasa.targets import is_within
+from pipeline.artifacts.store import ADAPTER
 from pipeline.base.head import Head
 from pipeline.base.model import load_base
 from pipeline.deepspeed_config import with_passes
@@ -50,7 +51,6 @@ from pipeline.training.roll_call import RollCall
 from pipeline.training.validation import Looks, validation_loss
 
 JOURNAL = "journal.jsonl"
-ADAPTER = "adapter"
 ROLL_CALL = "roll-call"
 # What rank 0 found out when it put the method into the base: `trainable_parameters`, and `attach_s` in seconds.
 ATTACHED = "attached.json"
