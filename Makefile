@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kasa run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 12
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "soak or cluster"

@@ -20,6 +20,9 @@ from pipeline.methods.choice import check_method, check_registrable
 from pipeline.methods.loading import attach_folder
 from pipeline.methods.residual_base import initial_factors
 
+# Each group is trained once, not once in every test process.
+pytestmark = pytest.mark.xdist_group("methods")
+
 ROOT = Path(__file__).parents[3]
 # Stage, precision, processes, methods.
 GROUPS = {
