@@ -12,6 +12,9 @@ from benchmarks.small_training import STEPS, outcome, prepare_run, small_base, s
 from kasa import read_adapter, save_adapter
 from pipeline.recipe import parse_recipe
 
+# The champion is trained once, not once in every test process.
+pytestmark = pytest.mark.xdist_group("warm-start")
+
 ADAPTER = Path("work", "adapter")
 
 
