@@ -79,7 +79,7 @@ print(json.dumps([beside, apart]))
 def test_tasks_that_need_a_nodes_memory_do_not_meet_on_it(tmp_path: Path) -> None:
     environment = {**plain_environment(), "PYTHONPATH": str(ROOT)}
     script = [sys.executable, "-c", TASKS, str(tmp_path)]
-    out = subprocess.run(script, capture_output=True, text=True, check=True, env=environment, timeout=300).stdout
+    out = subprocess.run(script, capture_output=True, text=True, check=True, env=environment, timeout=1200).stdout
     beside, apart = json.loads(out.splitlines()[-1])
     assert max(start for start, _ in beside) < min(end for _, end in beside)
     assert all(one[1] <= other[0] for one, other in pairwise(sorted(apart)))

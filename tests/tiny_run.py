@@ -17,7 +17,7 @@ from pipeline.artifacts.keys import STAGES
 from pipeline.journal import read_journal
 from pipeline.training.worker import ROLL_CALL
 
-PATIENCE_S = 400
+PATIENCE_S = 900
 
 
 @dataclass(frozen=True)

@@ -22,5 +22,5 @@ def test_sigterm_ends_a_command_in_order() -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
     process.terminate()
-    assert process.communicate(timeout=30) == ("in order\n", None)
+    assert process.communicate(timeout=120) == ("in order\n", None)
     assert process.returncode == 143

@@ -45,7 +45,7 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     )
     try:
         for process in ranks.processes:
-            process.wait(timeout=300)
+            process.wait(timeout=1200)
         ranks.wait()
     finally:
         ranks.kill()

@@ -34,7 +34,7 @@ def test_two_ranks_load_a_half_each_and_compute_in_one_type(tmp_path: Path) -> N
         with log.open("w") as file:
             command = [sys.executable, str(SCRIPT), str(tmp_path)]
             processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
-    assert [process.wait(timeout=300) for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
+    assert [process.wait(timeout=1200) for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
     for rank in range(2):
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8"))
         assert found["types"] == ["torch.bfloat16"]

@@ -44,7 +44,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         with log.open("w") as file:
             processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
     try:
-        codes = [process.wait(timeout=300) for process in processes]
+        codes = [process.wait(timeout=1200) for process in processes]
     finally:
         for process in processes:
             process.kill()
