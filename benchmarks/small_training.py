@@ -20,7 +20,7 @@ from pipeline.training import worker
 STEPS, BATCH, SAMPLES, RANK = 30, 8, 60, 8
 # Of a linear layer's A and B (64 x 8 and 160 x 8) stage 3 keeps the smaller whole on every rank.
 PERSISTENT_ELEMENTS = 600
-CHECKPOINT_EVERY, PATIENCE_S = 4, 300
+CHECKPOINT_EVERY, PATIENCE_S = 4, 900
 
 Sample = dict[str, list[int]]
 
