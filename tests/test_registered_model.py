@@ -21,8 +21,10 @@ from benchmarks.serving import Stranger, adapter_logits, apart, ask, load_as_str
 from kasa.errors import AdapterFileError
 from pipeline.base.model import load_base
 from pipeline.errors import ModelError
+from pipeline.evaluation.samples import read_samples
 from pipeline.logit_difference import logits_of
 from pipeline.registry.served_model import KasaModel
+from pipeline.settings import EvaluateSettings
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
 
@@ -57,7 +59,7 @@ def test_it_says_where_it_comes_from(bench: Bench, first: dict[str, Any], versio
     assert version.run_id == first["stage_runs"]["register"]
     assert (tags["kasa.seed.train"], tags["kasa.seed.split"]) == ("0", "0")
     assert all(len(tags[f"kasa.{name}_digest"]) == 64 for name in ("base", "data"))
-    assert json.loads(tags["kasa.gate"])["against"]["base"].keys() == {"loss", "rouge_l", "chrf"}
+    assert json.loads(tags["kasa.gate"])["against"]["base"].keys() == set(EvaluateSettings(kind="text").measured)
     assert tags["kasa.reason"] == first["model"]["reason"]
     assert tags["kasa.reason"] in version.description
     assert "| loss |" in version.description
@@ -72,7 +74,7 @@ def test_it_carries_the_evaluation_and_an_example(model: Path, first: dict[str, 
     assert metrics["differences"] == first["differences"]
     assert (decision["promote"], decision["reason"]) == (first["model"]["promoted"], first["model"]["reason"])
     for candidate in ("base", "adapted"):
-        samples = (model / "artifacts" / "evaluation" / "samples" / f"{candidate}.jsonl").read_text().splitlines()
+        samples = read_samples(model / "artifacts" / "evaluation" / "samples" / f"{candidate}.parquet")
         assert len(samples) == metrics["heldout_rows"] == 8
     (example,) = json.loads((model / "input_example.json").read_text())
     assert example.startswith("count ")
