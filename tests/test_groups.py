@@ -5,6 +5,6 @@ import pytest
 
 @pytest.mark.xdist_group("groups")
 def test_groups_are_heeded(request: pytest.FixtureRequest) -> None:
-    if request.config.getoption("dist") != "loadgroup" and not getattr(request.config, "workerinput", None):
+    if not getattr(request.config.option, "loadgroup", False):  # what pytest-xdist tells its workers
         pytest.skip("only with --dist loadgroup")
     assert request.node.nodeid.endswith("@groups"), "this pytest and this pytest-xdist do not work together"
