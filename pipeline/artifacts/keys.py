@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kasa.errors import nearest
 from pipeline.artifacts.store import StageKey, code_digests, package_versions
 from pipeline.errors import RecipeError
-from pipeline.metrics.meteor import lacks_package
+from pipeline.metrics import caption_tools
 from pipeline.recipe import Recipe
 from pipeline.settings import METHOD_SETTINGS
 
@@ -197,7 +197,7 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
 def _optional_packages(recipe: Recipe) -> list[str]:
     needed = not {"meteor", "cider"}.isdisjoint(recipe.evaluate.measured)
     # A dry run may be asked for where they are not installed.
-    return ["pycocoevalcap"] if needed and lacks_package() is None else []
+    return [caption_tools.PACKAGE] if needed and caption_tools.lacks_package() is None else []
 
 
 def register_key(recipe: Recipe, trained: str, evaluated: str, registry: str) -> StageKey:

@@ -8,34 +8,17 @@ Legend: N = samples, S = the jar's 23 statistics, M = matchers (exact, stem, syn
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from pipeline.metrics.caption_tools import meteor_folder
 from pipeline.metrics.metric import Floats
 
 # English, task `rank`: what the jar takes by default.
 _ALPHA, _BETA, _GAMMA, _CONTENT = 0.85, 0.2, 0.6, 0.75
 _MATCHERS_M = np.array([1.0, 0.6, 0.8, 0.6])
-_PACKAGE = "pycocoevalcap"
-
-
-def lacks_package() -> str | None:
-    """What is missing here to measure CIDEr, with the remedy."""
-    if importlib.util.find_spec(_PACKAGE) is None:
-        return f"the package {_PACKAGE}: pip install 'kasa-pipeline[e2e]'"
-    return None
-
-
-def lacks() -> str | None:
-    """What is missing here to measure METEOR, with the remedy."""
-    if shutil.which("java") is None:
-        return "a Java runtime (java on the PATH), such as Debian's default-jre-headless"
-    return lacks_package()
 
 
 def statistics(pairs: Sequence[tuple[str, Sequence[str]]]) -> Floats:
@@ -44,14 +27,10 @@ def statistics(pairs: Sequence[tuple[str, Sequence[str]]]) -> Floats:
     Raises:
         RuntimeError: the jar failed.
     """
-    spec = importlib.util.find_spec(_PACKAGE)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    folder = Path(spec.submodule_search_locations[0]) / "meteor"
     lines = [" ||| ".join(["SCORE", *map(_plain, references), _plain(output)]) for output, references in pairs]
     done = subprocess.run(
         ["java", "-jar", "-Xmx2G", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"],
-        cwd=folder,
+        cwd=meteor_folder(),
         input="".join(f"{line}\n" for line in lines),
         capture_output=True,
         encoding="utf-8",

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.metrics import meteor
+from pipeline.metrics.caption_tools import lacks_meteor, lacks_package
 from pipeline.metrics.metric import Floats, Metric, SampleResult, mean_of, ratio
 
 _NIST_ORDERS = 5
@@ -164,9 +165,9 @@ def _meteor(results: Sequence[SampleResult]) -> Floats:
 TEXT_METRICS = (
     Metric("bleu", "BLEU", _sacrebleu_statistics(_bleu), _sacrebleu_value(_bleu), best=100),
     Metric("nist", "NIST", _nist, _nist_value),
-    Metric("meteor", "METEOR", _meteor, meteor.value, best=100, lacks=meteor.lacks),
+    Metric("meteor", "METEOR", _meteor, meteor.value, best=100, lacks=lacks_meteor),
     Metric("rouge_l", "ROUGE-L", _rouge_l, ratio, best=100),
-    Metric("cider", "CIDEr", _cider, ratio, best=10, lacks=meteor.lacks_package),
+    Metric("cider", "CIDEr", _cider, ratio, best=10, lacks=lacks_package),
     Metric("chrf", "chrF", _sacrebleu_statistics(_chrf), _sacrebleu_value(_chrf), best=100),
     Metric("exact_match", "Exact match", mean_of("exact_match"), ratio, best=1),
 )

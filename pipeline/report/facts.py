@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.metrics.intervals import Interval
+if TYPE_CHECKING:
+    from pipeline.metrics.intervals import Interval
 
 
 @dataclass(frozen=True)
