@@ -63,6 +63,8 @@ class Jobs:
             stderr=subprocess.PIPE if terminal is None else terminal,
             text=True,
             start_new_session=True,
+            # Shells let what they start in the background ignore Ctrl-C, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         )
 
     def submit(self, workspace: str, *arguments: str) -> Said:

@@ -29,7 +29,8 @@ from pipeline.planning.model_shapes import meta_model, model_config
 from pipeline.planning.plan import checked_targets
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.stages.train import deepspeed_settings
-from pipeline.training.worker import TrainJob, train_worker
+from pipeline.training.job import TrainJob
+from pipeline.training.worker import train_worker
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kasa.spectra import BottomTriplets
 from pipeline.journal import Record, read_journal
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.training import worker
+from pipeline.training.job import JOURNAL
 
 STEPS, BATCH, SAMPLES, RANK = 30, 8, 60, 8
 # Of a linear layer's A and B (64 x 8 and 160 x 8) stage 3 keeps the smaller whole on every rank.
@@ -90,7 +91,7 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
 def train_run(recipe: Recipe, run: Path, kill_after: int | None = None) -> int:
     """Train to the end, or until SIGKILL after some step; the step it began after."""
     write_recipe(recipe, run)
-    journal = run / "work" / worker.JOURNAL
+    journal = run / "work" / JOURNAL
     checkpoints = run / "work" / "checkpoints"
     begun = worker.newest_step(checkpoints)
     group = start_ranks("benchmarks.ranks", [str(run)], recipe.train.workers, run)
@@ -109,4 +110,4 @@ def train_run(recipe: Recipe, run: Path, kill_after: int | None = None) -> int:
 
 def outcome(run: Path) -> tuple[list[Record], dict[str, torch.Tensor]]:
     """The journal and the trained tensors."""
-    return read_journal(run / "work" / worker.JOURNAL), read_adapter(run / "work" / worker.ADAPTER).tensors
+    return read_journal(run / "work" / JOURNAL), read_adapter(run / "work" / worker.ADAPTER).tensors

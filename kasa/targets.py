@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from kasa.errors import TargetError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
@@ -32,6 +34,19 @@ class Target:
         return min(self.out_features, self.in_features)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What a model is made of, as far as it takes to choose targets.
+
+    Attributes:
+        linear: the modules that can carry an adapter, in the model's own order.
+        others: the class names of all other modules by their full names.
+    """
+
+    linear: tuple[Target, ...]
+    others: dict[str, str]
+
+
 def find_targets(model: nn.Module, targets: str | Sequence[str], trained_modules: Sequence[str] = ()) -> list[Target]:
     """The modules selected by `targets`, in the model's own order.
 
@@ -44,9 +59,24 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], trained_modules
     Raises:
         TargetError: a name or expression matches nothing, or only modules that cannot carry an adapter.
     """
-    candidates = {
-        target.name: target for target in _linear_modules(model) if not is_within(target.name, trained_modules)
-    }
+    return select_targets(outline_of(model, trained_modules), targets)
+
+
+def outline_of(model: nn.Module, trained_modules: Sequence[str] = ()) -> Outline:
+    """The outline of a model; what is in `trained_modules` carries no adapter."""
+    linear = tuple(target for target in _linear_modules(model) if not is_within(target.name, trained_modules))
+    names = {target.name for target in linear}
+    others = {name: type(module).__name__ for name, module in model.named_modules() if name and name not in names}
+    return Outline(linear, others)
+
+
+def select_targets(outline: Outline, targets: str | Sequence[str]) -> list[Target]:
+    """As `find_targets`, from a model's outline.
+
+    Raises:
+        TargetError: as there.
+    """
+    candidates = {target.name: target for target in outline.linear}
     if targets == ALL_LINEAR:
         return list(candidates.values())
     if isinstance(targets, str) and targets.startswith(REGEX_PREFIX):
@@ -54,7 +84,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], trained_modules
     wanted = [targets] if isinstance(targets, str) else list(targets)
     for name in wanted:
         if not any(is_suffix(name, candidate) for candidate in candidates):
-            raise TargetError(_unmatched(name, model, candidates))
+            raise TargetError(_unmatched(name, outline.others, candidates))
     return [target for target in candidates.values() if any(is_suffix(name, target.name) for name in wanted)]
 
 
@@ -129,8 +159,8 @@ def _by_expression(candidates: dict[str, Target], expression: str) -> list[Targe
     return found
 
 
-def _unmatched(name: str, model: nn.Module, candidates: dict[str, Target]) -> str:
-    other = next((type(m).__name__ for n, m in model.named_modules() if n and is_suffix(name, n)), None)
+def _unmatched(name: str, others: dict[str, str], candidates: dict[str, Target]) -> str:
+    other = next((kind for full_name, kind in others.items() if is_suffix(name, full_name)), None)
     if other:
         return f"adapter.targets: {name!r} is a {other}, which cannot carry an adapter; linear modules are {_examples(candidates)}"
     short_names = sorted({candidate.rsplit(".", 1)[-1] for candidate in candidates})

@@ -29,6 +29,7 @@ from pipeline.lineage import ingredients_by_name, stored_artifacts, why_made
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.registry.store import Registry
 from pipeline.report.facts import StageFacts
+from pipeline.storage.whole_file import write_whole
 from pipeline.storage.workspace import Workspace, open_workspace
 from pipeline.tracking.notes import reference, reuse_note
 from pipeline.tracking.runs import Tracking
@@ -355,8 +356,5 @@ def _read_state(storage: Workspace, recipe: Recipe) -> dict[str, Any]:
 
 def _write_state(storage: Workspace, recipe: Recipe, state: dict[str, Any]) -> None:
     file = _state_file(storage.folder, recipe)
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_suffix(".new")
-    temporary.write_text(json.dumps(state), encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(file, json.dumps(state))
     storage.save(file)

@@ -23,7 +23,8 @@ from kasa.lora_export import lora_rank, vllm_rank
 from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from pipeline.answer import REGISTRY
 from pipeline.artifacts.store import ADAPTER
-from pipeline.base.model import DTYPES, find_base
+from pipeline.base.loading import DTYPES
+from pipeline.base.model import find_base
 from pipeline.errors import BaseModelError, ModelError
 from pipeline.logit_difference import LogitDifference, coarse, logit_difference, too_large
 from pipeline.prompting import FILE_NAME as PROMPTING

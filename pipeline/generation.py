@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.base.model import load_base
+from pipeline.base.loading import load_base
 from pipeline.methods.loading import attach_folder
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.prompting import Prompting

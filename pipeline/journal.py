@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage.whole_file import write_whole
+
 Record = dict[str, Any]
 
 
@@ -28,10 +30,7 @@ def read_journal(path: Path) -> list[Record]:
 def rewrite_journal(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
     """Keep the records for which `keep` holds, in one atomic step; returns them."""
     records = [record for record in read_journal(path) if keep(record)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".new")
-    temporary.write_bytes(_lines(records))
-    os.replace(temporary, path)
+    write_whole(path, _lines(records))
     return records
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from kasa import attach_saved
 from kasa.adapter_file import SavedAdapter
-from pipeline.base.model import BaseModel, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import BaseModel
 from pipeline.errors import BaseModelError
 from pipeline.machine import GIB, memory_gib
 from pipeline.prepare.stage import load_tokenizer

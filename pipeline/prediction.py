@@ -12,7 +12,7 @@ from torch import nn
 
 from kasa import attach_saved, read_adapter
 from pipeline.base.head import PAIR_SEPARATOR, Head
-from pipeline.base.model import load_base
+from pipeline.base.loading import load_base
 from pipeline.labelled_model import Sample, collate_labelled, head_outputs, padding_token
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.prompting import encode_texts

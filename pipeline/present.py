@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.doctor import Finding
-from pipeline.export import Exported
-from pipeline.flow import RunResult
 from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS
-from pipeline.planning.dry_run import RunPlan
-from pipeline.planning.plan import Estimate, StageMemory
 from pipeline.recipe import recipe_values
+
+if TYPE_CHECKING:
+    from pipeline.doctor import Finding
+    from pipeline.export import Exported
+    from pipeline.flow import RunResult
+    from pipeline.planning.dry_run import RunPlan
+    from pipeline.planning.plan import Estimate, StageMemory
 
 _out = Console(highlight=False, soft_wrap=True)
 

@@ -24,7 +24,7 @@ from kasa.spectra_file import load_spectra
 from kasa.targets import Target
 from kasa.truncation import dropped_rank
 from pipeline.base.head import Head
-from pipeline.base.model import load_base
+from pipeline.base.loading import load_base
 from pipeline.head_features import changed_share, features, read_samples
 from pipeline.journal import append_journal, rewrite_journal
 from pipeline.labelled_model import Sample
@@ -33,7 +33,6 @@ from pipeline.prepare.stage import load_prepared
 
 # The layers that lose the largest share of their output are truncated one at a time, to see what each costs alone.
 WORST_LAYERS = 5
-AUDIT_JSON = "audit.json"
 PASS_TOKENS = 1024
 
 TokenIds = Sequence[int]
@@ -138,7 +137,7 @@ def audit_truncation(job: AuditJob) -> dict[str, Any]:
         "truncated_loss": truncated_loss,
         "worst": [{"name": target.name, "loss": loss_of([target])} for target in by_share[:WORST_LAYERS]],
     }
-    (job.out / AUDIT_JSON).write_text(json.dumps({**facts, "shares": shares}, indent=1), encoding="utf-8")
+    job.out.write_text(json.dumps({**facts, "shares": shares}, indent=1), encoding="utf-8")
     return facts
 
 

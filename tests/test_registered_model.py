@@ -19,7 +19,7 @@ from tiny_run import Bench
 from benchmarks.checks.registry import run_kasa
 from benchmarks.serving import Stranger, adapter_logits, apart, ask, load_as_stranger, served
 from kasa.errors import AdapterFileError
-from pipeline.base.model import load_base
+from pipeline.base.loading import load_base
 from pipeline.errors import ModelError
 from pipeline.evaluation.samples import read_samples
 from pipeline.logit_difference import logits_of

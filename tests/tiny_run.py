@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from benchmarks.processes import start_kasa, wait_for
 from benchmarks.tiny_inputs import STEPS, write_tiny_inputs
 from pipeline.artifacts.keys import STAGES
 from pipeline.journal import read_journal
-from pipeline.training.worker import ROLL_CALL
+from pipeline.training.job import ROLL_CALL
 
 PATIENCE_S = 900
 
@@ -31,6 +32,11 @@ class Bench:
     ) -> subprocess.Popen[str]:
         arguments = ["run", "recipe.yaml", f"workspace={workspace}", *overrides, "--json"]
         return start_kasa(arguments, self.folder, environment)
+
+    def copy_beginning(self, made: Mapping[str, str], workspace: str) -> None:
+        """Give a new workspace what a run has made before training."""
+        for stage in ("prepare", "spectra", "audit"):
+            shutil.copytree(self.folder / made[stage], self.folder / workspace / "artifacts" / stage / Path(made[stage]).name)
 
     def finish(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         return self.finish_saying(process)[0]

@@ -24,7 +24,8 @@ from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.texts import SEQUENCE_TOKENS, text_sets, token_rows
 from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets, fold, penalty
 from kasa.peft_kasa import export_peft_kasa
-from pipeline.base.model import BaseModel, find_base, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import BaseModel, find_base
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.settings import BaseSettings
 

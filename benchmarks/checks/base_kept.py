@@ -27,7 +27,8 @@ from kasa import (
     unfold,
 )
 from kasa.adapter import trainable_parameters
-from pipeline.base.model import DTYPES, BaseModel, find_base, load_base
+from pipeline.base.loading import DTYPES, load_base
+from pipeline.base.model import BaseModel, find_base
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.settings import BaseSettings
 

@@ -24,7 +24,8 @@ from kasa.spectra import bottom_triplets
 from kasa.targets import Target
 from kasa.truncation import Truncation
 from kasa.weighting import Weighting
-from pipeline.base.model import BaseModel, find_base, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import BaseModel, find_base
 from pipeline.logit_difference import logits_of, text_sequences
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.settings import BaseSettings

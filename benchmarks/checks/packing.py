@@ -14,7 +14,8 @@ from torch import nn
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows
 from kasa import KasaConfig, KasaError, attach, find_targets
-from pipeline.base.model import find_base, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import find_base
 from pipeline.language_model import Batch, collate, label_losses, pack
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.settings import BaseSettings

@@ -22,7 +22,8 @@ from torch import nn
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.ranks import process_group, shape_of, stand_in_spectra, start_ranks, training_job, write_inputs
 from kasa import KasaConfig, KasaError, adapted_layers, attach, find_targets, penalty
-from pipeline.base.model import DTYPES, find_base
+from pipeline.base.loading import DTYPES
+from pipeline.base.model import find_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.planning.memory import GIB
 from pipeline.planning.plan import DataFacts, Estimate, checked_targets, estimate

@@ -17,7 +17,8 @@ import torch
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets
 from kasa.spectra import bottom_triplets
-from pipeline.base.model import find_base, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import find_base
 from pipeline.settings import BaseSettings
 
 RANK = 16

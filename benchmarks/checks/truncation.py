@@ -14,7 +14,8 @@ from kasa.spectra import Spectra
 from kasa.targets import Target
 from kasa.truncation import Truncation
 from kasa.weighting import Weighting
-from pipeline.base.model import BaseModel, find_base, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import BaseModel, find_base
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.settings import AdapterSettings, BaseSettings
 from pipeline.truncation import language_loss, read_texts

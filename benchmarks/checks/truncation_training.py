@@ -30,7 +30,8 @@ from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, f
 from kasa.targets import Target
 from kasa.truncation import CALIBRATED, Truncation
 from kasa.weighting import Weighting
-from pipeline.base.model import find_base, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import find_base
 from pipeline.language_model import collate, label_losses
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.settings import AdapterSettings, BaseSettings

@@ -40,7 +40,8 @@ from benchmarks.small_training import (
 from kasa import KasaConfig, KasaError, attach, find_targets
 from kasa.adapter import trainable_parameters
 from kasa.spectra import BottomTriplets
-from pipeline.base.model import find_base, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import find_base
 from pipeline.journal import Record
 from pipeline.methods.choice import kasa_config
 from pipeline.planning.plan import checked_targets

@@ -13,12 +13,12 @@ comes of it. The keys of the stages are made from the bytes alone (`pipeline.art
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kasa.file_digest import file_digest
+from pipeline.storage.whole_file import write_whole
 
 # Longer than the coarsest clock of a file system in use (2 s) and what hosts' clocks are apart.
 SETTLED_S = 10.0
@@ -59,12 +59,8 @@ class DigestCache:
 
     def save(self) -> None:
         """Keep what was asked for."""
-        if self.seen == self.known:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.seen), encoding="utf-8")
-        os.replace(temporary, self.file)
+        if self.seen != self.known:
+            write_whole(self.file, json.dumps(self.seen))
 
 
 def read_digests(file: Path) -> DigestCache:

@@ -43,7 +43,7 @@ _TRAIN_MECHANICS = {
     # What it comes to is an input.
     "start",
 }
-_METHOD_CODE = {"kasa": ["pipeline.methods.kasa_method"], "full": ["pipeline.methods.full"]}
+_METHOD_CODE = {"kasa": ["pipeline.methods.kasa_method", "pipeline.layers"], "full": ["pipeline.methods.full"]}
 _PEFT_CODE = [f"pipeline.methods.{part}" for part in ("peft_methods", "residual_base", "adalora")]
 _EVALUATE_MECHANICS = {"workers", "batch_size", "metric"}
 
@@ -134,7 +134,7 @@ def inherited_spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Ta
         {
             "settings": {"targets": [target.name for target in targets], "dropped_rank": recipe.dropped_rank},
             "inputs": {"base": base_digest, "champion": start},
-            "code": code_digests(["kasa.spectra", "kasa.spectra_file", "pipeline.stages.spectra"]),
+            "code": code_digests(["kasa.spectra", "kasa.spectra_file", "pipeline.decomposition"]),
             "versions": package_versions(["torch"]),
         },
     )
@@ -146,7 +146,7 @@ def train_key(recipe: Recipe, prepared: str, spectra: str | None, start: str | N
     method = recipe.adapter.method
     adapter = recipe.adapter.model_dump(mode="json", include={"method", *METHOD_SETTINGS[method]})
     origin = {"champion": start} if start else {} if spectra is None else {"spectra": spectra}
-    code = ["kasa", "pipeline.training", "pipeline.language_model", "pipeline.labelled_model", "pipeline.base.model"]
+    code = ["kasa", "pipeline.training", "pipeline.language_model", "pipeline.labelled_model", "pipeline.base.loading"]
     code += _METHOD_CODE.get(method, _PEFT_CODE)
     versions = ["torch", "transformers", "deepspeed", *([] if method in _METHOD_CODE else ["peft"])]
     return StageKey(

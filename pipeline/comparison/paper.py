@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pipeline.comparison.trials import COSTS
 from pipeline.metrics.catalogue import METRICS
 from pipeline.metrics.intervals import Interval
 from pipeline.recipe import Recipe, recipe_values
+from pipeline.storage.whole_file import write_whole
 
 _COLOURS = {"better": "#1a7f4b", "worse": "#b3402a", "not told apart": "#6b7280", "": "#374151"}
 _HOW = (
@@ -32,15 +33,14 @@ _HOW = (
 
 def write_comparison(folder: Path, name: str, recipe: Recipe, found: Findings) -> None:
     """Fill the folder; each file appears whole."""
-    _write(folder / "comparison.md", markdown(name, recipe, found).encode())
+    write_whole(folder / "comparison.md", markdown(name, recipe, found))
     values = {"name": name, "recipe": recipe_values(recipe), **findings_json(found)}
-    _write(folder / "comparison.json", json.dumps(values, indent=1).encode())
+    write_whole(folder / "comparison.json", json.dumps(values, indent=1))
     figure = _figure(found)
     for kind, canvas in (("svg", FigureCanvasSVG), ("png", FigureCanvasAgg)):
-        temporary = folder / f".comparison.{kind}.new"
-        with temporary.open("wb") as file:
-            getattr(canvas(figure), f"print_{kind}")(file)
-        os.replace(temporary, folder / f"comparison.{kind}")
+        drawn = io.BytesIO()
+        getattr(canvas(figure), f"print_{kind}")(drawn)
+        write_whole(folder / f"comparison.{kind}", drawn.getvalue())
 
 
 def findings_json(found: Findings) -> dict[str, Any]:
@@ -184,9 +184,3 @@ def _dots(axes: Axes, rows: Sequence[Row], intervals: Sequence[Interval | None],
     axes.grid(axis="x", color="#e5e7eb", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -17,12 +17,12 @@ from torch import nn
 from pipeline.evaluation.choices import (
     choices_of,
     continuation_ids,
-    log_likelihoods,
     named_choice,
     right_choice,
     score_choices,
 )
 from pipeline.evaluation.labels import score_labels
+from pipeline.evaluation.likelihoods import log_likelihoods
 from pipeline.generation import Answerer, greedy_answers, load_answerer
 from pipeline.journal import JournalWriter, Record, read_journal
 from pipeline.language_model import Sample, collate, label_losses

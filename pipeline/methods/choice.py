@@ -97,7 +97,7 @@ def method_of(
 
         return KasaMethod(base.name, base.folder, tuple(targets), kasa_config(recipe), spectra, start)
     if adapter.method == "full":
-        from pipeline.base.model import DTYPES
+        from pipeline.base.loading import DTYPES
         from pipeline.methods.full import FullMethod
 
         return FullMethod(base.name, DTYPES[recipe.train.precision])

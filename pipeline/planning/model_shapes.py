@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from kasa.errors import nearest
+from kasa.targets import Outline, outline_of
 from pipeline.base.head import HeadKind
 from pipeline.errors import BaseModelError
 from pipeline.planning.known_shapes import KNOWN_SHAPES
@@ -81,6 +82,11 @@ def head_modules(model: nn.Module) -> list[str]:
     """The names of the modules beside the body: the new head of a model for labels."""
     body = str(model.base_model_prefix)
     return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
+
+
+def base_outline(model: nn.Module, head: HeadKind) -> Outline:
+    """Which modules of a model with this head can carry an adapter; a new head is trained whole and carries none."""
+    return outline_of(model, head_modules(model) if head != "language-model" else ())
 
 
 def _cached_folder(model: str, revision: str | None) -> Path | None:

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from kasa.targets import Target, check_rank
+from kasa.targets import Target, check_rank, select_targets
 from kasa.truncation import dropped_rank
-from pipeline.base.model import targets_of
 from pipeline.deepspeed_config import complete_config, config_names, load_deepspeed_config
 from pipeline.errors import BaseModelError, RecipeError
 from pipeline.planning.compute import ACCELERATORS, Accelerator, SpectraCost, spectra_cost, training_flops
@@ -32,7 +31,7 @@ from pipeline.planning.memory import (
     trainable_parameters,
     worker_memory,
 )
-from pipeline.planning.model_shapes import built_in_names, head_modules, meta_model, model_config
+from pipeline.planning.model_shapes import base_outline, built_in_names, head_modules, meta_model, model_config
 from pipeline.recipe import Recipe, parse_recipe, recipe_values
 from pipeline.training.batches import optimizer_steps
 
@@ -186,7 +185,7 @@ def checked_targets(recipe: Recipe, model: nn.Module) -> list[Target]:
     Raises:
         TargetError: there are none, or the recipe's ranks are too large for one.
     """
-    targets = targets_of(model, recipe.adapter.targets, recipe.base.head)
+    targets = select_targets(base_outline(model, recipe.base.head), recipe.adapter.targets)
     check_rank(targets, recipe.adapter.rank, "adapter.rank")
     check_rank(targets, recipe.spectra_rank, "spectra.rank")
     return targets

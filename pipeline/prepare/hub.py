@@ -18,6 +18,7 @@ from filelock import FileLock
 from pipeline.console import console
 from pipeline.errors import DataError, WorkspaceError
 from pipeline.settings import DataSettings
+from pipeline.storage.whole_file import write_whole
 
 PREFIX = "hub:"
 _FORM = re.compile(
@@ -162,11 +163,7 @@ def _newest_known(name: str, workspace: Path) -> str | None:
 
 
 def _remember(name: str, revision: str, workspace: Path) -> None:
-    file = _folder(name, workspace) / "newest"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".newest.{os.getpid()}")
-    temporary.write_text(revision, encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(_folder(name, workspace) / "newest", revision)
 
 
 def _folder(name: str, workspace: Path) -> Path:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from kasa import KasaError, export_lora, read_adapter
+from kasa.errors import KasaError
 from pipeline.artifacts.store import ADAPTER, Artifact, package_versions
 from pipeline.base.model import BaseModel
 from pipeline.context import RunContext
@@ -83,6 +83,8 @@ def write_report(
     }
     for name, values in (("metrics", measured), ("decision", verdict)):
         (report / f"{name}.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    from kasa import export_lora, read_adapter  # torch
+
     adapter = made["train"].folder / ADAPTER
     name = base.name if not Path(base.name).expanduser().is_dir() else str(base.folder)
     try:

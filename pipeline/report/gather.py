@@ -12,26 +12,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import yaml
 
-from kasa import read_adapter
-from kasa.spectra_file import load_spectra
-from kasa.truncation import dropped_rank
-from kasa.update import product_singular_values
-from pipeline.artifacts.store import ADAPTER, Artifact, package_versions
+from pipeline.artifacts.store import Artifact, package_versions
 from pipeline.context import RunContext
 from pipeline.journal import read_journal
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import recipe_values
 from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts, TruncationFacts
 from pipeline.report.render import render_report
-from pipeline.stages.audit import truncation_warning
+from pipeline.stages.audit import AUDIT_JSON, truncation_warning
 from pipeline.stages.evaluate import Evaluation
 from pipeline.stages.register import Registration
-from pipeline.stages.spectra import FOLDER as SPECTRA
 from pipeline.tracking.store import ui_command
-from pipeline.training.worker import JOURNAL
-from pipeline.truncation import AUDIT_JSON
+from pipeline.training.job import JOURNAL, LAYERS
 
 _PACKAGES = ("kasa-pipeline", "torch", "deepspeed", "ray", "mlflow", "transformers", "datasets", "numpy", "scipy")
 
@@ -132,24 +127,9 @@ def _truncation(context: RunContext, audited: Artifact) -> TruncationFacts:
 
 
 def _layers(artifacts: Mapping[str, Artifact]) -> list[LayerFacts]:
-    adapter = read_adapter(artifacts["train"].folder / ADAPTER)
-    spectra, _ = load_spectra(artifacts["spectra"].folder / SPECTRA)
+    layers = json.loads((artifacts["train"].folder / LAYERS).read_text(encoding="utf-8"))
     shares = json.loads((artifacts["audit"].folder / AUDIT_JSON).read_text(encoding="utf-8"))["shares"]
-    config = adapter.config
-    layers = []
-    for target in adapter.targets:
-        a_RI, d_R, b_OR = (adapter.tensors[f"{target.name}.{part}"] for part in ("a", "d", "b"))
-        dropped = spectra[target.name].dropped_factors(dropped_rank(target, config.truncation, config.dropped_rank))
-        layers.append(
-            LayerFacts(
-                name=target.name,
-                learned=product_singular_values(config.scale * b_OR * d_R, a_RI),
-                dropped=product_singular_values(*dropped),
-                largest=spectra[target.name].largest,
-                output_share=shares.get(target.name, 0.0),
-            )
-        )
-    return layers
+    return [LayerFacts(**layer, output_share=shares.get(layer["name"], 0.0)) for layer in layers]
 
 
 def _samples(heldout: Any, evaluation: Evaluation) -> list[SampleFacts]:
@@ -166,16 +146,24 @@ def _samples(heldout: Any, evaluation: Evaluation) -> list[SampleFacts]:
 
 
 def _machine() -> dict[str, str]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "gpus": ", ".join(gpus) or "none",
+        "gpus": ", ".join(_gpus()) or "none",
         "system": platform.platform(terse=True),
         "python": sys.version.split()[0],
     }
+
+
+def _gpus() -> list[str]:
+    try:
+        pynvml.nvmlInit()
+        return [
+            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
+            for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+    except pynvml.NVMLError:  # no driver
+        return []
 
 
 def _processor() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pipeline.report import charts, formats
 from pipeline.report.comparison import compare
 from pipeline.report.facts import ReportFacts, SampleFacts
 from pipeline.report.layer_charts import layer_figures, layer_panels, lost_shares, relative
+from pipeline.storage.whole_file import write_whole
 
 SHORT_ANSWER = 40
 REJECTED_SHOWN = 500
@@ -45,10 +45,7 @@ def render_report(facts: ReportFacts, out: Path) -> None:
             rejected_shown=REJECTED_SHOWN,
         )
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".new")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out)
+    write_whole(out, page)
 
 
 def _environment() -> Environment:

@@ -17,7 +17,8 @@ from pipeline.journal import JournalTail, rewrite_journal
 from pipeline.methods.choice import kasa_config
 from pipeline.recipe import Recipe
 from pipeline.stages.spectra import FOLDER as SPECTRA
-from pipeline.truncation import AUDIT_JSON, WORST_LAYERS, AuditJob, audit_truncation
+
+AUDIT_JSON = "audit.json"
 
 
 def audit(
@@ -30,6 +31,8 @@ def audit(
     recipe = context.recipe
 
     def make(folder: Path) -> dict[str, Any]:
+        from pipeline.truncation import WORST_LAYERS, AuditJob, audit_truncation  # torch
+
         journal = folder / "progress.jsonl"
         rewrite_journal(journal, keep=lambda record: False)
         job = AuditJob(
@@ -40,7 +43,7 @@ def audit(
             targets=tuple(targets),
             config=kasa_config(recipe),
             tokens=recipe.spectra.audit_tokens,
-            out=folder.resolve(),
+            out=(folder / AUDIT_JSON).resolve(),
             journal=journal.resolve(),
         )
         tail, passes = JournalTail(journal), 2 + min(WORST_LAYERS, len(targets))

@@ -1,4 +1,4 @@
-"""Stage 4: base, adapted model and champion on the same held-out samples, with the same measures.
+"""Stage 5: base, adapted model and champion on the same held-out samples, with the same measures.
 
 Each candidate's result is an artifact of its own: the base is evaluated once for all adapters, the champion not again.
 """
@@ -18,7 +18,6 @@ from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
 from pipeline.evaluation.samples import read_samples, write_samples
-from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.journal import JournalTail, Record, read_journal
 from pipeline.metrics.intervals import Interval, measure, paired_differences
 from pipeline.metrics.labels import metrics_for_classes
@@ -143,6 +142,8 @@ def _measure(
     folder: Path,
 ) -> dict[str, Any]:
     """Score all held-out samples, shared out over the evaluation workers; facts: the metrics."""
+    from pipeline.evaluation.worker import EvaluationShard, evaluate_shard  # torch
+
     recipe = context.recipe
     shards = [
         EvaluationShard(

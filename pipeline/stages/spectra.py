@@ -8,19 +8,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from kasa import CheckpointWeights, read_adapter
-from kasa.adapter_file import SavedAdapter
-from kasa.calibration import CALIBRATION_JSON, StoredCalibration
-from kasa.checkpoint import weight_digest
-from kasa.spectra import BottomTriplets, bottom_triplets, inherited_triplets
-from kasa.spectra_file import SPECTRA_JSON, load_spectra, save_spectra
 from kasa.targets import Target
 from pipeline.artifacts.keys import SPECTRA, inherited_spectra_key
 from pipeline.artifacts.store import Artifact
@@ -32,26 +23,11 @@ from pipeline.planning.spectra_memory import Weighted, decomposition_bytes
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import Recipe
 from pipeline.retraining.warm_start import Start, chosen_spectra_key, start_adapter
-from pipeline.truncation import CalibrationShard, calibrate_shard, first_rows
+
+if TYPE_CHECKING:
+    from pipeline.decomposition import Piece
 
 FOLDER = "spectra"
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One weight.
-
-    Attributes:
-        calibration: the folders with what text did in its layer; empty without them.
-        inherited: the factors to take over, where there are some; then nothing is decomposed.
-    """
-
-    base: Path
-    target: Target
-    rank: int
-    calibration: tuple[Path, ...]
-    out: Path
-    inherited: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def spectra(
@@ -67,10 +43,14 @@ def spectra(
     recipe = context.recipe
 
     def make(folder: Path) -> dict[str, Any]:
+        from kasa import read_adapter  # torch
+        from kasa.spectra_file import SPECTRA_JSON
+        from pipeline.decomposition import Piece, combine, decompose, inherited_factors
+
         calibration = _calibrate(context, base, targets, prepared, folder) if prepared else ()
         inherited = inherited_factors(read_adapter(start_adapter(context, start))) if start else {}
         pieces = [
-            _Piece(
+            Piece(
                 base.folder,
                 target,
                 recipe.spectra_rank,
@@ -88,9 +68,10 @@ def spectra(
             done += bool(result)
             context.bars.update("spectra", done, len(pieces), "weights")
 
-        context.run_tasks(_decompose, missing, partial(_resources, recipe), on_result=show, while_waiting=show)
-        facts = _combine(pieces, folder)
-        shutil.rmtree(folder / "calibration", ignore_errors=True)
+        context.run_tasks(decompose, missing, partial(_resources, recipe), on_result=show, while_waiting=show)
+        facts = combine(pieces, folder / FOLDER)
+        for finished_with in ("pieces", "calibration"):
+            shutil.rmtree(folder / finished_with, ignore_errors=True)
         return facts
 
     def publish(run_id: str, artifact: Artifact) -> None:
@@ -112,6 +93,9 @@ def _calibrate(
     context: RunContext, base: BaseModel, targets: Sequence[Target], prepared: Artifact, folder: Path
 ) -> tuple[Path, ...]:
     """Run the calibration text through the base, shared out over the training workers; the folders of their sums."""
+    from kasa.calibration import CALIBRATION_JSON  # torch
+    from pipeline.truncation import CalibrationShard, calibrate_shard, first_rows
+
     recipe = context.recipe
     count = recipe.train.workers
     parts = [folder / "calibration" / f"part-{index}-of-{count}" for index in range(count)]
@@ -148,46 +132,7 @@ def _calibrate(
     return tuple(part.resolve() for part in parts)
 
 
-def inherited_factors(adapter: SavedAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """U_d S_d and V_d^T of every layer by its name; without columns and rows where it drops nothing."""
-    found = {}
-    for target in adapter.targets:
-        left_OD = adapter.dropped.get(f"{target.name}.dropped_left", torch.zeros(target.out_features, 0))
-        right_DI = adapter.dropped.get(f"{target.name}.dropped_right", torch.zeros(0, target.in_features))
-        found[target.name] = left_OD, right_DI
-    return found
-
-
-def _decompose(piece: _Piece) -> None:
-    torch.set_num_threads(1)
-    weight = CheckpointWeights(piece.base).weight(piece.target)
-    if piece.inherited is not None:
-        triplets = inherited_triplets(weight, *piece.inherited)
-        save_spectra(piece.out, {piece.target.name: triplets}, {piece.target.name: weight_digest(weight)})
-        return
-    weighting = StoredCalibration(piece.calibration).weighting(piece.target.name) if piece.calibration else None
-    triplets = bottom_triplets(weight, piece.rank, piece.target.name, weighting)
-    save_spectra(piece.out, {piece.target.name: triplets}, {piece.target.name: weight_digest(weight)})
-
-
-def _resources(recipe: Recipe, piece: _Piece) -> Resources:
+def _resources(recipe: Recipe, piece: Piece) -> Resources:
     # A large model's weights must not all meet on one node; none is stored in more than fp32.
     weighted: dict[str, Weighted] = {"activation": "inputs", "loss": "both"}
     return Resources(memory_bytes=decomposition_bytes(piece.target, 4, weighted.get(recipe.adapter.truncation, "no")))
-
-
-def _combine(pieces: Sequence[_Piece], folder: Path) -> dict[str, Any]:
-    triplets: dict[str, BottomTriplets] = {}
-    digests: dict[str, str] = {}
-    for piece in pieces:
-        one, digest = load_spectra(piece.out)
-        triplets |= one
-        digests |= digest
-    save_spectra(folder / FOLDER, triplets, digests)
-    shutil.rmtree(folder / "pieces")
-    methods = [spectrum.method for spectrum in triplets.values()]
-    return {
-        "weights": len(triplets),
-        "worst_residual": max(spectrum.residual for spectrum in triplets.values()),
-        "methods": {method: methods.count(method) for method in sorted(set(methods))},
-    }

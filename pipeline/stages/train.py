@@ -1,4 +1,4 @@
-"""Stage 3: base + prepared data + spectra -> trained adapter. Watches the workers' journal; MLflow is told from here."""
+"""Stage 4: base + prepared data + spectra -> trained adapter. Watches the workers' journal; MLflow is told from here."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from pipeline.stages.spectra import FOLDER as SPECTRA
 from pipeline.tracking.delivery import Delivery, delivering
 from pipeline.tracking.system_metrics import SERIES as SYSTEM_SERIES
 from pipeline.tracking.system_metrics import sampling
-from pipeline.training.worker import (
+from pipeline.training.job import (
     ATTACHED,
     ERRORS,
     INTERRUPTIONS,
     JOURNAL,
+    LAYERS,
     NOTICES,
     ROLL_CALL,
     TrainJob,
     journalled_error,
-    train_worker,
 )
 
 # A metric of every step, and the journal of the machine's.
@@ -71,6 +71,9 @@ def train(
     deepspeed = deepspeed_settings(recipe)
 
     def make(folder: Path) -> dict[str, Any]:
+        from pipeline.layers import write_layers  # torch
+        from pipeline.training.worker import train_worker  # DeepSpeed
+
         job = TrainJob(
             base_folder=base.folder,
             prepared=prepared.folder.resolve(),
@@ -96,6 +99,8 @@ def train(
         records = read_journal(folder / JOURNAL)
         shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
         Head.load(prepared.folder).save(folder / ADAPTER)
+        if spectra:
+            write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
         attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
         for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
             shutil.rmtree(finished_with, ignore_errors=True)

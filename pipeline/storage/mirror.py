@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.storage.objects import ObjectStore
+from pipeline.storage.whole_file import write_whole
 
 MANIFEST = "manifest.json"
 INTERVAL_S = 2.0
@@ -203,9 +204,7 @@ class Mirror:
         return {name: (here, there) for name, (here, there) in remembered.items()}
 
     def _remember(self, known: Known) -> None:
-        temporary = self._state.with_suffix(".new")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(temporary, self._state)
+        write_whole(self._state, json.dumps(known))
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -30,6 +30,7 @@ from pipeline.storage.mirror import MANIFEST, Mirror, download, files_below, in_
 from pipeline.storage.nodes import OnNode
 from pipeline.storage.objects import ObjectStore
 from pipeline.storage.places import ARTIFACTS, COMPLETE, INPUTS, PARTIAL, is_remote, local_folder
+from pipeline.storage.whole_file import write_whole
 
 Result = TypeVar("Result")
 
@@ -219,10 +220,7 @@ class Workspace:
         if found is None:
             file.unlink(missing_ok=True)
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.new")
-        temporary.write_bytes(found[0])
-        os.replace(temporary, file)
+        write_whole(file, found[0])
 
     def save(self, file: Path) -> None:
         """Put a small file that was written here into the store."""

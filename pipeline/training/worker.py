@@ -15,8 +15,6 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +26,11 @@ from kasa.errors import KasaError
 from kasa.targets import is_within
 from pipeline.artifacts.store import ADAPTER
 from pipeline.base.head import Head
-from pipeline.base.model import load_base
+from pipeline.base.loading import load_base
 from pipeline.deepspeed_config import with_passes
 from pipeline.errors import TrainingError
-from pipeline.journal import JournalWriter, Record, append_journal, read_journal
-from pipeline.methods.method import Adapted, Method
+from pipeline.journal import JournalWriter, append_journal, read_journal
+from pipeline.methods.method import Adapted
 from pipeline.planning.model_shapes import head_modules
 from pipeline.prepare.stage import load_prepared
 from pipeline.settings import TrainSettings
@@ -46,46 +44,12 @@ from pipeline.training.checkpoints import (
     save_checkpoint,
 )
 from pipeline.training.divergence import what_went_wrong
+from pipeline.training.job import ATTACHED, ERRORS, JOURNAL, NOTICES, ROLL_CALL, TrainJob, journalled_error
 from pipeline.training.objective import Objective, objective_of
 from pipeline.training.roll_call import RollCall
 from pipeline.training.validation import Looks, validation_loss
 
-JOURNAL = "journal.jsonl"
-ROLL_CALL = "roll-call"
-# What rank 0 found out when it put the method into the base: `trainable_parameters`, and `attach_s` in seconds.
-ATTACHED = "attached.json"
-# Written by the driver; each file has one writer, for nodes may have no common disk.
-INTERRUPTIONS = "interruptions.jsonl"
-NOTICES = "notices.jsonl"
-ERRORS = "errors"
-
 _TIMED_OUT = re.compile("timed out|timeout", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """All that a training process needs to know.
-
-    Attributes:
-        base_folder: the base model.
-        prepared: folder of the prepared data.
-        work: the folder this stage fills; checkpoints in it are resumed from.
-        method: what is put into the base and trained.
-        settings: the recipe's `train` section.
-        deepspeed: the complete DeepSpeed configuration.
-    """
-
-    base_folder: Path
-    prepared: Path
-    work: Path
-    method: Method
-    settings: TrainSettings
-    deepspeed: dict[str, Any]
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints are kept."""
-        return self.work / "checkpoints"
 
 
 def train_worker(job: TrainJob, node_leaves: Callable[[], bool] = lambda: False) -> None:
@@ -117,11 +81,6 @@ def train_worker(job: TrainJob, node_leaves: Callable[[], bool] = lambda: False)
         errors.mkdir(exist_ok=True)
         append_journal(errors / f"{dist.get_rank()}.jsonl", [{"error": text, "mistake": mistake}])
         raise
-
-
-def journalled_error(work: Path) -> Record | None:
-    """The error that ended training, with its text as `error` and whether the user can mend it as `mistake`."""
-    return next((record for file in sorted((work / ERRORS).glob("*.jsonl")) for record in read_journal(file)), None)
 
 
 def _train(job: TrainJob, node_leaves: Callable[[], bool]) -> None:

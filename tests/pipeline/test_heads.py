@@ -15,16 +15,17 @@ from kasa.calibration import StoredCalibration
 from kasa.file_digest import file_digest
 from kasa.model_spectra import ModelWeights
 from kasa.spectra_file import save_spectra
+from kasa.targets import select_targets
 from pipeline.answer import answer
 from pipeline.base.head import Head
-from pipeline.base.model import load_base, targets_of
+from pipeline.base.loading import load_base
 from pipeline.errors import BaseModelError, RecipeError
 from pipeline.evaluation.labels import score_labels
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.head_features import changed_share, features, probe
 from pipeline.journal import read_journal
 from pipeline.metrics.intervals import measure
-from pipeline.planning.model_shapes import head_modules
+from pipeline.planning.model_shapes import base_outline, head_modules
 from pipeline.prediction import load_predictor
 from pipeline.prepare.sources import DataSources, SourceFile
 from pipeline.prepare.stage import prepare_dataset
@@ -82,7 +83,7 @@ def write_adapter(folder: Path, base: Path, head: Head) -> Path:
     model = load_base(base, "fp32", head)
     config = KasaConfig(rank=4, truncation="none", dropped_rank=0)
     whole = head_modules(model)
-    attach(model, targets_of(model, "all-linear", head.kind), config, trained_modules=whole)
+    attach(model, select_targets(base_outline(model, head.kind), "all-linear"), config, trained_modules=whole)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -168,7 +169,7 @@ def test_a_base_whose_body_is_incomplete_is_an_error(tmp_path: Path) -> None:
 
 def test_spectra_and_targets_leave_the_head_out(base: Path) -> None:
     model = load_base(base, "fp32", CLASSES)
-    targets = targets_of(model, "all-linear", "classification")
+    targets = select_targets(base_outline(model, "classification"), "all-linear")
     assert not [target.name for target in targets if target.name.startswith(("pooler", "classifier"))]
     assert set(compute_spectra(ModelWeights(model), targets, 2)) == {target.name for target in targets}
 
@@ -194,7 +195,7 @@ def test_what_the_cluster_runs_before_and_after_training(tmp_path: Path, base: P
     head = Head.load(prepared)
     assert head == Head("classification", ("no", "yes"), pairs=True)
 
-    targets = tuple(targets_of(load_base(base, "fp32", head), "all-linear", head.kind))
+    targets = tuple(select_targets(base_outline(load_base(base, "fp32", head), head.kind), "all-linear"))
     sums = []
     for count in (1, 2):
         outs = [tmp_path / f"sums-{index}-{count}" for index in range(count)]
@@ -210,7 +211,15 @@ def test_what_the_cluster_runs_before_and_after_training(tmp_path: Path, base: P
     save_spectra(tmp_path / "spectra", spectra, dict.fromkeys(spectra, "0"))
     config = KasaConfig(rank=4, truncation="loss", dropped_rank=4)
     job = AuditJob(
-        base, prepared, "fp32", tmp_path / "spectra", targets, config, 400, tmp_path, tmp_path / "audit.jsonl"
+        base,
+        prepared,
+        "fp32",
+        tmp_path / "spectra",
+        targets,
+        config,
+        400,
+        tmp_path / "audit.json",
+        tmp_path / "audit.jsonl",
     )
     facts = audit_truncation(job)
     assert facts["base_loss"] == 0

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import RecipeError
-from pipeline.evaluation.choices import continuation_ids, log_likelihoods, named_choice, right_choice, score_choices
+from pipeline.evaluation.choices import continuation_ids, named_choice, right_choice, score_choices
+from pipeline.evaluation.likelihoods import log_likelihoods
 from pipeline.evaluation.suitable import check_suitable
 from pipeline.prepare.stage import load_prepared
 from pipeline.prompting import Prompting

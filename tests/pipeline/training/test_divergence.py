@@ -10,8 +10,8 @@ from benchmarks.small_training import prepare_run, small_base, small_recipe, tra
 from pipeline.journal import read_journal
 from pipeline.recipe import parse_recipe
 from pipeline.training.divergence import what_went_wrong
+from pipeline.training.job import JOURNAL, journalled_error
 from pipeline.training.objective import TokenObjective
-from pipeline.training.worker import JOURNAL, journalled_error
 
 NAN, INFINITE = float("nan"), float("inf")
 WELL = {"loss": 3.0, "task_loss": 2.9, "gradient_norm": 100.0}

@@ -16,7 +16,8 @@ from benchmarks.small_training import outcome, train_run
 from kasa import attach_saved, compute_spectra, read_adapter
 from kasa.model_spectra import ModelWeights
 from pipeline.base.head import Head
-from pipeline.base.model import BaseModel, load_base
+from pipeline.base.loading import load_base
+from pipeline.base.model import BaseModel
 from pipeline.labelled_model import collate_labelled, head_outputs, padding_token
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.training.objective import LabelObjective

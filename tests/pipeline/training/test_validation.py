@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.small_training import STEPS, outcome, prepare_run, small_base, small_recipe, train_run
 from kasa import attach_saved, read_adapter
-from pipeline.base.model import load_base
+from pipeline.base.loading import load_base
 from pipeline.language_model import collate, label_losses
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.training.validation import Looks
