@@ -6,11 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from kasa.adapter_file import ADAPTER_JSON
 from pipeline.base.head import Head
 from pipeline.base.model import find_base
 from pipeline.errors import ModelError
 from pipeline.generation import load_answerer
+from pipeline.machine import fast_precision
 from pipeline.methods.loading import base_name, check_saved_base, is_adapter
 from pipeline.prediction import load_predictor
 from pipeline.prompting import Prompting
@@ -41,9 +44,10 @@ def answer(
     found = base or find_base(BaseSettings(model=base_name(folder)), workspace).folder  # type: ignore[union-attr]
     check_saved_base(folder, found)
     head = Head.load(folder)
+    precision = fast_precision(torch.cuda.is_available())
     if head.is_new:
-        return [str(said) for said in load_predictor(found, folder, "bf16", head).predictions(prompts)]
-    answerer = load_answerer(found, folder, "bf16", Prompting.load(folder))
+        return [str(said) for said in load_predictor(found, folder, precision, head).predictions(prompts)]
+    answerer = load_answerer(found, folder, precision, Prompting.load(folder))
     return answerer.answers(prompts, max_new_tokens or DEFAULT_NEW_TOKENS)
 
 

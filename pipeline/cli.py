@@ -191,9 +191,10 @@ def judge(
     from pipeline.judging.judge import Judge
     from pipeline.judging.judgement import AnswerSettings, judge_models
     from pipeline.judging.present import show_judgement
+    from pipeline.machine import fast_precision
 
     asked = Judge(endpoint, judge_model, os.environ.get(key_variable), workspace / "judgements" / "verdicts.jsonl")
-    settings = AnswerSettings(max_new_tokens, batch_size, workers, gpu, "bf16")
+    settings = AnswerSettings(max_new_tokens, batch_size, workers, gpu, fast_precision(gpu))
     with ProgressBars().showing() as bars:
         result = judge_models(model, against, prompts, asked, settings, workspace, base, bars)
     print(json.dumps(result.as_json())) if as_json else show_judgement(result)

@@ -24,6 +24,7 @@ from pipeline.base.model import BaseModel, find_base
 from pipeline.cluster import ray_cluster
 from pipeline.console import ProgressBars
 from pipeline.context import RunContext, close_context, open_context, ready_workspace
+from pipeline.evaluation.harness_results import check_harness
 from pipeline.methods.choice import check_ranks, check_registrable
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.prepare.sources import DataSources, resolve_sources
@@ -72,6 +73,7 @@ def run(
     # Mistakes in what later stages need should not wait for them.
     deepspeed_settings(recipe)
     check_measurable(recipe.evaluate.measured)
+    check_harness(recipe.evaluate, recipe.base.head)
     storage = ready_workspace(recipe)
     base, sources = _find_inputs(recipe)
     targets = base.targets(recipe.adapter.targets)

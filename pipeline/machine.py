@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Literal
 
 GIB = 2**30
 
@@ -28,6 +29,20 @@ def memory_gib(cgroup_root: Path = _CGROUP_ROOT, meminfo: Path = Path("/proc/mem
     if limit is not None and limit < total:
         total, available = limit, min(available, max(0, limit - (used or 0)))
     return total / GIB, available / GIB
+
+
+def fast_precision(gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
+    """What this machine computes fast in: bf16 on GPUs and on processors that have it, else fp32.
+
+    Without instructions for it a processor takes 6 times as long in bf16 forward, 40 times backward (AVX2, torch 2.13).
+    """
+    if gpu:
+        return "bf16"
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8").split())
+    except OSError:
+        return "fp32"
+    return "bf16" if words & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
 
 
 def existing_parent(path: Path) -> Path:

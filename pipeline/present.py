@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.doctor import Finding
     from pipeline.export import Exported
     from pipeline.flow import RunResult
+    from pipeline.metrics.intervals import Interval
     from pipeline.planning.dry_run import RunPlan
     from pipeline.planning.plan import Estimate, StageMemory
 
@@ -39,6 +40,7 @@ def result_json(result: RunResult) -> dict[str, Any]:
             opponent: {metric: vars(difference) for metric, difference in differences.items()}
             for opponent, differences in result.evaluation.differences.items()
         },
+        "harness": [dataclasses.asdict(row) for row in result.evaluation.harness],
         "model": {
             "name": result.registration.model.name,
             "version": result.registration.model.version,
@@ -55,6 +57,8 @@ def result_json(result: RunResult) -> dict[str, Any]:
 def show_result(result: RunResult) -> None:
     """Metrics, verdict, where things are, and what to type next."""
     _out.print(_metrics_table(result))
+    if result.evaluation.harness:
+        _out.print(_harness_table(result))
     registration = result.registration
     decision, model = registration.decision, registration.model
     colour, word = ("green", "promoted to champion") if decision.promote else ("yellow", "registered, not promoted")
@@ -81,12 +85,29 @@ def _metrics_table(result: RunResult) -> Table:
         table.add_column(candidate, justify="right")
     table.add_column("adapted - base", justify="right")
     for metric in (name for name in METRICS if name in metrics["base"]):
-        difference = against.get(metric)
-        interval = f"{difference.estimate:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" if difference else ""
-        name = f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric
+        name = _named(metric, metric in LOWER_IS_BETTER)
         own = (f"{values[metric]:.3f} {_ends(intervals[candidate][metric])}" for candidate, values in metrics.items())
-        table.add_row(name, *own, interval)
+        table.add_row(name, *own, _change(against.get(metric)))
     return table
+
+
+def _harness_table(result: RunResult) -> Table:
+    candidates = list(result.evaluation.metrics)
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    for column in ("\nlm-evaluation-harness", *candidates, "adapted - base"):
+        table.add_column(column, justify="left" if column.startswith("\n") else "right", vertical="bottom")
+    for row in result.evaluation.harness:
+        values = (f"{row.values[name]:.3f}" if name in row.values else "" for name in candidates)
+        table.add_row(_named(row.name, row.lower_is_better), *values, _change(row.differences.get("base")))
+    return table
+
+
+def _named(metric: str, lower_is_better: bool) -> str:
+    return f"{metric} (lower is better)" if lower_is_better else metric
+
+
+def _change(difference: Interval | None) -> str:
+    return f"{difference.estimate:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" if difference else ""
 
 
 def _ends(interval: Sequence[float]) -> str:

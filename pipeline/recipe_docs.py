@@ -132,13 +132,22 @@ def recipe_page() -> str:
     for key, field in keys_of(Recipe):
         if section := section_of(field):
             summary = (section.__doc__ or "").strip().partition("\n")[0]
-            parts.append(f"## `{key}`\n\n{summary}\n\n{_table(keys_of(section))}")
+            parts.append(f"## `{key}`\n\n{summary}\n\n{_table(_flat_keys_of(section))}")
     return "\n".join([*parts, _RULES])
 
 
 def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     """A model's keys as a recipe spells them, with their fields."""
     return ((field.alias or name, field) for name, field in model.model_fields.items())
+
+
+def _flat_keys_of(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """A section's keys, with the keys of blocks within as `block.key`."""
+    for key, field in keys_of(section):
+        if inner := section_of(field):
+            yield from ((f"{key}.{name}", one) for name, one in _flat_keys_of(inner))
+        else:
+            yield key, field
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:

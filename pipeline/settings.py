@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from kasa.errors import nearest
 from kasa.truncation import Truncation
 from pipeline.base.head import HeadKind
+from pipeline.machine import fast_precision
 
 # Of generated text, in the order people read them, and those of them that take no effort.
 _TEXT_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "chrf")
@@ -248,7 +249,11 @@ class TrainSettings(Section):
     deepspeed: str = Field(
         "cpu_zero2", description="A name in `deepspeed_configs/` or the path of a DeepSpeed JSON file."
     )
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Storage and compute type of the base and adapter.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Storage and compute type of the base and adapter. `auto` is `bf16` on GPUs and on processors that have "
+        "instructions for it, else `fp32`, which is then many times as fast; name one where results must not depend on that.",
+    )
     epochs: float = Field(1.0, gt=0, description="Passes over the training split; `max_steps` cuts it short.")
     max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
     batch_size: int = Field(16, ge=1, description="Samples per optimizer step over all workers.")
@@ -292,6 +297,13 @@ class TrainSettings(Section):
         600, gt=0, description="Seconds a worker may wait for another before it gives up."
     )
 
+    @model_validator(mode="after")
+    def _fast_precision(self) -> TrainSettings:
+        if self.precision == "auto":
+            # Before anyone has seen it: what a stage's key says must be what was computed.
+            object.__setattr__(self, "precision", fast_precision(self.gpu))
+        return self
+
     @property
     def fewest_workers(self) -> int:
         """The least number of training processes."""
@@ -306,6 +318,17 @@ _DECIDING = {
     "classification": "accuracy",
     "regression": "pearson",
 }
+
+
+class HarnessSettings(Section):
+    """Tasks of lm-evaluation-harness, beside the held-out samples (the extra `harness`)."""
+
+    tasks: StrList = Field(
+        default_factory=list,
+        description="Which tasks or groups of tasks, such as `[arc_easy, hellaswag]`. Default: none.",
+    )
+    include: str | None = Field(None, description="A folder with task files of your own.")
+    limit: int | None = Field(None, ge=1, description="How many documents of each task. Default: all.")
 
 
 class EvaluateSettings(Section):
@@ -341,6 +364,9 @@ class EvaluateSettings(Section):
     batch_size: int = Field(16, ge=1, description="Samples per forward pass or generated batch.")
     max_new_tokens: int = Field(64, ge=1, description="Longest generated answer in tokens.")
     samples_shown: int = Field(8, ge=0, description="Generations shown side by side in the report.")
+    harness: HarnessSettings = Field(
+        default_factory=HarnessSettings, description="Tasks of lm-evaluation-harness for every candidate."
+    )
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -102,6 +102,7 @@ def full_facts(**changes: Any) -> ReportFacts:
             "accuracy": Interval(0.41, 0.3525, 0.465),
             "loss": Interval(-2.6413, -2.7521, -2.5288),
         },
+        "harness": [],
         "heldout_rows": 400,
         "truncation": TruncationFacts(
             rule="activation",

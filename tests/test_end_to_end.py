@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness_tasks import write_harness_tasks
 from tiny_run import STEPS, Bench, adapter_bytes, assert_recorded_once, runs_under
 
 from benchmarks.core import ROOT
@@ -68,9 +69,7 @@ def test_mlflow_knows_where_a_run_comes_from(bench: Bench, first: dict[str, Any]
     assert version.tags["kasa.data_digest"].startswith(inputs["train"]["tiny-train"])
 
 
-def test_the_same_run_again_makes_nothing_new_and_is_quick(
-    bench: Bench, first: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_same_run_again_makes_nothing_new_and_is_quick(bench: Bench, first: dict[str, Any], tmp_path: Path) -> None:
     # It takes 10 s to load torch and transformers, and nothing here to compute with them.
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
     again = bench.finish(bench.start("workspace", environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"}))
@@ -112,6 +111,23 @@ def test_stages_are_made_anew_where_asked(bench: Bench, first: dict[str, Any]) -
     assert again["artifacts"] == first["artifacts"]
     assert again["model"]["version"] != first["model"]["version"]
     assert "evaluate: made anew: you asked for it" in said
+
+
+def test_tasks_of_the_harness_are_part_of_the_evaluation(bench: Bench, first: dict[str, Any]) -> None:
+    pytest.importorskip("lm_eval")
+    write_harness_tasks(bench.folder / "tasks")
+    found = bench.run("workspace", "evaluate.harness={tasks: [counting, reading], include: tasks}")
+    assert found["stages"] == dict.fromkeys(STAGES, "reused") | dict.fromkeys(["evaluate", "register"], "computed")
+    assert found["metrics"] == first["metrics"]
+    assert [row["name"] for row in found["harness"]] == [
+        "counting/acc",
+        "counting/acc_norm",
+        "reading/word_perplexity",
+    ]
+    for row in found["harness"]:
+        logged = bench.mlflow("workspace").get_run(found["stage_runs"]["evaluate"]).data.metrics
+        assert {name: logged[f"{name}.harness/{row['name']}"] for name in ("base", "adapted")} == row["values"]
+    assert "counting/acc_norm" in (bench.folder / found["report"]).read_text(encoding="utf-8")
 
 
 def test_a_retraining_finds_everything_made_and_then_nothing_new(bench: Bench, first: dict[str, Any]) -> None:

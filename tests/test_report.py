@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from report_facts import full_facts, layer_facts, training_records
 
+from pipeline.evaluation.harness_results import HarnessRow
 from pipeline.metrics.intervals import Interval
 from pipeline.report.charts import smoothed, thinned
 from pipeline.report.comparison import compare, outcome
@@ -204,19 +205,34 @@ def test_penalty_that_is_zero_throughout_is_named_not_drawn(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("metric", "low", "high", "expected"),
+    ("lower_is_better", "low", "high", "expected"),
     [
-        ("accuracy", 0.1, 0.2, "better"),
-        ("accuracy", -0.2, -0.1, "worse"),
-        ("accuracy", -0.1, 0.2, "unclear"),
-        ("accuracy", 0.0, 0.2, "unclear"),
-        ("loss", -0.2, -0.1, "better"),
-        ("loss", 0.1, 0.2, "worse"),
-        ("perplexity", -2, 1, "unclear"),
+        (False, 0.1, 0.2, "better"),
+        (False, -0.2, -0.1, "worse"),
+        (False, -0.1, 0.2, "unclear"),
+        (False, 0.0, 0.2, "unclear"),
+        (True, -0.2, -0.1, "better"),
+        (True, 0.1, 0.2, "worse"),
+        (True, -2, 1, "unclear"),
     ],
 )
-def test_outcome_knows_the_direction(metric: str, low: float, high: float, expected: str) -> None:
-    assert outcome(metric, Interval((low + high) / 2, low, high)) == expected
+def test_outcome_knows_the_direction(lower_is_better: bool, low: float, high: float, expected: str) -> None:
+    assert outcome(Interval((low + high) / 2, low, high), lower_is_better) == expected
+
+
+def test_the_harness_has_a_table_of_its_own(tmp_path: Path) -> None:
+    rows = [
+        HarnessRow("arc_easy/acc", False, {"base": 0.51, "adapted": 0.56}, {"base": Interval(0.05, 0.02, 0.08)}),
+        HarnessRow("wikitext/word_perplexity", True, {"base": 21.5, "adapted": 23.25}, {}),
+    ]
+    easy, wikitext = compare(full_facts(harness=rows)).harness
+    assert (easy.best, wikitext.best) == ("adapted", "base")
+    assert easy.change is not None
+    assert easy.change.outcome == "better"
+    assert wikitext.change is None
+    text, _ = rendered(full_facts(harness=rows), tmp_path)
+    assert re.search(r"wikitext/word_perplexity<small>lower is better.*?>23\.25<", text, re.DOTALL)
+    assert "lm-evaluation-harness" not in rendered(full_facts(), tmp_path)[0]
 
 
 def test_gate_comes_first_and_best_follows_the_direction() -> None:

@@ -36,7 +36,9 @@ class Bench:
     def copy_beginning(self, made: Mapping[str, str], workspace: str) -> None:
         """Give a new workspace what a run has made before training."""
         for stage in ("prepare", "spectra", "audit"):
-            shutil.copytree(self.folder / made[stage], self.folder / workspace / "artifacts" / stage / Path(made[stage]).name)
+            shutil.copytree(
+                self.folder / made[stage], self.folder / workspace / "artifacts" / stage / Path(made[stage]).name
+            )
 
     def finish(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         return self.finish_saying(process)[0]

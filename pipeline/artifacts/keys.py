@@ -7,9 +7,12 @@ is computed is. A dry run asks these functions what is cached, without making an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kasa.errors import nearest
+from kasa.file_digest import file_digest
 from pipeline.artifacts.store import StageKey, code_digests, package_versions
 from pipeline.errors import RecipeError
 from pipeline.metrics import caption_tools
@@ -45,7 +48,11 @@ _TRAIN_MECHANICS = {
 }
 _METHOD_CODE = {"kasa": ["pipeline.methods.kasa_method", "pipeline.layers"], "full": ["pipeline.methods.full"]}
 _PEFT_CODE = [f"pipeline.methods.{part}" for part in ("peft_methods", "residual_base", "adalora")]
-_EVALUATE_MECHANICS = {"workers", "batch_size", "metric"}
+_EVALUATE_MECHANICS: Any = {
+    **dict.fromkeys(("workers", "batch_size", "metric"), True),
+    # What it holds is an input.
+    "harness": {"include"},
+}
 
 
 def stages_to_remake(named: Sequence[str], first: str | None) -> list[str]:
@@ -174,7 +181,12 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
                 # What an untrained head says depends on it.
                 **({"seed": recipe.train.seed} if recipe.base.head != "language-model" and adapter is None else {}),
             },
-            "inputs": {"prepared": prepared, "base": base_digest, "adapter": adapter},
+            "inputs": {
+                "prepared": prepared,
+                "base": base_digest,
+                "adapter": adapter,
+                "harness": _harness_files(recipe),
+            },
             "code": code_digests(
                 [
                     "pipeline.evaluation",
@@ -197,7 +209,15 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
 def _optional_packages(recipe: Recipe) -> list[str]:
     needed = not {"meteor", "cider"}.isdisjoint(recipe.evaluate.measured)
     # A dry run may be asked for where they are not installed.
-    return [caption_tools.PACKAGE] if needed and caption_tools.lacks_package() is None else []
+    packages = [caption_tools.PACKAGE] if needed and caption_tools.lacks_package() is None else []
+    return packages + (["lm_eval"] if recipe.evaluate.harness.tasks and find_spec("lm_eval") else [])
+
+
+def _harness_files(recipe: Recipe) -> dict[str, str]:
+    """Digests of the task files of the user's own."""
+    include = recipe.evaluate.harness.include
+    files = sorted(Path(include).rglob("*")) if recipe.evaluate.harness.tasks and include else []
+    return {file.relative_to(include).as_posix(): file_digest(file) for file in files if file.is_file()}  # type: ignore[arg-type]
 
 
 def register_key(recipe: Recipe, trained: str, evaluated: str, registry: str) -> StageKey:

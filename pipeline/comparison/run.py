@@ -34,6 +34,7 @@ from pipeline.prepare.sources import DataSources, resolve_sources
 from pipeline.provenance import code_tags
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.report.gather import environment_tags
+from pipeline.settings import HarnessSettings
 from pipeline.stages.evaluate import results_of
 from pipeline.stages.train import deepspeed_settings
 from pipeline.storage.workspace import Workspace, look_into
@@ -107,7 +108,7 @@ def plan_comparison(
     rates: Sequence[float],
     against: str | None,
 ) -> Plan:
-    """The comparison that the options describe.
+    """The comparison that the options describe; of tasks of lm-evaluation-harness it runs none.
 
     Raises:
         RecipeError: `against` is not among the methods.
@@ -119,6 +120,8 @@ def plan_comparison(
         raise RecipeError(
             f"--against {against} is not compared here{nearest(against, methods) or f'; choose from {BASE}, ' + ', '.join(methods)}"
         )
+    evaluate = recipe.evaluate.model_copy(update={"harness": HarnessSettings()})
+    recipe = recipe.model_copy(update={"evaluate": evaluate})
     return Plan(recipe, tuple(methods), tuple(range(first, first + seeds)), tuple(rates), against)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,14 @@ def paired_differences(
         mine_R, others_R = (value(sums_RS) for sums_RS in sums[pair])
         found[name] = interval_of(mine - others, mine_R - others_R)
     return found
+
+
+def mean_differences(ours: Mapping[str, float], theirs: Mapping[str, float], seed: int = 0) -> Interval:
+    """The mean of ours - theirs over the samples, by their names, that both have; they must have some in common."""
+    common = sorted(ours.keys() & theirs.keys())
+    differences = np.array([ours[name] - theirs[name] for name in common])[:, None]
+    (sums_R1,) = resampled_sums([differences], seed)
+    return interval_of(differences.mean(), sums_R1[:, 0] / len(common))
 
 
 def resampled_sums(tables: Sequence[Floats], seed: int) -> list[Floats]:

@@ -73,6 +73,7 @@ def write_report(
         "metrics": evaluation.metrics,
         "intervals": evaluation.intervals,
         "differences": _plain(evaluation),
+        "harness": [dataclasses.asdict(row) for row in evaluation.harness],
         "interval": {"level": 0.95, "method": "paired percentile bootstrap over samples", "resamples": RESAMPLES},
     }
     verdict = {

@@ -11,9 +11,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.metrics.catalogue import LOWER_IS_BETTER, SHARES
+from pipeline.metrics.catalogue import SHARES
 from pipeline.metrics.intervals import Interval
-from pipeline.report.formats import metric_change, metric_value, significant, spoken
+from pipeline.report.formats import metric_value, significant, spoken
 from pipeline.report.svg import COLOURS, inline_svg, new_figure
 
 Records = list[dict[str, float]]
@@ -48,18 +48,18 @@ def _gate_limits(metric: str, shown: list[float]) -> tuple[float, float]:
     return min(shown) - margin, max(shown) + margin
 
 
-def interval_glyph(metric: str, difference: Interval, verdict: str) -> Markup:
-    """One interval on its own scale: zero in the middle, better to the right whatever the metric's direction."""
+def interval_glyph(name: str, difference: Interval, verdict: str, lower_is_better: bool, said: str) -> Markup:
+    """One interval on its own scale: zero in the middle, better to the right whatever the metric's direction; `said` is it in
+    words."""
     figure, axes = new_figure(*GLYPH_SIZE)
-    direction = -1 if metric in LOWER_IS_BETTER else 1
+    direction = -1 if lower_is_better else 1
     reach = 1.1 * max(abs(difference.low), abs(difference.high), abs(difference.estimate)) or 1.0
     colour = COLOURS.get(verdict, COLOURS["muted"])
     axes.axvline(0, color=COLOURS["muted"], linewidth=1)
     axes.plot([direction * difference.low, direction * difference.high], [0, 0], color=colour, linewidth=2)
     axes.plot([direction * difference.estimate], [0], "o", color=colour, markersize=6)
     axes.set(xlim=(-reach, reach), ylim=(-1, 1), xticks=[], yticks=[])
-    low, high = metric_change(metric, difference.low), metric_change(metric, difference.high)
-    return inline_svg(figure, f"interval-{metric}", f"{spoken(metric)}: 95% interval {low} to {high}")
+    return inline_svg(figure, f"interval-{name}", said)
 
 
 def stage_bar(name: str, status: str, seconds: float, longest: float) -> Markup:

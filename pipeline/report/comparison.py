@@ -8,6 +8,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
+from pipeline.evaluation.harness_results import HarnessRow
 from pipeline.metrics.catalogue import LOWER_IS_BETTER
 from pipeline.metrics.intervals import Interval
 from pipeline.report.charts import candidates_in_order, gate_chart, interval_glyph
@@ -48,14 +49,15 @@ class Comparison:
 
     candidates: list[str]
     rows: list[MetricRow]
+    harness: list[MetricRow]
     gate: MetricRow | None
     chart: Markup | None
 
 
-def outcome(metric: str, difference: Interval) -> Outcome:
+def outcome(difference: Interval, lower_is_better: bool) -> Outcome:
     """Better or worse only where the whole interval says so."""
     low, high = difference.low, difference.high
-    if metric in LOWER_IS_BETTER:
+    if lower_is_better:
         low, high = -high, -low
     if low > 0:
         return "better"
@@ -69,7 +71,8 @@ def compare(facts: ReportFacts) -> Comparison:
     measured.sort(key=lambda metric: metric != facts.gate_metric)
     rows = [_row(facts, metric, candidates) for metric in measured]
     gate = rows[0] if rows and rows[0].decides else None
-    return Comparison(candidates, rows, gate, _gate_chart(facts, candidates) if gate else None)
+    harness = [_harness_row(row) for row in facts.harness]
+    return Comparison(candidates, rows, harness, gate, _gate_chart(facts, candidates) if gate else None)
 
 
 def _gate_chart(facts: ReportFacts, candidates: list[str]) -> Markup:
@@ -83,31 +86,51 @@ def _values(facts: ReportFacts, metric: str, candidates: list[str]) -> dict[str,
 
 def _row(facts: ReportFacts, metric: str, candidates: list[str]) -> MetricRow:
     values = _values(facts, metric, candidates)
-    best = (min if metric in LOWER_IS_BETTER else max)(values.values())
-    leaders = [name for name, value in values.items() if value == best]
+    lower_is_better = metric in LOWER_IS_BETTER
     difference = facts.differences.get(metric)
     return MetricRow(
         label=spoken(metric),
-        lower_is_better=metric in LOWER_IS_BETTER,
+        lower_is_better=lower_is_better,
         decides=metric == facts.gate_metric,
         values={name: metric_value(metric, value) for name, value in values.items()},
         intervals={name: _ends(metric, facts.intervals.get(name, {}).get(metric)) for name in values},
-        best=leaders[0] if len(leaders) == 1 and len(values) > 1 else None,
-        change=_change(metric, difference) if difference else None,
+        best=_best(values, lower_is_better),
+        change=_change(metric, spoken(metric), difference, lower_is_better) if difference else None,
     )
+
+
+def _harness_row(row: HarnessRow) -> MetricRow:
+    difference = row.differences.get("base")
+    return MetricRow(
+        label=row.name,
+        lower_is_better=row.lower_is_better,
+        decides=False,
+        values={name: metric_value(row.name, value) for name, value in row.values.items()},
+        intervals={},
+        best=_best(row.values, row.lower_is_better),
+        change=_change(row.name, row.name, difference, row.lower_is_better) if difference else None,
+    )
+
+
+def _best(values: dict[str, float], lower_is_better: bool) -> str | None:
+    best = (min if lower_is_better else max)(values.values())
+    leaders = [name for name, value in values.items() if value == best]
+    return leaders[0] if len(leaders) == 1 and len(values) > 1 else None
 
 
 def _ends(metric: str, interval: Sequence[float] | None) -> str:
     return " to ".join(metric_value(metric, end) for end in interval) if interval else ""
 
 
-def _change(metric: str, difference: Interval) -> Change:
-    result = outcome(metric, difference)
+def _change(metric: str, label: str, difference: Interval, lower_is_better: bool) -> Change:
+    result = outcome(difference, lower_is_better)
+    low, high = metric_change(metric, difference.low), metric_change(metric, difference.high)
+    said = f"{label}: 95% interval {low} to {high}"
     return Change(
         estimate=metric_change(metric, difference.estimate),
-        low=metric_change(metric, difference.low),
-        high=metric_change(metric, difference.high),
+        low=low,
+        high=high,
         unit=change_unit(metric),
         outcome=result,
-        glyph=interval_glyph(metric, difference, result),
+        glyph=interval_glyph(metric, difference, result, lower_is_better, said),
     )

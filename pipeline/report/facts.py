@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.harness_results import HarnessRow
     from pipeline.metrics.intervals import Interval
 
 
@@ -86,6 +87,7 @@ class ReportFacts:
     metrics: dict[str, dict[str, float]]
     intervals: dict[str, dict[str, list[float]]]
     differences: dict[str, Interval]
+    harness: list[HarnessRow]
     heldout_rows: int
     truncation: TruncationFacts
     training: list[dict[str, float]]

@@ -96,6 +96,7 @@ def _facts(
         metrics=evaluation.metrics,
         intervals=evaluation.intervals,
         differences=evaluation.differences["base"],
+        harness=evaluation.harness,
         heldout_rows=len(prepared.heldout),
         truncation=_truncation(context, artifacts["audit"]),
         training=records,

@@ -5,6 +5,8 @@ Each candidate's result is an artifact of its own: the base is evaluated once fo
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,7 @@ from pipeline.base.head import Head
 from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
+from pipeline.evaluation.harness_results import HARNESS_JSON, HarnessRow, harness_rows, read_harness
 from pipeline.evaluation.samples import read_samples, write_samples
 from pipeline.journal import JournalTail, Record, read_journal
 from pipeline.metrics.intervals import Interval, measure, paired_differences
@@ -26,6 +29,7 @@ from pipeline.prepare.stage import load_prepared
 from pipeline.registry.moves import settle
 from pipeline.registry.store import ModelVersion
 from pipeline.stages.prepare import log_datasets
+from pipeline.storage.whole_file import write_whole
 
 RESULTS = "samples.parquet"
 _TRAIN_KEY = "kasa.train_key"
@@ -59,6 +63,7 @@ class Evaluation:
     intervals: dict[str, dict[str, list[float]]]
     differences: dict[str, dict[str, Interval]]
     samples: dict[str, list[Record]]
+    harness: list[HarnessRow]
     champion: ModelVersion | None
     obstacle: str | None
 
@@ -175,6 +180,7 @@ def _measure(
     write_samples(folder / RESULTS, [{**asked[result["sample"]], **result} for result in results])
     for shard in shards:
         shard.journal.unlink()
+    _run_harness(context, base, candidate, folder)
     found = measure(results, metrics)
     return {
         "candidate": candidate.name,
@@ -182,6 +188,43 @@ def _measure(
         "metrics": {name: interval.estimate for name, interval in found.items()},
         "intervals": {name: [interval.low, interval.high] for name, interval in found.items()},
     }
+
+
+def _run_harness(context: RunContext, base: BaseModel, candidate: Candidate, folder: Path) -> None:
+    """Run the tasks of lm-evaluation-harness, those that an earlier run of this command has not finished."""
+    evaluate = context.recipe.evaluate
+    if not evaluate.harness.tasks:
+        return
+    from pipeline.evaluation.harness import HarnessJob, run_harness  # torch
+
+    places = {task: folder / "harness" / f"{index}.json" for index, task in enumerate(evaluate.harness.tasks)}
+    jobs = [
+        HarnessJob(
+            base_folder=base.folder,
+            adapter=candidate.adapter.resolve() if candidate.adapter else None,
+            precision=context.recipe.train.precision,
+            task=task,
+            settings=evaluate.harness.model_copy(update={"include": _whole_path(evaluate.harness.include)}),
+            batch_size=evaluate.batch_size,
+            out=place.resolve(),
+        )
+        for task, place in places.items()
+        if not place.exists()
+    ]
+
+    def show(*result: object) -> None:
+        done = sum(place.exists() for place in places.values())
+        context.bars.update(f"harness {candidate.name}", done, len(places), "tasks")
+
+    show()
+    context.run_tasks(run_harness, jobs, Resources(1, context.recipe.train.gpu), on_result=show)
+    results = [row for place in places.values() for row in json.loads(place.read_text(encoding="utf-8"))]
+    write_whole(folder / HARNESS_JSON, json.dumps(results))
+    shutil.rmtree(folder / "harness")
+
+
+def _whole_path(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
 
 
 def _compare(
@@ -198,6 +241,7 @@ def _compare(
             if name != "adapted"
         },
         samples=samples,
+        harness=harness_rows({name: read_harness(artifact.folder) for name, artifact in results.items()}),
         champion=champion,
         obstacle=obstacle,
     )
@@ -207,5 +251,11 @@ def _publish(context: RunContext, run_id: str, evaluation: Evaluation, results: 
     context.tracking.log_parameters(run_id, {"evaluate": context.recipe.evaluate.model_dump(mode="json")})
     for name, metrics in evaluation.metrics.items():
         context.tracking.log_metrics(run_id, {f"{name}.{metric}": value for metric, value in metrics.items()})
+    for row in evaluation.harness:
+        context.tracking.log_metrics(
+            run_id, {f"{name}.harness/{row.name}": value for name, value in row.values.items()}
+        )
     for name, artifact in results.items():
         context.log_artifact(run_id, artifact.folder / RESULTS, name)
+        if (artifact.folder / HARNESS_JSON).exists():
+            context.log_artifact(run_id, artifact.folder / HARNESS_JSON, name)

@@ -20,7 +20,12 @@ def test_an_outline_is_drawn_once_for_a_base_and_head(tmp_path: Path) -> None:
         drawn.append(1)
         return OUTLINE
 
-    for base, head in (("a", "language-model"), ("a", "language-model"), ("a", "classification"), ("b", "language-model")):
+    for base, head in (
+        ("a", "language-model"),
+        ("a", "language-model"),
+        ("a", "classification"),
+        ("b", "language-model"),
+    ):
         assert remembered_outline(tmp_path / "outlines", base, head, draw) == OUTLINE  # type: ignore[arg-type]
     assert len(drawn) == 3
 

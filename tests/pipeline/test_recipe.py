@@ -54,7 +54,7 @@ def test_overrides(file, override, section, key, value) -> None:
         ("train.workers=two", r"train\.workers: .*integer.* \(value 'two'\)"),
         ("train.workers=0", r"train\.workers: .*greater than or equal to 1 \(value 0\)"),
         ("train=3", r"recipe\.yaml: train: .*\(value 3\)"),
-        ("train.precision=fp16", r"train\.precision: .*'fp32' or 'bf16' \(value 'fp16'\)"),
+        ("train.precision=fp16", r"train\.precision: .*'auto', 'fp32' or 'bf16' \(value 'fp16'\)"),
         ("train.workers=20", r"train\.batch_size 16 leaves some of the 20 workers idle"),
         ("train.min_workers=2", r"train\.min_workers 2 is more than train\.workers 1"),
         ("spectra.rank=4", r"spectra\.rank 4 is smaller than the 8 triplets the adapter drops"),

@@ -1,0 +1,89 @@
+"""Tasks of lm-evaluation-harness (the extra `harness`) on one candidate, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.generation import load_answerer
+from pipeline.prompting import Prompting
+from pipeline.settings import HarnessSettings
+from pipeline.storage.whole_file import write_whole
+
+
+@dataclass(frozen=True)
+class HarnessJob:
+    """One task, or group of tasks, on one candidate.
+
+    Attributes:
+        base_folder, adapter: the candidate; the plain base where `adapter` is None.
+        out: the JSON file to write: a list of `HarnessResult`'s fields.
+    """
+
+    base_folder: Path
+    adapter: Path | None
+    precision: str
+    task: str
+    settings: HarnessSettings
+    batch_size: int
+    out: Path
+
+
+def run_harness(job: HarnessJob) -> None:
+    """Evaluate the task with the harness's own prompts; the model answers as it is loaded, without a chat template."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    answerer = load_answerer(job.base_folder, job.adapter, job.precision, Prompting())
+    model = HFLM(pretrained=answerer.model, tokenizer=answerer.tokenizer, batch_size=job.batch_size)
+    found: Any = simple_evaluate(
+        model,
+        tasks=[job.task],
+        task_manager=TaskManager(include_path=job.settings.include),
+        limit=job.settings.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    rows = [
+        {
+            "name": name,
+            "value": float(value),
+            "lower_is_better": not found["higher_is_better"].get(task, {}).get(metric, True),
+            "per_sample": _per_sample(found["samples"].get(task, ()), metric, filtered, float(value)),
+        }
+        for task, values in found["results"].items()
+        for name, metric, filtered, value in _named(task, values)
+    ]
+    write_whole(job.out, json.dumps(rows))
+
+
+def _named(task: str, values: Mapping[str, Any]) -> Iterable[tuple[str, str, str, Any]]:
+    """`TASK/METRIC` with metric, filter and value; a filter is named where the task has another one than `none`."""
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, Real):
+            yield f"{task}/{metric}" + ("" if filtered == "none" else f"/{filtered}"), metric, filtered, value
+
+
+def _per_sample(
+    samples: Iterable[Mapping[str, Any]], metric: str, filtered: str, value: float
+) -> dict[str, float] | None:
+    """The metric of every document, where the task's value is their mean; None where it is something else."""
+    found = {
+        str(sample["doc_id"]): sample[metric] for sample in samples if sample["filter"] == filtered and metric in sample
+    }
+    if not found or not all(isinstance(one, Real) for one in found.values()):
+        return None
+    numbers = {document: float(one) for document, one in found.items()}
+    return numbers if np.isclose(np.mean(list(numbers.values())), value, rtol=1e-9, atol=1e-12) else None
