@@ -132,7 +132,7 @@ def recipe_page() -> str:
     for key, field in keys_of(Recipe):
         if section := section_of(field):
             summary = (section.__doc__ or "").strip().partition("\n")[0]
-            parts.append(f"## `{key}`\n\n{summary}\n\n{_table(_flat_keys_of(section))}")
+            parts.append(f"## `{key}`\n\n{summary}\n\n{_table(flat_keys_of(section))}")
     return "\n".join([*parts, _RULES])
 
 
@@ -141,11 +141,11 @@ def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     return ((field.alias or name, field) for name, field in model.model_fields.items())
 
 
-def _flat_keys_of(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+def flat_keys_of(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     """A section's keys, with the keys of blocks within as `block.key`."""
     for key, field in keys_of(section):
         if inner := section_of(field):
-            yield from ((f"{key}.{name}", one) for name, one in _flat_keys_of(inner))
+            yield from ((f"{key}.{name}", one) for name, one in flat_keys_of(inner))
         else:
             yield key, field
 

@@ -302,6 +302,8 @@ class TrainSettings(Section):
         if self.precision == "auto":
             # Before anyone has seen it: what a stage's key says must be what was computed.
             object.__setattr__(self, "precision", fast_precision(self.gpu))
+            # A plan for other hardware asks whether anyone has set it.
+            self.model_fields_set.discard("precision")
         return self
 
     @property

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.machine import GIB, cpu_cores, memory_gib
+from pipeline import settings
+from pipeline.machine import GIB, cpu_cores, fast_precision, memory_gib
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,30 @@ def test_memory_of_a_container(files: dict[str, str], expected: tuple[int, int],
     meminfo.write_text(f"MemTotal: {16 * 2**20} kB\nMemAvailable: {12 * 2**20} kB\n")
     assert memory_gib(tmp_path, meminfo) == expected
     assert memory_gib(tmp_path, tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpu", "expected"),
+    [
+        ("fpu avx avx2 fma", False, "fp32"),
+        ("fpu avx2 avx512f avx512_bf16 amx_tile", False, "bf16"),
+        ("fpu avx512f amx_bf16", False, "bf16"),
+        ("fp asimd i8mm bf16", False, "bf16"),
+        ("fpu avx2", True, "bf16"),
+    ],
+)
+def test_bf16_where_the_hardware_has_it(flags: str, gpu: bool, expected: str, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert fast_precision(gpu, cpuinfo) == expected
+    assert fast_precision(False, tmp_path / "absent") == "fp32"
+
+
+def test_a_recipe_says_which_precision_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "fast_precision", lambda gpu: "bf16" if gpu else "fp32")
+    for given, gpu, expected in (("auto", False, "fp32"), ("auto", True, "bf16"), ("bf16", False, "bf16")):
+        assert settings.TrainSettings(precision=given, gpu=gpu).precision == expected  # type: ignore[arg-type]
+    assert settings.TrainSettings().model_dump()["precision"] == "fp32"
 
 
 def _fill(folder: Path, files: dict[str, str]) -> None:

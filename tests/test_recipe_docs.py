@@ -10,7 +10,17 @@ from pydantic import BaseModel, Field
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.recipe_docs import DOCS, catalogue_page, default_text, keys_of, main, recipe_page, section_of, type_text
+from pipeline.recipe_docs import (
+    DOCS,
+    catalogue_page,
+    default_text,
+    flat_keys_of,
+    keys_of,
+    main,
+    recipe_page,
+    section_of,
+    type_text,
+)
 from pipeline.settings import DataSettings, StrList, TrainSettings
 
 
@@ -29,7 +39,7 @@ def test_every_field_of_every_section_has_its_row() -> None:
     sections = _sections(recipe_page())
     for key, field in keys_of(Recipe):
         model = section_of(field)
-        for name, inner in keys_of(model) if model else [(key, field)]:
+        for name, inner in flat_keys_of(model) if model else [(key, field)]:
             row = _row(sections[key if model else "Top level"], name)
             assert row[1:3] == [type_text(inner), default_text(inner)]
             assert inner.description, f"{key}.{name} has no description"
@@ -39,6 +49,7 @@ def test_every_field_of_every_section_has_its_row() -> None:
 def test_sections_go_by_the_names_a_recipe_uses() -> None:
     sections = _sections(recipe_page())
     assert "register" in sections
+    assert "`harness.tasks`" in sections["evaluate"]
     assert "register_" not in recipe_page()
 
 

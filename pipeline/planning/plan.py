@@ -331,6 +331,8 @@ def _on_gpus(recipe: Recipe, gpus: int, nodes: int) -> Recipe:
         "workers": gpus * nodes,
         "deepspeed": counterpart if counterpart in config_names() else deepspeed,
     }
+    if "precision" not in recipe.train.model_fields_set:
+        values["train"]["precision"] = "auto"
     return parse_recipe(values, f"--gpus {gpus} --nodes {nodes}")
 
 

@@ -59,7 +59,7 @@ def _empty_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _recipe(**sections: dict[str, Any]) -> Recipe:
-    values: dict[str, Any] = {"name": "t", "data": {"train": "x.jsonl"}}
+    values: dict[str, Any] = {"name": "t", "data": {"train": "x.jsonl"}, "train": {"precision": "bf16"}}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
     return parse_recipe(values, "test")
@@ -462,6 +462,8 @@ def test_gpus_become_workers_and_a_known_gpu_brings_its_figures() -> None:
     recipe, hardware = _options(_recipe(train={"batch_size": 64}), gpus=4, nodes=2, gpu="h100")
     assert (recipe.train.workers, recipe.train.gpu, recipe.train.deepspeed) == (8, True, "gpu_zero2")
     assert hardware == Hardware(79, 989, 0.4)
+    nobodys = parse_recipe({"name": "t", "data": {"train": "x.jsonl"}, "train": {"precision": "auto"}}, "test")
+    assert _options(nobodys, gpus=8)[0].train.precision == "bf16"
     _, own = _options(recipe, gpu="H100", gpu_memory_gib=40, peak_tflops=500)
     assert own == Hardware(40, 500, 0.4)
     fp32 = _recipe(train={"precision": "fp32", "gpu": True})
@@ -531,7 +533,7 @@ def test_the_command_answers_in_words(kasa: Any) -> None:
         ("recipe.yaml", "--gpus", "70"),
         ("recipe.yaml", "adapter.targets=[q_prj]"),
         ("recipe.yaml", "train.deepspeed=gpu_zero4"),
-        ("recipe.yaml", "train.deepspeed=cpu_zero0"),
+        ("recipe.yaml", "train.precision=bf16", "train.deepspeed=cpu_zero0"),
     ],
 )
 def test_wrong_input_is_one_error_and_exit_code_2(kasa: Any, arguments: tuple[str, ...]) -> None:
