@@ -74,16 +74,12 @@ def _times(result: dict[str, Any]) -> dict[str, Any]:
     return {"stage_seconds": result["seconds"], "stages": result["stages"]}
 
 
-def _cold_workspace(setting: Setting) -> Path:
-    return setting.scratch / "quickstart"
-
-
 def _cold_run(setting: Setting) -> tuple[dict[str, Any], float]:
     """One cold run serves all checks of a command: its result is kept in the scratch folder."""
     memo = setting.scratch / "quickstart.json"
     if not memo.exists():
         _fetch_inputs(setting.workspace)
-        cold = _cold_workspace(setting)
+        cold = setting.scratch / "quickstart"
         # What an earlier check's crash left would make this run a warm one.
         shutil.rmtree(cold, ignore_errors=True)
         copy_sources(setting.workspace, cold)
