@@ -175,12 +175,12 @@ def _measure(
 
     context.run_tasks(evaluate_shard, shards, Resources(1, recipe.train.gpu), while_waiting=show)
     show()
+    _run_harness(context, base, candidate, folder)
     results = sorted((r for shard in shards for r in read_journal(shard.journal)), key=lambda r: r["sample"])
     asked = load_prepared(prepared.folder).heldout.select_columns(["source", "prompt"])
     write_samples(folder / RESULTS, [{**asked[result["sample"]], **result} for result in results])
     for shard in shards:
         shard.journal.unlink()
-    _run_harness(context, base, candidate, folder)
     found = measure(results, metrics)
     return {
         "candidate": candidate.name,
