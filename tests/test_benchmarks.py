@@ -298,19 +298,19 @@ def test_the_gain_is_judged_by_its_lower_end(low: float, met: bool, tmp_path: Pa
     assert measurement.details["base"] == {"accuracy": 0.6, "loss": 1.0}
 
 
-def test_cold_and_second_run_share_one_workspace(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cold_run_is_apart_and_the_second_run_follows_another(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Path] = []
 
     def run(workspace: Path) -> tuple[dict[str, Any], float]:
         runs.append(workspace)
-        status = "computed" if len(runs) == 1 else "reused"
-        return _result(workspace / "evaluate", status), 300.0 if len(runs) == 1 else 12.0
+        is_new = runs.count(workspace) == 1
+        return _result(workspace / "evaluate", "computed" if is_new else "reused"), 300.0 if is_new else 12.0
 
     monkeypatch.setattr(demo, "_run_quickstart", run)
     monkeypatch.setattr(demo, "_fetch_inputs", lambda workspace: None)
     cold, again = demo.demo_time.measure(setting), demo.cache_noop.measure(setting)
-    assert runs == [runs[0]] * 2
     assert runs[0].is_relative_to(setting.scratch)
+    assert runs[1:] == [setting.workspace] * 2
     assert [(m.measured, m.flaws) for m in (cold, again)] == [(300.0, ()), (12.0, ())]
     assert cold.details["stage_seconds"]["train"] == 1.0
 

@@ -26,7 +26,9 @@ from pipeline.training import zero  # noqa: E402
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    settings = TrainSettings(workers=dist.get_world_size(), batch_size=4, micro_batch_size=1, deepspeed="cpu_zero3")
+    settings = TrainSettings(
+        workers=dist.get_world_size(), batch_size=4, micro_batch_size=1, deepspeed="cpu_zero3", precision="bf16"
+    )
     config = with_passes(complete_config(load_deepspeed_config(settings.deepspeed), settings), settings.workers, 2)
     with zero.partitioned_loading(config):
         model = load_base(folder, "bf16")
