@@ -298,7 +298,9 @@ def test_the_gain_is_judged_by_its_lower_end(low: float, met: bool, tmp_path: Pa
     assert measurement.details["base"] == {"accuracy": 0.6, "loss": 1.0}
 
 
-def test_the_cold_run_is_apart_and_the_second_run_follows_another(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cold_run_is_apart_and_the_second_run_follows_another(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs: list[Path] = []
 
     def run(workspace: Path) -> tuple[dict[str, Any], float]:
