@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.core import ROOT
-from kasa.spectra import BottomTriplets
+from kasa.spectra import Triplets
 from kasa.spectra_file import save_spectra
 from kasa.targets import Target
 from pipeline.base.head import LANGUAGE_MODEL, Head
@@ -128,7 +128,7 @@ Rows = Sequence[Mapping[str, Any]]
 def write_inputs(
     folder: Path,
     rows: Rows,
-    spectra: Mapping[str, BottomTriplets],
+    spectra: Mapping[str, Triplets],
     validation: Rows = (),
     head: Head = LANGUAGE_MODEL,
 ) -> None:
@@ -149,11 +149,11 @@ def write_inputs(
     (folder / "work").mkdir()
 
 
-def stand_in_spectra(targets: Sequence[Target], rank: int) -> dict[str, BottomTriplets]:
+def stand_in_spectra(targets: Sequence[Target], rank: int) -> dict[str, Triplets]:
     """Small random factors of the right shapes, where the values do not matter."""
     generator = torch.Generator().manual_seed(0)
     return {
-        target.name: BottomTriplets(
+        target.name: Triplets(
             left_OR=1e-3 * torch.randn(target.out_features, rank, generator=generator),
             singular_values_R=torch.full((rank,), 1e-3),
             right_RI=1e-3 * torch.randn(rank, target.in_features, generator=generator),

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.ranks import start_ranks, write_inputs
 from kasa import ModelWeights, compute_spectra, find_targets, read_adapter
-from kasa.spectra import BottomTriplets
+from kasa.spectra import Triplets
 from pipeline.journal import Record, read_journal
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.training import worker
@@ -26,7 +26,7 @@ CHECKPOINT_EVERY, PATIENCE_S = 4, 900
 Sample = dict[str, list[int]]
 
 
-def small_base(folder: Path) -> tuple[Path, dict[str, BottomTriplets]]:
+def small_base(folder: Path) -> tuple[Path, dict[str, Triplets]]:
     """A random LLaMA of two layers in `folder/base`, and the spectra of its linear layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +77,7 @@ def small_samples(vocabulary: int = 250) -> list[Sample]:
     return samples
 
 
-def prepare_run(run: Path, spectra: Mapping[str, BottomTriplets], validation: Sequence[Sample] = ()) -> Path:
+def prepare_run(run: Path, spectra: Mapping[str, Triplets], validation: Sequence[Sample] = ()) -> Path:
     """Write a run's inputs into its folder."""
     write_inputs(run, small_samples(), spectra, validation)
     return run

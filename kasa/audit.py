@@ -38,7 +38,7 @@ def observe_dropped(
     """Within the block every forward pass of the plain `model` adds to the shares. Pad nothing.
 
     Args:
-        factors: layer name -> (left_OD, right_DI), as `BottomTriplets.dropped_factors` gives them.
+        factors: layer name -> (left_OD, right_DI), as `Triplets.dropped_factors` gives them.
     """
     shares = OutputShares()
 

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from kasa.errors import SpectrumError
-from kasa.spectra import BottomTriplets, bottom_triplets
+from kasa.spectra import Triplets, bottom_triplets
 from kasa.targets import Target
 from kasa.weighting import Weighting
 
@@ -73,7 +73,7 @@ def compute_spectra(
     workers: int | None = None,
     weighting: Callable[[str], Weighting] | None = None,
     on_result: Callable[[str, int, int], None] | None = None,
-) -> dict[str, BottomTriplets]:
+) -> dict[str, Triplets]:
     """The `rank` smallest singular triplets of every target's weight, by name, in the order of the targets.
 
     Args:
@@ -91,10 +91,10 @@ def compute_spectra(
         SpectrumError: a weight cannot be read or decomposed.
     """
 
-    def one(target: Target) -> BottomTriplets:
+    def one(target: Target) -> Triplets:
         return bottom_triplets(source.weight(target), rank, target.name, weighting and weighting(target.name))
 
-    found: dict[str, BottomTriplets] = {}
+    found: dict[str, Triplets] = {}
     workers = workers or len(os.sched_getaffinity(0))
     # torch keeps its number of threads for each calling thread, the libraries below numpy and scipy for the process.
     alone = workers == 1

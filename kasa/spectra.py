@@ -27,9 +27,9 @@ NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
-class BottomTriplets:
+class Triplets:
     """The R smallest singular triplets of W, or of M = K^T W L under a weighting (`kasa.weighting`), smallest first, so that
-    a prefix serves every smaller rank.
+    a prefix serves every smaller rank. (Who wants others of a weight keeps them in the same form.)
 
     With M's triplets (u, s, v), the part of the weight that is dropped is the sum of s (K^-T u) (v^T L^-1). Of all parts
     whose removal lowers the rank by R it is the smallest as the weighting counts: with K = I it changes the layer's
@@ -71,12 +71,12 @@ class BottomTriplets:
 
 
 # What an adapter and a report need: layer name -> its triplets.
-Spectra = Mapping[str, BottomTriplets]
+Spectra = Mapping[str, Triplets]
 
 
 def bottom_triplets(
     weight_OI: torch.Tensor, rank: int, name: str = "weight", weighting: Weighting | None = None
-) -> BottomTriplets:
+) -> Triplets:
     """The `rank` smallest singular triplets of `weight_OI`, computed in fp64 where the weight is, returned in fp32 on the CPU.
 
     Args:
@@ -106,21 +106,21 @@ def bottom_triplets(
     return replace(
         short,
         largest=short.largest if weighting is None else spectral_norm(Operand(weight_OI.detach())),
-        left_OR=_stored(left_OR),
-        singular_values_R=_stored(short.singular_values_R),
-        right_RI=_stored(right_RI),
+        left_OR=stored(left_OR),
+        singular_values_R=stored(short.singular_values_R),
+        right_RI=stored(right_RI),
     )
 
 
-def inherited_triplets(weight_OI: torch.Tensor, left_OD: torch.Tensor, right_DI: torch.Tensor) -> BottomTriplets:
+def inherited_triplets(weight_OI: torch.Tensor, left_OD: torch.Tensor, right_DI: torch.Tensor) -> Triplets:
     """The triplets behind U_d S_d and V_d^T, which an adapter saved of the weight's: `dropped_factors` gives them back, up
     to a rounding. Without a weighting these are the triplets themselves, under one only their sum is the same.
     """
     values_D = left_OD.norm(dim=0)
-    return BottomTriplets(
-        left_OR=_stored(left_OD / values_D.clamp(min=torch.finfo(left_OD.dtype).tiny)),
-        singular_values_R=_stored(values_D),
-        right_RI=_stored(right_DI),
+    return Triplets(
+        left_OR=stored(left_OD / values_D.clamp(min=torch.finfo(left_OD.dtype).tiny)),
+        singular_values_R=stored(values_D),
+        right_RI=stored(right_DI),
         largest=spectral_norm(Operand(weight_OI.detach())),
         # Nothing was computed that could be off.
         residual=0.0,
@@ -139,7 +139,7 @@ def _check(weight_OI: torch.Tensor, rank: int, name: str) -> None:
         raise SpectrumError(f"{name}: rank {rank} is not between 1 and {smaller_side}, the smaller side of the weight")
 
 
-def _short_triplets(short_KL: torch.Tensor, rank: int, name: str) -> BottomTriplets:
+def _short_triplets(short_KL: torch.Tensor, rank: int, name: str) -> Triplets:
     """The triplets of a matrix that is not tall, in fp64 on its device, by the first method whose checks hold."""
     operand = Operand(short_KL)
     gram_KK = operand.gram()
@@ -160,7 +160,7 @@ def _short_triplets(short_KL: torch.Tensor, rank: int, name: str) -> BottomTripl
     return triplets
 
 
-def _by_lanczos(operand: Operand, gram_KK: torch.Tensor, rank: int, largest: float) -> BottomTriplets | None:
+def _by_lanczos(operand: Operand, gram_KK: torch.Tensor, rank: int, largest: float) -> Triplets | None:
     """None where it does not converge or is not proved complete; overwrites the Gram matrix."""
     basis_KR = by_lanczos(gram_KK, rank)
     if basis_KR is None:
@@ -171,14 +171,14 @@ def _by_lanczos(operand: Operand, gram_KK: torch.Tensor, rank: int, largest: flo
     return triplets
 
 
-def _of_basis(operand: Operand, basis_KR: torch.Tensor, largest: float, method: str) -> BottomTriplets:
+def _of_basis(operand: Operand, basis_KR: torch.Tensor, largest: float, method: str) -> Triplets:
     """The triplets inside an orthonormal basis of the bottom subspace."""
     # The projected R x L matrix gives the singular values to full precision; the eigenvalues are their squares.
     inner_RR, values_R, rows_RL = torch.linalg.svd(operand.rows(basis_KR), full_matrices=False)
     return _measured(operand, basis_KR @ inner_RR.flip(1), values_R.flip(0), rows_RL.flip(0), largest, method)
 
 
-def _by_svd(operand: Operand, short_KL: torch.Tensor, rank: int) -> BottomTriplets:
+def _by_svd(operand: Operand, short_KL: torch.Tensor, rank: int) -> Triplets:
     left_KK, values_K, rows_KL = torch.linalg.svd(short_KL.double(), full_matrices=False)
     bottom = [factor.narrow(dim, -rank, rank).flip(dim) for factor, dim in ((left_KK, 1), (values_K, 0), (rows_KL, 0))]
     return _measured(operand, bottom[0], bottom[1], bottom[2], float(values_K[0]), "svd")
@@ -186,11 +186,11 @@ def _by_svd(operand: Operand, short_KL: torch.Tensor, rank: int) -> BottomTriple
 
 def _measured(
     operand: Operand, short_KR: torch.Tensor, values_R: torch.Tensor, rows_RL: torch.Tensor, largest: float, method: str
-) -> BottomTriplets:
+) -> Triplets:
     norm = float(values_R.norm())
     errors_R = (operand.columns(rows_RL) - short_KR * values_R).norm(dim=0)
     products_RR = short_KR.T @ short_KR
-    return BottomTriplets(
+    return Triplets(
         left_OR=short_KR,
         singular_values_R=values_R,
         right_RI=rows_RL,
@@ -201,11 +201,12 @@ def _measured(
     )
 
 
-def _is_accurate(triplets: BottomTriplets) -> bool:
+def _is_accurate(triplets: Triplets) -> bool:
     """Whether the Gram matrix was precise enough: s ||M v - s u|| is the residual of u as its eigenvector."""
     bound = len(triplets.singular_values_R) * triplets.residual * triplets.largest
     return bound <= ENERGY_LIMIT * float(triplets.singular_values_R.norm())
 
 
-def _stored(tensor: torch.Tensor) -> torch.Tensor:
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """As triplets keep it: on the CPU, in fp32."""
     return tensor.to("cpu", torch.float32).contiguous()

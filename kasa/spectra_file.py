@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from kasa.folders import read_tensor_folder, write_tensor_folder
-from kasa.spectra import BottomTriplets
+from kasa.spectra import Triplets
 
 SPECTRA_JSON = "spectra.json"
 
 
-def save_spectra(folder: Path, spectra: Mapping[str, BottomTriplets], digests: Mapping[str, str]) -> None:
+def save_spectra(folder: Path, spectra: Mapping[str, Triplets], digests: Mapping[str, str]) -> None:
     """Write the triplets of each layer; `digests` are those of the weights they were computed from."""
     tensors: dict[str, torch.Tensor] = {}
     weights = {}
@@ -31,7 +31,7 @@ def save_spectra(folder: Path, spectra: Mapping[str, BottomTriplets], digests: M
     write_tensor_folder(folder, SPECTRA_JSON, {"format": 1, "weights": weights}, tensors)
 
 
-def load_spectra(folder: Path) -> tuple[dict[str, BottomTriplets], dict[str, str]]:
+def load_spectra(folder: Path) -> tuple[dict[str, Triplets], dict[str, str]]:
     """The triplets and the weight digests, by layer name.
 
     Raises:
@@ -39,7 +39,7 @@ def load_spectra(folder: Path) -> tuple[dict[str, BottomTriplets], dict[str, str
     """
     facts, tensors = read_tensor_folder(folder, SPECTRA_JSON)
     spectra = {
-        name: BottomTriplets(
+        name: Triplets(
             left_OR=tensors[f"{name}.left"],
             singular_values_R=tensors[f"{name}.singular_values"],
             right_RI=tensors[f"{name}.right"],

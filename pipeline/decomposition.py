@@ -13,9 +13,10 @@ from kasa import CheckpointWeights
 from kasa.adapter_file import SavedAdapter
 from kasa.calibration import StoredCalibration
 from kasa.checkpoint import weight_digest
-from kasa.spectra import BottomTriplets, bottom_triplets, inherited_triplets
+from kasa.spectra import Triplets, bottom_triplets, inherited_triplets
 from kasa.spectra_file import load_spectra, save_spectra
 from kasa.targets import Target
+from pipeline.methods.corda import leading_triplets
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Piece:
     Attributes:
         calibration: the folders with what text did in its layer; empty without them.
         inherited: the factors to take over, where there are some; then nothing is decomposed.
+        leading: whether CorDA's largest components are wanted, not the smallest; needs `calibration`.
     """
 
     base: Path
@@ -33,19 +35,23 @@ class Piece:
     calibration: tuple[Path, ...]
     out: Path
     inherited: tuple[torch.Tensor, torch.Tensor] | None = None
+    leading: bool = False
 
 
 def decompose(piece: Piece) -> None:
     """Make the spectrum of one weight and store it."""
     torch.set_num_threads(1)
     weight = CheckpointWeights(piece.base).weight(piece.target)
+    save_spectra(piece.out, {piece.target.name: _triplets(piece, weight)}, {piece.target.name: weight_digest(weight)})
+
+
+def _triplets(piece: Piece, weight: torch.Tensor) -> Triplets:
     if piece.inherited is not None:
-        triplets = inherited_triplets(weight, *piece.inherited)
-        save_spectra(piece.out, {piece.target.name: triplets}, {piece.target.name: weight_digest(weight)})
-        return
+        return inherited_triplets(weight, *piece.inherited)
     weighting = StoredCalibration(piece.calibration).weighting(piece.target.name) if piece.calibration else None
-    triplets = bottom_triplets(weight, piece.rank, piece.target.name, weighting)
-    save_spectra(piece.out, {piece.target.name: triplets}, {piece.target.name: weight_digest(weight)})
+    if piece.leading and weighting:
+        return leading_triplets(weight, piece.rank, piece.target.name, weighting)
+    return bottom_triplets(weight, piece.rank, piece.target.name, weighting)
 
 
 def inherited_factors(adapter: SavedAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -60,7 +66,7 @@ def inherited_factors(adapter: SavedAdapter) -> dict[str, tuple[torch.Tensor, to
 
 def combine(pieces: Sequence[Piece], folder: Path) -> dict[str, Any]:
     """Bring the spectra of all weights together in one folder; returns the facts."""
-    triplets: dict[str, BottomTriplets] = {}
+    triplets: dict[str, Triplets] = {}
     digests: dict[str, str] = {}
     for piece in pieces:
         one, digest = load_spectra(piece.out)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kasa.errors import nearest
 from kasa.truncation import CALIBRATED
 from pipeline.errors import RecipeError
+from pipeline.planning.spectra_memory import Weighted
 from pipeline.recipe_files import find_recipe
 from pipeline.settings import (
     AboutSettings,
@@ -73,13 +74,29 @@ class Recipe(Section):
         return self.adapter.truncation_rank or self.adapter.rank
 
     @property
+    def decomposes(self) -> bool:
+        """Whether the method begins with a decomposition of the base weights that is worth keeping."""
+        return bool(self.dropped_rank) or self.adapter.method == "corda"
+
+    @property
+    def weighted(self) -> Weighted:
+        """What text tells of a layer's inputs and outputs that the spectra depend on."""
+        if self.adapter.method == "corda":
+            return "inputs"
+        if self.adapter.method != "kasa" or self.adapter.truncation not in CALIBRATED:
+            return "no"
+        return "both" if self.adapter.truncation == "loss" else "inputs"
+
+    @property
     def calibrated(self) -> bool:
         """Whether the spectra depend on text."""
-        return self.adapter.method == "kasa" and self.adapter.truncation in CALIBRATED
+        return self.weighted != "no"
 
     @property
     def spectra_rank(self) -> int:
         """How many singular triplets are computed per weight (at least one, so that the report can show them)."""
+        if self.adapter.method == "corda":
+            return self.adapter.rank
         return self.spectra.rank or max(self.dropped_rank, 1)
 
     @model_validator(mode="before")

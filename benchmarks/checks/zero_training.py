@@ -39,7 +39,7 @@ from benchmarks.small_training import (
 )
 from kasa import KasaConfig, KasaError, attach, find_targets
 from kasa.adapter import trainable_parameters
-from kasa.spectra import BottomTriplets
+from kasa.spectra import Triplets
 from pipeline.base.loading import load_base
 from pipeline.base.model import find_base
 from pipeline.journal import Record
@@ -213,7 +213,7 @@ class _PlainLayer(nn.Module):
         return self.d.square().sum(), sum(torch.linalg.norm(gram - torch.eye(len(gram))) for gram in (a_gram, b_gram))
 
 
-def _reference(recipe: Recipe, spectra: Mapping[str, BottomTriplets]) -> tuple[list[Record], dict[str, torch.Tensor]]:
+def _reference(recipe: Recipe, spectra: Mapping[str, Triplets]) -> tuple[list[Record], dict[str, torch.Tensor]]:
     """The same training with torch alone: one process, one sample after another."""
     settings, config, samples = recipe.train, kasa_config(recipe), small_samples()
     base = Path(recipe.base.model)
@@ -244,7 +244,7 @@ def _reference(recipe: Recipe, spectra: Mapping[str, BottomTriplets]) -> tuple[l
 
 
 def _plain_layers(
-    model: nn.Module, config: KasaConfig, spectra: Mapping[str, BottomTriplets], start: Mapping[str, torch.Tensor]
+    model: nn.Module, config: KasaConfig, spectra: Mapping[str, Triplets], start: Mapping[str, torch.Tensor]
 ) -> dict[str, _PlainLayer]:
     layers = {}
     for target in find_targets(model, "all-linear"):

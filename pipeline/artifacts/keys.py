@@ -100,9 +100,12 @@ def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], pre
     ]
     if recipe.calibrated:
         settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
-        settings["gradients"] = recipe.adapter.truncation == "loss"
+        settings["gradients"] = recipe.weighted == "both"
         inputs["prepared"] = prepared
         code += ["kasa.calibration", "kasa.weighting", "pipeline.truncation", "pipeline.head_features"]
+    if recipe.adapter.method == "corda":
+        settings["of"] = "corda"
+        code.append("pipeline.methods.corda")
     return StageKey(
         SPECTRA,
         {

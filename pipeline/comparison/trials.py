@@ -59,9 +59,12 @@ def trial_keys(trial: Trial, base: str, sources: str, targets: Sequence[Target])
     if trial.entrant == BASE:
         return found | {keys.EVALUATE: keys.evaluation_key(recipe, prepared.key, base, None)}
     decomposed = None
-    if recipe.dropped_rank:
-        decomposed = keys.spectra_key(recipe, base, targets, prepared.key if recipe.calibrated else None)
-        found |= {keys.SPECTRA: decomposed, keys.AUDIT: keys.audit_key(recipe, prepared.key, decomposed.key)}
+    if recipe.decomposes:
+        decomposed = found[keys.SPECTRA] = keys.spectra_key(
+            recipe, base, targets, prepared.key if recipe.calibrated else None
+        )
+        if recipe.dropped_rank:
+            found[keys.AUDIT] = keys.audit_key(recipe, prepared.key, decomposed.key)
     trained = keys.train_key(recipe, prepared.key, decomposed.key if decomposed else None)
     found[keys.TRAIN] = trained
     if trial.is_tuning:
@@ -84,10 +87,11 @@ def run_trial(
     if trial.entrant == BASE:
         return made | {keys.EVALUATE: evaluate_alone(context, base, prepared, None)}
     decomposed = None
-    if trial.recipe.dropped_rank:
+    if trial.recipe.decomposes:
         text = prepared if trial.recipe.calibrated else None
         decomposed = made[keys.SPECTRA] = spectra(context, base, targets, text, None)
-        made[keys.AUDIT] = audit(context, base, targets, prepared, decomposed)
+        if trial.recipe.dropped_rank:
+            made[keys.AUDIT] = audit(context, base, targets, prepared, decomposed)
     trained = made[keys.TRAIN] = train(context, base, sources, targets, prepared, decomposed, None)
     if not trial.is_tuning:
         made[keys.EVALUATE] = evaluate_alone(context, base, prepared, trained)

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from pipeline.methods.method import Method
 
 # The largest ZeRO stage of methods that need whole weights or whole gradients.
-_LARGEST_STAGE = {"adalora": 0, "pissa": 2, "milora": 2, "olora": 2, "layernorm": 2}
+_LARGEST_STAGE = {"adalora": 0, "pissa": 2, "milora": 2, "olora": 2, "corda": 2, "layernorm": 2}
 _WHY = {
     "adalora": "it needs whole gradients between steps",
     "pissa": "it takes whole base weights apart",
     "milora": "it takes whole base weights apart",
     "olora": "it takes whole base weights apart",
+    "corda": "it takes whole base weights apart",
     "layernorm": "it copies whole weights of the base",
 }
 
@@ -88,7 +89,7 @@ def method_of(
     """The recipe's method.
 
     Args:
-        spectra: folder of the spectra, where KaSA drops something.
+        spectra: folder of the spectra, where the method begins with some.
         start: folder of the KaSA adapter to go on from, if any.
     """
     adapter = recipe.adapter
@@ -103,7 +104,7 @@ def method_of(
         return FullMethod(base.name, DTYPES[recipe.train.precision])
     from pipeline.methods.peft_methods import PeftMethod
 
-    return PeftMethod(adapter.method, tuple(targets), adapter.rank, adapter.alpha, adapter.dropout, base.name)
+    return PeftMethod(adapter.method, tuple(targets), adapter.rank, adapter.alpha, adapter.dropout, base.name, spectra)
 
 
 def kasa_config(recipe: Recipe) -> KasaConfig:

@@ -24,6 +24,7 @@ from torch import nn
 
 from kasa.errors import AdapterFileError
 from kasa.interchange import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS, new_folder, write_peft_folder
+from kasa.spectra_file import load_spectra
 from kasa.targets import Target
 from pipeline.base.head import LANGUAGE_MODEL, Head
 from pipeline.errors import TrainingError
@@ -45,6 +46,7 @@ class PeftMethod:
         name: as in `adapter.method`.
         rank, alpha, dropout: as in the recipe's `adapter`; what a method does not know is not used.
         base_name: the base, for the adapter's record.
+        spectra: folder of the components that CorDA begins with.
     """
 
     name: str
@@ -53,6 +55,7 @@ class PeftMethod:
     alpha: float
     dropout: float
     base_name: str
+    spectra: Path | None = None
 
     def attach(
         self, model: nn.Module, seed: int, steps: int, whole: Sequence[str] = (), head: Head = LANGUAGE_MODEL
@@ -117,13 +120,14 @@ class PeftMethod:
 
     def _take_out(self, model: nn.Module) -> dict[str, Factors]:
         """Move each target's initial part from the base weight into its B and A; the parts, in fp32."""
+        spectra = load_spectra(self.spectra)[0] if self.name == "corda" and self.spectra else {}
         taken = {}
         for target in self.targets:
             layer: Any = model.get_submodule(target.name)
             weight = layer.get_base_layer().weight
             scale = layer.scaling[_NAME]
             weight_OI = weight.data.T if target.transposed else weight.data
-            b_OR, a_RI = initial_factors(self.name, weight_OI, self.rank, scale)
+            b_OR, a_RI = initial_factors(self.name, weight_OI, self.rank, scale, spectra.get(target.name))
             part_OI = scale * b_OR @ a_RI
             part = part_OI.T if target.transposed else part_OI
             weight.data = (weight.data.float() - part).to(weight.dtype).contiguous()

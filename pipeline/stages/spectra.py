@@ -1,7 +1,8 @@
 """Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
 
 With `adapter.truncation: loss` or `activation` the calibration text is run through the base first. Where training goes on
-from an adapter, what that one drops is taken over instead, and nothing is decomposed.
+from an adapter, what that one drops is taken over instead, and nothing is decomposed. In a comparison CorDA's components,
+which it starts from, come about in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pipeline.base.model import BaseModel
 from pipeline.cluster import Resources
 from pipeline.context import RunContext
 from pipeline.journal import JournalTail
-from pipeline.planning.spectra_memory import Weighted, decomposition_bytes
+from pipeline.planning.spectra_memory import decomposition_bytes
 from pipeline.prepare.stage import load_prepared
 from pipeline.recipe import Recipe
 from pipeline.retraining.warm_start import Start, chosen_spectra_key, start_adapter
@@ -57,6 +58,7 @@ def spectra(
                 calibration,
                 folder / "pieces" / target.name,
                 inherited.get(target.name),
+                recipe.adapter.method == "corda",
             )
             for target in targets
         ]
@@ -106,7 +108,7 @@ def _calibrate(
             precision=recipe.train.precision,
             targets=tuple(targets),
             tokens=recipe.spectra.calibration_tokens,
-            gradients=recipe.adapter.truncation == "loss",
+            gradients=recipe.weighted == "both",
             index=index,
             count=count,
             out=part.resolve(),
@@ -134,5 +136,4 @@ def _calibrate(
 
 def _resources(recipe: Recipe, piece: Piece) -> Resources:
     # A large model's weights must not all meet on one node; none is stored in more than fp32.
-    weighted: dict[str, Weighted] = {"activation": "inputs", "loss": "both"}
-    return Resources(memory_bytes=decomposition_bytes(piece.target, 4, weighted.get(recipe.adapter.truncation, "no")))
+    return Resources(memory_bytes=decomposition_bytes(piece.target, 4, recipe.weighted))

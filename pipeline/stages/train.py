@@ -65,7 +65,7 @@ def train(
     the journal.
 
     Args:
-        spectra: None where nothing is dropped from the base.
+        spectra: None where the method begins with none.
     """
     recipe = context.recipe
     deepspeed = deepspeed_settings(recipe)
@@ -99,7 +99,7 @@ def train(
         records = read_journal(folder / JOURNAL)
         shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
         Head.load(prepared.folder).save(folder / ADAPTER)
-        if spectra:
+        if spectra and recipe.adapter.method == "kasa":
             write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
         attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
         for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):

@@ -55,8 +55,8 @@ def test_what_is_counted_is_what_is_trained(recipe: Build, name: str) -> None:
     model = meta()
     targets = find_targets(model, "all-linear")
     (entrant,) = entrants(recipe({"adapter.truncation": "none"}), [name], targets, model)
-    if name.startswith("kasa") and entrant.recipe.dropped_rank:
-        pytest.skip("needs spectra; trains as many as kasa:none")
+    if entrant.recipe.decomposes:
+        pytest.skip("needs spectra; trains as many as kasa:none or lora")
     real = LlamaForCausalLM(CONFIG)
     made = entrant.recipe
     method = method_of(made, Base(), targets, None)  # type: ignore[arg-type]
@@ -87,17 +87,30 @@ def test_every_method_with_a_rank_comes_near_the_budget(recipe: Build, rank: int
             assert adapter.alpha / adapter.rank == given.adapter.alpha / rank
 
 
-def test_a_trial_needs_no_spectra_where_nothing_is_dropped(recipe: Build) -> None:
+def test_a_trial_needs_the_spectra_that_its_method_begins_with(recipe: Build) -> None:
     model = meta()
     targets = find_targets(model, "all-linear")
     for name, stages in {
         "kasa": {"prepare", "spectra", "audit", "train", "evaluate"},
         "kasa:none": {"prepare", "train", "evaluate"},
         "lora": {"prepare", "train", "evaluate"},
+        # Which drops nothing that would have to be audited.
+        "corda": {"prepare", "spectra", "train", "evaluate"},
     }.items():
         (one,) = entrants(recipe(), [name], targets, model)
         assert set(trial_keys(trial(one, 0, 1e-3), "b", "s", targets)) == stages
         assert "evaluate" not in trial_keys(trial(one, 0, 1e-3, is_tuning=True), "b", "s", targets)
+
+
+def test_the_spectra_of_corda_are_its_own_and_know_no_gradients(recipe: Build) -> None:
+    def made(**changes: Any) -> tuple[str, dict[str, Any]]:
+        key = keys.spectra_key(recipe(changes), "b", [], "p")
+        return key.key, key.ingredients["settings"]
+
+    corda, activation = {"adapter.method": "corda"}, {"adapter.truncation": "activation"}
+    assert made(**corda)[1]["gradients"] is False
+    assert made(**corda)[0] == made(**corda, **activation)[0] != made(**activation)[0]
+    assert made(**corda, **{"adapter.rank": 4})[1]["rank"] == 4
 
 
 def test_methods_seeds_and_rates_train_anew_and_what_a_method_has_no_use_for_does_not(recipe: Build) -> None:

@@ -23,6 +23,7 @@ from pipeline.artifacts.store import ADAPTER  # noqa: E402
 from pipeline.base.loading import load_base  # noqa: E402
 from pipeline.journal import read_journal  # noqa: E402
 from pipeline.language_model import collate, label_losses  # noqa: E402
+from pipeline.methods.corda import leading_triplets  # noqa: E402
 from pipeline.methods.loading import attach_folder  # noqa: E402
 from pipeline.recipe import Recipe  # noqa: E402
 from pipeline.training.job import ATTACHED, JOURNAL  # noqa: E402
@@ -99,12 +100,17 @@ def measure(folder: Path, stage: int, precision: str, methods: list[str]) -> dic
     if dist.get_rank() == 0:
         small_base(folder)
     dist.barrier()
-    from kasa import ModelWeights, compute_spectra, find_targets
+    from kasa import ModelWeights, compute_spectra, find_targets, observe_layers
 
     found: dict[str, Any] = {}
     model = load_base(base, "fp32")
-    spectra = compute_spectra(ModelWeights(model), find_targets(model, "all-linear"), 8)
+    weights, targets = ModelWeights(model), find_targets(model, "all-linear")
+    smallest = compute_spectra(weights, targets, 8)
+    with observe_layers(model, targets) as sums, torch.no_grad():
+        model(input_ids=torch.arange(1, 25)[None])
+    leading = {t.name: leading_triplets(weights.weight(t), 8, t.name, sums.weighting(t.name)) for t in targets}
     for method in methods:
+        spectra = leading if method == "corda" else smallest
         recipe = recipe_of(base, folder, stage, precision, method)
         whole = trained(recipe, folder / method / "whole", spectra, interrupt=False)
         resumed = trained(recipe, folder / method / "resumed", spectra, interrupt=True)

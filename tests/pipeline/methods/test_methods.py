@@ -10,13 +10,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ranks import start_ranks
 from kasa import find_targets
+from kasa.weighting import Weighting
 from pipeline.errors import RecipeError
 from pipeline.methods.choice import check_method, check_registrable
+from pipeline.methods.corda import leading_triplets
 from pipeline.methods.loading import attach_folder
 from pipeline.methods.residual_base import initial_factors
 
@@ -27,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 # Stage, precision, processes, methods.
 GROUPS = {
     "0 fp32": ("0", "fp32", 1, ["adalora", "lora"]),
-    "2 fp32": ("2", "fp32", 2, ["kasa-without-d", "dora", "pissa", "milora", "olora", "rslora", "full"]),
+    "2 fp32": ("2", "fp32", 2, ["kasa-without-d", "dora", "pissa", "milora", "olora", "corda", "rslora", "full"]),
     "1 bf16": ("1", "bf16", 1, ["vera", "fourierft", "ia3", "layernorm", "pissa"]),
 }
 # Of a loss in nats, between the engine's arithmetic and a model loaded anew.
@@ -85,7 +89,7 @@ def test_methods_that_change_the_base_are_saved_as_a_lora_of_twice_the_rank(
     group: tuple[str, Path, dict[str, Any]],
 ) -> None:
     name, folder, _ = group
-    for method in {"pissa", "milora", "olora"} & set(GROUPS[name][3]):
+    for method in {"pissa", "milora", "olora", "corda"} & set(GROUPS[name][3]):
         adapter = folder / method / "whole" / "work" / "adapter"
         settings = json.loads((adapter / "adapter_config.json").read_text())
         assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 16, 16)
@@ -121,6 +125,40 @@ def test_initial_factors_are_those_of_peft_and_of_a_full_svd(method: str, shape:
     torch.testing.assert_close(weight_OI - part_OI, model[0].base_layer.weight.data, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20)])
+def test_cordas_part_is_pefts(shape: tuple[int, int]) -> None:
+    chance = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(shape, generator=chance)
+    # Of very unequal features, without which it would be PiSSA's.
+    inputs = torch.randn(64, shape[1], generator=chance) * torch.logspace(-0.5, 0.5, shape[1])
+    found = leading_triplets(weight_OI, 3, "weight", Weighting(inputs.T @ inputs))
+    b_OR, a_RI = initial_factors("corda", weight_OI, 3, 2.0, found)
+    model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
+    model[0].weight.data = weight_OI.clone()
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["0"], init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm")
+    )
+    preprocess_corda(model, config, run_model=lambda: model(inputs))
+    peft.get_peft_model(model, config)
+    torch.testing.assert_close(
+        weight_OI - 2.0 * b_OR @ a_RI, model[0].base_layer.weight.data, atol=1e-3, rtol=1e-3
+    )  # theirs inverts in fp32
+    assert found.residual < 1e-9
+    assert found.orthogonality < 1e-12
+    pissa_b, pissa_a = initial_factors("pissa", weight_OI, 3, 2.0)
+    assert (pissa_b @ pissa_a - b_OR @ a_RI).norm() > 0.1 * (b_OR @ a_RI).norm()
+
+
+def test_cordas_part_of_a_weight_of_a_smaller_rank_is_all_of_it() -> None:
+    chance = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(12, 2, generator=chance) @ torch.randn(2, 9, generator=chance)
+    for weight in (weight_OI, weight_OI.T, torch.zeros(5, 7)):
+        inputs = torch.randn(64, weight.shape[1], generator=chance)
+        found = leading_triplets(weight, 4, "weight", Weighting(inputs.T @ inputs))
+        b_OR, a_RI = initial_factors("corda", weight, 4, 0.5, found)
+        torch.testing.assert_close(0.5 * b_OR @ a_RI, weight, atol=1e-5, rtol=1e-4)
+
+
 def test_a_random_start_is_the_seeds() -> None:
     from pipeline.methods.peft_methods import PeftMethod
 
@@ -142,7 +180,7 @@ def test_what_a_method_cannot_do_is_refused(recipe: Any) -> None:
     def stage(number: int) -> dict[str, Any]:
         return {"zero_optimization": {"stage": number}}
 
-    for method, largest in {"adalora": 0, "pissa": 2, "milora": 2, "olora": 2, "layernorm": 2}.items():
+    for method, largest in {"adalora": 0, "pissa": 2, "milora": 2, "olora": 2, "corda": 2, "layernorm": 2}.items():
         chosen = recipe({"adapter.method": method, "train.precision": "fp32"})
         check_method(chosen, stage(largest))
         with pytest.raises(RecipeError, match=f"{method} works up to ZeRO stage {largest}"):

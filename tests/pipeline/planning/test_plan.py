@@ -20,7 +20,7 @@ from kasa.adapter import frozen_factors
 from kasa.adapter import trainable_parameters as trainable_tensors
 from kasa.adapter_file import SavedAdapter
 from kasa.layer import KasaUpdate
-from kasa.spectra import BottomTriplets
+from kasa.spectra import Triplets
 from kasa.targets import Target
 from pipeline.errors import BaseModelError, RecipeError
 from pipeline.planning import model_shapes
@@ -83,7 +83,7 @@ def _adapted(targets: list[Target], rank: int = RANK, dropped: int = DROPPED) ->
 def _adapt(model: nn.Module, targets: list[Target], dropout: float = 0.0, dropped: int = DROPPED) -> KasaConfig:
     """The method library's own adapter, with factors of any values."""
     spectra = {
-        t.name: BottomTriplets(
+        t.name: Triplets(
             torch.randn(t.out_features, DROPPED),
             torch.ones(DROPPED),
             torch.randn(DROPPED, t.in_features),
