@@ -11,6 +11,8 @@ import pytest
 
 from pipeline.comparison.analysis import Ran, findings, verdict
 from pipeline.comparison.paper import findings_json, markdown, write_comparison
+from pipeline.comparison.present import show_compared
+from pipeline.comparison.run import Compared, Plan
 from pipeline.comparison.tuning import ChosenRate
 from pipeline.metrics.intervals import Interval
 
@@ -120,3 +122,16 @@ def _recipe() -> Any:
     from pipeline.recipe import parse_recipe
 
     return parse_recipe({"name": "x", "data": {"train": "rows.jsonl"}}, "recipe")
+
+
+def test_a_narrow_terminal_loses_no_figure(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    comparison = found(kasa=0.9, more=[Ran("kasa-without-d", runs(0.5, 3, 4), COSTS, 8, 1e-3)])
+    plan = Plan(recipe(), (), (0, 1, 2), (), "lora")
+    show_compared(Compared(plan, comparison, Path("folder"), 10, 0, "run"))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert shown.count("3,096") == 3
+    assert shown.count("kasa-without-d ") == 3
