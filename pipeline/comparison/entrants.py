@@ -69,21 +69,30 @@ def entrants(recipe: Recipe, names: Sequence[str], targets: Sequence[Target], mo
     Raises:
         RecipeError: the recipe cannot be used with one of them.
     """
-    if recipe.train.start == "champion":
-        raise RecipeError(
-            "train.start champion: a comparison starts every method from scratch; use train.start scratch"
-        )
     budget = trainable_count(recipe.adapter.model_copy(update={"method": "kasa"}), targets, model)
     return [_entrant(recipe, name, targets, model, budget) for name in names]
 
 
-def _entrant(recipe: Recipe, name: str, targets: Sequence[Target], model: nn.Module, budget: int) -> Entrant:
+def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
+    """The recipe with the method `name`, at another rank if one is given.
+
+    Raises:
+        RecipeError: the method cannot do with the rest of the recipe.
+    """
+    if recipe.train.start == "champion":
+        raise RecipeError(
+            "train.start champion: a comparison starts every method from scratch; use train.start scratch"
+        )
     changes = dict(ENTRANTS[name])
-    adapter = recipe.adapter.model_copy(update=changes)
-    if adapter.method != "kasa" and adapter.method not in FIXED:
-        rank = matching_rank(adapter, targets, model, budget)
+    if rank is not None:
         changes |= {"rank": rank, "alpha": recipe.adapter.alpha * rank / recipe.adapter.rank}
     values = recipe_values(recipe)
     values["adapter"] |= changes
-    made = parse_recipe(values, f"the recipe for {name}")
+    return parse_recipe(values, f"the recipe for {name}")
+
+
+def _entrant(recipe: Recipe, name: str, targets: Sequence[Target], model: nn.Module, budget: int) -> Entrant:
+    made = recipe_for(recipe, name)
+    if made.adapter.method != "kasa" and made.adapter.method not in FIXED:
+        made = recipe_for(recipe, name, matching_rank(made.adapter, targets, model, budget))
     return Entrant(name, made, trainable_count(made.adapter, targets, model))

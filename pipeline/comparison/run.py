@@ -17,7 +17,7 @@ from pipeline.artifacts.store import Artifact, ArtifactStore, content_digest
 from pipeline.base.model import BaseModel, find_base
 from pipeline.cluster import ray_cluster, room
 from pipeline.comparison.analysis import Findings, Ran, findings
-from pipeline.comparison.entrants import BASE, Entrant, entrants
+from pipeline.comparison.entrants import BASE, Entrant, entrants, recipe_for
 from pipeline.comparison.paper import write_comparison
 from pipeline.comparison.trials import Trial, costs, made_already, run_trial, trial, trial_keys
 from pipeline.comparison.tuning import ChosenRate, choose_rate
@@ -111,8 +111,10 @@ def plan_comparison(
     """The comparison that the options describe; of tasks of lm-evaluation-harness it runs none.
 
     Raises:
-        RecipeError: `against` is not among the methods.
+        RecipeError: `against` is not among the methods, or one of them cannot do with the recipe.
     """
+    for method in methods:
+        deepspeed_settings(recipe_for(recipe, method))
     first = recipe.train.seed if seed_from is None else seed_from
     if against is None:
         against = DEFAULT_AGAINST if DEFAULT_AGAINST in methods else BASE
@@ -144,7 +146,6 @@ def compare(plan: Plan, bars: ProgressBars, side_by_side: int | None = None) -> 
     targets = base.targets(recipe.adapter.targets)
     entered = entrants(recipe, plan.methods, targets, meta_model(base.config, recipe.base.head))
     for entrant in entered:
-        deepspeed_settings(entrant.recipe)
         check_ranks(entrant.recipe, targets)
     storage.share(base.folder, base.digest)
     tracking = Tracking(recipe.workspace, recipe.name)
@@ -179,7 +180,6 @@ def plan_trials(plan: Plan) -> list[TrialPlan]:
     targets = base.targets(recipe.adapter.targets)
     entered = entrants(recipe, plan.methods, targets, meta_model(config, recipe.base.head))
     for entrant in entered:
-        deepspeed_settings(entrant.recipe)
         check_ranks(entrant.recipe, targets)
     store = ArtifactStore(recipe.workspace, look_into(recipe.place))
 

@@ -135,9 +135,16 @@ def test_a_comparison_has_one_name(recipe: Build) -> None:
     assert plan_comparison(recipe(), ["kasa"], 3, 5, (), None).seeds == (5, 6, 7)
 
 
+def test_what_a_method_cannot_do_is_said_before_anything_is_fetched(recipe: Build) -> None:
+    sharded = recipe({"train.deepspeed": "cpu_zero3"})
+    plan_comparison(sharded, ["kasa", "lora"], 1, None, (), None)
+    with pytest.raises(RecipeError, match=r"corda works up to ZeRO stage 2"):
+        plan_comparison(sharded, ["kasa", "corda"], 1, None, (), None)
+
+
 def test_starting_from_a_champion_is_refused(recipe: Build) -> None:
     with pytest.raises(RecipeError, match="starts every method from scratch"):
-        entrants(recipe({"train.start": "champion"}), ["kasa"], [], meta())
+        plan_comparison(recipe({"train.start": "champion"}), ["kasa", "lora"], 1, None, (), None)
     with pytest.raises(RecipeError, match=r"goes on from a KaSA adapter, and adapter\.method is lora"):
         recipe({"train.start": "champion", "adapter.method": "lora"})
 
