@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasa import attach_saved, read_adapter
 from pipeline.base.head import PAIR_SEPARATOR, Head
 from pipeline.base.loading import load_base
 from pipeline.labelled_model import Sample, collate_labelled, head_outputs, padding_token
+from pipeline.methods.loading import attach_folder
 from pipeline.prepare.stage import load_tokenizer
 from pipeline.prompting import encode_texts
 
@@ -72,6 +72,6 @@ def load_predictor(base: Path, adapter: Path | None, precision: str, head: Head,
     """
     model = load_base(base, precision, head, seed)
     if adapter:
-        attach_saved(model, read_adapter(adapter))
+        attach_folder(model, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Predictor(model, load_tokenizer(base), head)

@@ -40,10 +40,6 @@ def check_method(recipe: Recipe, deepspeed: dict[str, Any]) -> None:
     """
     method, stage = recipe.adapter.method, zero_stage(deepspeed)
     largest = _LARGEST_STAGE.get(method, 3)
-    if method != "kasa" and recipe.base.head != "language-model":
-        raise RecipeError(
-            f"base.head {recipe.base.head}: a new head is trained beside KaSA alone, and adapter.method is {method}"
-        )
     if stage > largest:
         kind = "gpu" if recipe.train.gpu else "cpu"
         known = f" (such as {kind}_zero{largest})" if largest or not recipe.train.gpu else ""

@@ -25,7 +25,7 @@ from torch import nn
 from kasa.errors import AdapterFileError
 from kasa.interchange import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS, new_folder, write_peft_folder
 from kasa.spectra_file import load_spectra
-from kasa.targets import Target
+from kasa.targets import Target, is_within
 from pipeline.base.head import LANGUAGE_MODEL, Head
 from pipeline.errors import TrainingError
 from pipeline.methods.adalora import RankAllocation
@@ -63,6 +63,8 @@ class PeftMethod:
         """See `Method.attach`."""
         config = self._config(model, seed, steps)
         wrapped = _inject(model, config, seed)
+        for name in whole:
+            model.get_submodule(name).requires_grad_(True)
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if self.name == "vera":
             # Buffers, which the engine leaves in fp32 though everything around them be bf16.
@@ -70,10 +72,10 @@ class PeftMethod:
                 shared[_NAME] = shared[_NAME].to(next(model.parameters()).dtype)
         if self.name in RESIDUAL_METHODS:
             taken = self._take_out(model)
-            return Adapted(parameters, lambda folder, values: self._save_residual(folder, values, taken))
+            return Adapted(parameters, lambda folder, values: self._save_residual(folder, values, taken, whole))
 
         def save(folder: Path, values: Tensors) -> None:
-            _save(folder, wrapped, values, self.base_name)
+            _save(folder, wrapped, values, self.base_name, whole)
 
         if self.name != "adalora":
             return Adapted(parameters, save)
@@ -136,9 +138,9 @@ class PeftMethod:
             taken[target.name] = b_OR, a_RI
         return taken
 
-    def _save_residual(self, folder: Path, values: Tensors, taken: Mapping[str, Factors]) -> None:
+    def _save_residual(self, folder: Path, values: Tensors, taken: Mapping[str, Factors], whole: Sequence[str]) -> None:
         """As an ordinary LoRA on the untouched base, whose scale is 1."""
-        scale, tensors = self.alpha / self.rank, {}
+        scale, tensors = self.alpha / self.rank, _within(values, whole)
         for name, (b_OR, a_RI) in taken.items():
             trained_b, trained_a = (values[f"{name}.lora_{part}.{_NAME}.weight"] for part in "BA")
             tensors[f"{name}.lora_A.weight"] = torch.cat([trained_a, a_RI.cpu()])
@@ -150,6 +152,7 @@ class PeftMethod:
             "lora_dropout": 0.0,
             "r": 2 * self.rank,
             "target_modules": list(taken),
+            **({"modules_to_save": list(whole), "task_type": None} if whole else {}),
         }
         shutil.rmtree(folder, ignore_errors=True)
         write_peft_folder(folder, config, tensors, None)
@@ -212,13 +215,20 @@ def _inject(model: nn.Module, config: Any, seed: int) -> Any:
             raise TrainingError(f"PEFT cannot adapt this base so: {_first_line(error)}") from error
 
 
-def _save(folder: Path, wrapped: Any, values: Tensors, base: str) -> None:
+def _within(values: Tensors, whole: Sequence[str]) -> dict[str, torch.Tensor]:
+    """What of the values belongs to modules that were trained whole."""
+    return {name: value.cpu() for name, value in values.items() if is_within(name, whole)}
+
+
+def _save(folder: Path, wrapped: Any, values: Tensors, base: str, whole: Sequence[str]) -> None:
     """PEFT's folder of the method in force, with `values` in place of what the model holds, which may be rounded."""
     state = {name: values.get(name.removeprefix(PEFT_PREFIX), tensor) for name, tensor in wrapped.state_dict().items()}
     with _quiet():
         tensors = peft.get_peft_model_state_dict(wrapped, state_dict=state, save_embedding_layers=False)
     config = wrapped.peft_config[_NAME]
+    tensors |= {f"{PEFT_PREFIX}{name}": value for name, value in _within(values, whole).items()}
     config.inference_mode, config.base_model_name_or_path = True, base
+    config.modules_to_save = list(whole) or None
     shutil.rmtree(folder, ignore_errors=True)
     with new_folder(folder) as new:
         stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

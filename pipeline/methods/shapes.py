@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from kasa.targets import Target
+from kasa.targets import Target, is_within
+from pipeline.planning.model_shapes import head_modules
 from pipeline.settings import AdapterSettings
 
 # Beyond, VeRA's shared projections are larger than its authors used by far, and slower than the base.
@@ -19,11 +20,13 @@ def adalora_rank(rank: int) -> int:
 
 
 def norm_names(model: nn.Module) -> list[str]:
-    """The normalisation layers: modules without children, of a class called so, with a weight."""
+    """The normalisation layers of the body: modules without children, of a class called so, with a weight."""
+    beside = head_modules(model)
     return [
         name
         for name, module in model.named_modules()
         if "norm" in type(module).__name__.lower() and not list(module.children()) and hasattr(module, "weight")
+        if not is_within(name, beside)
     ]
 
 

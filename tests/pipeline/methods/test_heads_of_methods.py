@@ -1,0 +1,84 @@
+"""Other methods than KaSA beside a new head: what is saved is all that was trained, and PEFT reads it as well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.encoders import write_encoder
+from kasa import ModelWeights, find_targets, observe_layers
+from kasa.spectra_file import save_spectra
+from pipeline.base.head import Head
+from pipeline.base.loading import load_base
+from pipeline.methods.corda import leading_triplets
+from pipeline.methods.full import FullMethod
+from pipeline.methods.method import Method
+from pipeline.methods.peft_methods import PeftMethod
+from pipeline.methods.shapes import norm_names
+from pipeline.planning.model_shapes import head_modules
+from pipeline.prediction import load_predictor
+
+HEAD = Head("classification", ("bad", "good"))
+RANK = 4
+METHODS = ["lora", "dora", "adalora", "vera", "fourierft", "ia3", "layernorm", "pissa", "corda", "full"]
+BATCH = {"input_ids": torch.arange(5, 21).reshape(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+
+
+@pytest.fixture(scope="module", params=["roberta", "deberta-v2"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder"), request.param)
+
+
+def method_of(name: str, model: nn.Module, folder: Path) -> Method:
+    if name == "full":
+        return FullMethod("base", torch.float32)
+    targets = find_targets(model, "all-linear", head_modules(model))
+    spectra = None
+    if name == "corda":
+        with observe_layers(model, targets) as sums, torch.no_grad():
+            model(**BATCH)
+        weights = ModelWeights(model)
+        found = {t.name: leading_triplets(weights.weight(t), RANK, t.name, sums.weighting(t.name)) for t in targets}
+        spectra = folder / "spectra"
+        save_spectra(spectra, found, dict.fromkeys(found, "0"))
+    return PeftMethod(name, tuple(targets), RANK, 2.0 * RANK, 0.0, "base", spectra)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_head_is_trained_saved_and_read_again(base: Path, name: str, tmp_path: Path) -> None:
+    model = load_base(base, "fp32", HEAD, 0).eval()
+    whole = head_modules(model)
+    adapted = method_of(name, model, tmp_path).attach(model, 0, 100, whole, HEAD)
+    in_head = [path for path in adapted.parameters if path.split(".")[0] in whole]
+    assert in_head
+    assert all(parameter.requires_grad for parameter in adapted.parameters.values())
+    generator = torch.Generator().manual_seed(1)
+    values = {
+        path: parameter.detach() + 0.05 * torch.randn(parameter.shape, generator=generator)
+        for path, parameter in adapted.parameters.items()
+    }
+    adapted.save(tmp_path / "adapter", values)
+    with torch.no_grad():
+        for path, parameter in adapted.parameters.items():
+            parameter.copy_(values[path])
+        expected = model(**BATCH).logits
+        ours = load_predictor(base, tmp_path / "adapter", "fp32", HEAD, seed=5).model
+        torch.testing.assert_close(ours(**BATCH).logits, expected, atol=1e-5, rtol=1e-4)
+        assert (load_base(base, "fp32", HEAD, 5).eval()(**BATCH).logits - expected).abs().max() > 1e-3
+        if name != "full":
+            assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"] == whole
+            theirs = peft.PeftModel.from_pretrained(load_base(base, "fp32", HEAD, 5), tmp_path / "adapter").eval()
+            torch.testing.assert_close(theirs(**BATCH).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_norms_of_a_head_are_no_targets(base: Path) -> None:
+    model = load_base(base, "fp32", HEAD, 0)
+    before = norm_names(model)
+    model.classifier.norm = nn.LayerNorm(4)
+    assert norm_names(model) == before
+    assert before
