@@ -11,6 +11,7 @@ import yaml
 from tiny_run import Bench
 
 from benchmarks.encoders import write_encoder
+from benchmarks.processes import start_kasa
 from kasa import read_adapter
 from pipeline.answer import answer
 from pipeline.evaluation.samples import read_samples
@@ -41,7 +42,8 @@ def test_a_head_goes_through_every_stage(tmp_path: Path, monkeypatch: pytest.Mon
         "evaluate": {"metric": "matthews"},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result = Bench(tmp_path).run("work")
+    bench = Bench(tmp_path)
+    result = bench.run("work")
     metrics = result["metrics"]
     assert set(metrics["adapted"]) == {"accuracy", "f1", "f1_macro", "matthews", "loss"}
     assert metrics["adapted"]["matthews"] > 0.9 > metrics["base"]["matthews"]
@@ -58,3 +60,12 @@ def test_a_head_goes_through_every_stage(tmp_path: Path, monkeypatch: pytest.Mon
     assert [one["label"] for one in said] == ["good", "bad"]
     assert said[0]["probabilities"]["good"] > 0.9
     assert answer(uri, texts, Path("work"), None, None) == ["good", "bad"]
+
+    command = ["compare", "recipe.yaml", "--methods", "kasa,lora,full", "--seeds", "1", "--json", "workspace=work"]
+    compared = bench.finish(start_kasa(command, tmp_path))
+    # The base, and what `kasa run` has trained.
+    assert (compared["trials"], compared["reused"]) == (4, 0)
+    rows = compared["methods"]
+    assert rows["kasa"]["metrics"]["matthews"]["estimate"] == pytest.approx(metrics["adapted"]["matthews"])
+    assert all(rows[name]["metrics"]["matthews"]["estimate"] > 0.9 for name in ("kasa", "lora", "full"))
+    assert len(list((tmp_path / "work" / "artifacts" / "train").glob("*/manifest.json"))) == 3

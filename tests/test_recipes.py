@@ -33,6 +33,16 @@ def test_a_dry_run_needs_neither_network_nor_weights(name: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["glue-roberta-base-cola", "e2e-gpt2-medium", "commonsense-llama3-8b"])
+def test_its_comparison_is_planned_likewise(name: str, tmp_path: Path) -> None:
+    methods = ["kasa", "lora", "pissa", "corda", "dora", "full"]
+    arguments = ["compare", name, "--methods", ",".join(methods), "--dry-run", "--json", "train.deepspeed=gpu_zero2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout.splitlines()[-1])["trials"]) == 1 + 3 * len(methods)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_says_what_it_is(name: str) -> None:
     about = load_recipe(Path(name)).about
