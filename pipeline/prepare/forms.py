@@ -30,6 +30,12 @@ LABELLED_TEXTS = (
     ("question", "sentence"),
     ("sentence",),
 )
+# What is asked and what is answered: our own names, then those of E2E on the hub, the original and GEM's.
+ASKED_AND_ANSWERED = (
+    ("prompt", "completion"),
+    ("meaning_representation", "human_reference"),
+    ("meaning_representation", "target"),
+)
 # In the order in which `auto` tries them: data sets often repeat a sample in a further `text` or `messages` column.
 REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
     "multiple-choice": (
@@ -38,7 +44,7 @@ REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
         ("question", "choices", "answerKey"),
         ("question_stem", "choices", "answerKey"),
     ),
-    "prompt-completion": (("prompt", "completion"), ("prompt", "references")),
+    "prompt-completion": (*ASKED_AND_ANSWERED, ("prompt", "references")),
     "llm-adapters": (("instruction", "output", "answer"),),
     "alpaca": (("instruction", "output"),),
     "chat": (("messages",), ("conversations",)),
@@ -209,10 +215,13 @@ def _pair(prompt: str, answer: str) -> tuple[Message, ...]:
 
 
 def _prompt_completion(values: dict[str, Any]) -> list[_Conversation]:
-    prompt = _text(values, "prompt")
+    asked, answered = next(
+        (pair for pair in ASKED_AND_ANSWERED if all(field in values for field in pair)), ASKED_AND_ANSWERED[0]
+    )
+    prompt = _text(values, asked)
     answers = []
-    if values.get("completion") is not None or "references" not in values:
-        answers.append(_text(values, "completion"))
+    if values.get(answered) is not None or "references" not in values:
+        answers.append(_text(values, answered))
     # Data sets often leave the list of their training rows empty.
     if values.get("references") or not answers:
         answers += _texts(values, "references")

@@ -24,6 +24,12 @@ def read(settings: DataSettings, values: dict[str, Any]) -> Sample | Rejection:
     ("values", "turns"),
     [
         ({"prompt": "p", "completion": "c", "text": "t"}, [("user", "p"), ("assistant", "c")]),
+        # E2E on the hub, the original and GEM's.
+        ({"meaning_representation": "m", "human_reference": "r"}, [("user", "m"), ("assistant", "r")]),
+        (
+            {"gem_id": "1", "meaning_representation": "m", "target": "r", "references": []},
+            [("user", "m"), ("assistant", "r")],
+        ),
         ({"instruction": "i", "input": "", "output": "o"}, [("user", "i"), ("assistant", "o")]),
         ({"instruction": "i", "input": "x", "output": "o"}, [("user", "i\n\nx"), ("assistant", "o")]),
         ({"text": "t"}, [("assistant", "t")]),
@@ -112,6 +118,7 @@ def test_prompt_and_opening_of_a_longer_conversation(settings: Make) -> None:
         ({"prompt": "p", "references": ["a", "b"]}, ["a", "b"]),
         ({"prompt": "p", "completion": "b", "references": ["a", "b"]}, ["b", "a"]),
         ({"prompt": "p", "completion": "c", "references": []}, ["c"]),
+        ({"meaning_representation": "m", "target": "a", "references": ["a", "b"]}, ["a", "b"]),
     ],
 )
 def test_a_row_with_several_references_gives_a_sample_for_each(
