@@ -41,8 +41,8 @@ def e2e_full(setting: Setting) -> Measurement:
 
 @check(bar=0, direction="at least", unit="points")
 def commonsense(setting: Setting) -> Measurement:
-    """Accuracy of KaSA on ARC and OpenBookQA less LoRA's: SmolLM2-135M, 24 steps of 8, three seeds."""
-    budget = ["train.max_steps=24", "train.batch_size=8", "data.heldout_rows=300"]
+    """Accuracy of KaSA on ARC and OpenBookQA less LoRA's: SmolLM2-135M, 16 steps of 8, three seeds."""
+    budget = ["train.max_steps=16", "train.batch_size=8", "data.heldout_rows=200"]
     return _compare(setting, "commonsense-smollm2", COMMONSENSE, ["kasa:loss"], 3, budget, scale=100)
 
 
