@@ -204,6 +204,16 @@ def test_penalty_that_is_zero_throughout_is_named_not_drawn(tmp_path: Path) -> N
     assert "Zero throughout, so not drawn: orthogonality penalty." in page.text
 
 
+def test_a_training_without_gradient_norms_has_no_chart_of_them(tmp_path: Path) -> None:
+    # DeepSpeed's stage 0 tells none unless it clips.
+    records = [
+        {key: value for key, value in record.items() if key != "gradient_norm"} for record in training_records(5)
+    ]
+    text, _ = rendered(full_facts(training=records), tmp_path)
+    assert 'aria-label="Tokens per second by step' in text
+    assert "radient norm by step" not in text
+
+
 @pytest.mark.parametrize(
     ("lower_is_better", "low", "high", "expected"),
     [

@@ -74,8 +74,8 @@ class ReportFacts:
     """Everything on the page.
 
     `metrics` maps candidate -> metric -> value, `intervals` to the ends of the value's own 95% interval. `training` holds one record per optimizer step with the keys `step`,
-    `loss`, `task_loss`, `singular_value_penalty`, `orthogonality_penalty`, `learning_rate`, `gradient_norm`,
-    `tokens_per_second`, and `validation_loss` at some steps. `commands` maps a caption to a shell command (use the model, open the MLflow UI).
+    `loss`, `task_loss`, `singular_value_penalty`, `orthogonality_penalty`, `learning_rate`, `tokens_per_second`,
+    `gradient_norm` where DeepSpeed knows it (not at stage 0 without clipping), and `validation_loss` at some steps. `commands` maps a caption to a shell command (use the model, open the MLflow UI).
     """
 
     title: str

@@ -69,7 +69,9 @@ def _training_figures(records: charts.Records) -> TrainingFigures:
         parts=charts.parts_chart(records),
         zero_parts=charts.zero_parts(records),
         others={
-            key: charts.series_chart(records, key) for key in ("learning_rate", "gradient_norm", "tokens_per_second")
+            key: charts.series_chart(records, key)
+            for key in ("learning_rate", "gradient_norm", "tokens_per_second")
+            if all(key in record for record in records)
         },
         tokens_per_second=sum(record["tokens_per_second"] for record in records) / len(records),
     )
