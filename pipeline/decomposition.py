@@ -49,7 +49,8 @@ def _triplets(piece: Piece, weight: torch.Tensor) -> Triplets:
     if piece.inherited is not None:
         return inherited_triplets(weight, *piece.inherited)
     weighting = StoredCalibration(piece.calibration).weighting(piece.target.name) if piece.calibration else None
-    if piece.leading and weighting:
+    if piece.leading:
+        assert weighting is not None
         return leading_triplets(weight, piece.rank, piece.target.name, weighting)
     return bottom_triplets(weight, piece.rank, piece.target.name, weighting)
 

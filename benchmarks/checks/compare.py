@@ -13,7 +13,7 @@ from pipeline.artifacts.store import ArtifactStore
 from pipeline.lineage import stored_artifacts
 
 PATIENCE_S = 900.0
-METHODS = ("kasa", "kasa:weight", "kasa-without-d", "lora", "corda", "full")
+METHODS = ("kasa", "kasa:weight", "kasa-without-d", "lora", "pissa", "full")
 SEEDS = 2
 # The driver is killed when so many adapters are complete.
 KILL_AFTER = 5
