@@ -235,9 +235,7 @@ class _Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.storage.load(self.folder / _FINISHED)
         self.total = 1 + len(entered) * (len(plan.seeds) + len(plan.rates))
-        # First and alone: the others need its data.
         base = Trial(BASE, plan.recipe)
-        outcomes = self._run([base])
         rates = self._tune(entered)
         trials = {
             entrant.name: [trial(entrant, seed, chosen.rate) for seed in plan.seeds]
@@ -245,7 +243,8 @@ class _Bench:
             if (chosen := rates[entrant.name])
         }
         # Seed by seed, so that what several methods share is made once and early.
-        outcomes |= self._run(one for pairs in zip(*trials.values(), strict=True) for one in pairs)
+        trained = [one for pairs in zip(*trials.values(), strict=True) for one in pairs]
+        outcomes = self._run([base, *trained])
         untrained = [Ran(BASE, [results_of(outcomes[base.name].made[keys.EVALUATE])])]
         return untrained + [
             self._gathered(entrant, rates[entrant.name], [outcomes[one.name] for one in trials.get(entrant.name, [])])
