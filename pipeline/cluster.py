@@ -44,6 +44,9 @@ _WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
+# Ray gives a node of its own 30 s to come up; on a machine too busy for that it is started anew, so often in all.
+_STARTS = 3
+
 # A head that did not answer so often in a row is dead.
 _HEAD_CHECK_S, _HEAD_MISSES = 1.0, 3
 
@@ -110,12 +113,30 @@ class _Connection:
     def ensure(self) -> None:
         with self.opening:
             if not self.is_open:
-                # Linux kills Ray's processes with the thread that started them, and stages may run in threads of their own.
-                starter = self.stack.enter_context(ThreadPoolExecutor(1, "ray"))
-                connected = _connected(self.workspace, self.cpus, self.gpus)
-                starter.submit(self.stack.enter_context, connected).result()
+                for starts_left in reversed(range(_STARTS)):
+                    try:
+                        self._open()
+                        break
+                    except _SlowStartError as error:
+                        if not starts_left:
+                            raise ClusterError(
+                                f"Ray did not start on this machine in {_STARTS} attempts of 30 s each: it is too busy; "
+                                "end other programs, then the same command goes on from here"
+                            ) from error
                 self.is_open = True
                 self.on_connected(_facts())
+
+    def _open(self) -> None:
+        with ExitStack() as opened:
+            # Linux kills Ray's processes with the thread that started them, and stages may run in threads of their own.
+            starter = opened.enter_context(ThreadPoolExecutor(1, "ray"))
+            connected = _connected(self.workspace, self.cpus, self.gpus)
+            starter.submit(opened.enter_context, connected).result()
+            self.stack.enter_context(opened.pop_all())
+
+
+class _SlowStartError(Exception):
+    """A node of Ray's did not come up in time."""
 
 
 # As global as Ray's own connection.
@@ -148,6 +169,10 @@ def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"cannot use the Ray cluster at {address or 'this machine'}: {first_line(error)}") from error
+    except Exception as error:  # for this Ray has no type
+        if "timed out during startup" not in str(error):
+            raise
+        raise _SlowStartError(str(error)) from error
     done = threading.Event()
     if not address:
         _end_with_head(ray.get_runtime_context().gcs_address, done)
