@@ -20,7 +20,7 @@ from pipeline.console import console
 from pipeline.errors import DataError, WorkspaceError
 
 PREFIXES = ("https://", "http://")
-_PATIENCE_S = 30.0
+_DOWNLOAD_PATIENCE_S = 30.0
 
 
 def web_file(address: str, key: str, workspace: Path, fetch: bool) -> Path | None:
@@ -51,7 +51,7 @@ def web_file(address: str, key: str, workspace: Path, fetch: bool) -> Path | Non
 def _fetch(address: str, key: str, file: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".fetch-", delete=False) as out:
         try:
-            with urllib.request.urlopen(address, timeout=_PATIENCE_S) as answer:
+            with urllib.request.urlopen(address, timeout=_DOWNLOAD_PATIENCE_S) as answer:
                 shutil.copyfileobj(answer, out)
                 missing = answer.length
         except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
