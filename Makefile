@@ -28,7 +28,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ONLY)
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m pipeline.recipe_docs
+	$(BIN)/python -m pipeline.config.catalogue
 	$(BIN)/python -m benchmarks.readme
 
 clean:

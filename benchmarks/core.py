@@ -205,8 +205,8 @@ def describe_environment() -> tuple[dict[str, str], dict[str, str]]:
     """(machine, versions): the hardware and the installed packages, without any name of the host."""
     import platform
 
-    from pipeline.machine import cpu_cores, memory_gib
-    from pipeline.report.gather import environment_tags
+    from pipeline.core.machine import cpu_cores, memory_gib
+    from pipeline.run.report_facts import environment_tags
 
     tags = environment_tags()
     machine = {name.removeprefix("kasa.machine."): tags[name] for name in tags if name.startswith("kasa.machine.")}

@@ -22,7 +22,7 @@ from benchmarks.core import ROOT
 from benchmarks.cut import door_to
 from benchmarks.processes import end_all
 from benchmarks.ray_head import Head, plain_environment, ray_job_submit
-from pipeline.journal import read_journal
+from pipeline.core.journal import read_journal
 
 PATIENCE_S = 400.0
 MODULE = "ray_jobs.run_pipeline"
@@ -53,7 +53,14 @@ class Jobs:
         self, workspace: str, *arguments: str, address: str = "", terminal: int | None = None
     ) -> subprocess.Popen[str]:
         """`kasa submit recipe.yaml --json` with a workspace in the folder; `terminal` is its stdin and stderr."""
-        submit = [sys.executable, "-m", "pipeline.cli", "submit", "recipe.yaml", f"workspace={self.folder / workspace}"]
+        submit = [
+            sys.executable,
+            "-m",
+            "pipeline.cli.main",
+            "submit",
+            "recipe.yaml",
+            f"workspace={self.folder / workspace}",
+        ]
         return subprocess.Popen(
             [*submit, *arguments, "--address", address or self.head.address, "--json"],
             cwd=self.folder,

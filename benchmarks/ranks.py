@@ -22,13 +22,13 @@ from benchmarks.core import ROOT
 from kasa.spectra import Triplets
 from kasa.spectra_file import save_spectra
 from kasa.targets import Target
-from pipeline.base.head import LANGUAGE_MODEL, Head
-from pipeline.base.model import BaseModel
+from pipeline.apps.planning.plan import checked_targets
+from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.methods.choice import method_of
-from pipeline.planning.model_shapes import meta_model, model_config
-from pipeline.planning.plan import checked_targets
-from pipeline.recipe import Recipe, parse_recipe
-from pipeline.stages.train import deepspeed_settings
+from pipeline.models.base import BaseModel
+from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.shapes import meta_model, model_config
+from pipeline.run.stages.train import deepspeed_settings
 from pipeline.training.job import TrainJob
 from pipeline.training.worker import train_worker
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.processes import beneath, end_all
-from pipeline.reach import connects
+from pipeline.core.connectivity import connects
 
 _START_S = 120.0
 _PORTS = (

@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from kasa import read_adapter
-from pipeline.journal import read_journal
-from pipeline.retraining.lease import Lease, acquire
-from pipeline.retraining.lease_store import FileLeaseStore
+from pipeline.core.journal import read_journal
+from pipeline.storage.lease import Lease, acquire
+from pipeline.storage.lease_stores import FileLeaseStore
 
 PATIENCE_S = 600.0
 NOOPS = 3

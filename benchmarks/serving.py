@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from benchmarks import fresh_process
 from kasa import attach_saved, read_adapter
-from pipeline.base.loading import load_base
-from pipeline.logit_difference import logits_of
+from pipeline.models.loading import load_base
+from pipeline.serving.logit_difference import logits_of
 
 PATIENCE_S = 300.0
 

@@ -13,8 +13,8 @@ import torch
 from benchmarks.ranks import start_ranks, write_inputs
 from kasa import ModelWeights, compute_spectra, find_targets, read_adapter
 from kasa.spectra import Triplets
-from pipeline.journal import Record, read_journal
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.core.journal import Record, read_journal
 from pipeline.training import worker
 from pipeline.training.job import JOURNAL
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.core import CannotRunError
 from kasa import KasaError
-from pipeline.base.embedded import embedded_data
+from pipeline.models.embedded import embedded_data
 
 SEQUENCE_TOKENS = 128
 

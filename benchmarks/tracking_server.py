@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import wait_for
-from pipeline.journal import Record
+from pipeline.core.journal import Record
 
 START_PATIENCE_S = 180.0
 # Its queue of jobs is processes of their own, which nobody needs here.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.deepspeed_config import (
+from pipeline.config.deepspeed import (
     KNOWN_KEYS,
     PIPELINE_KEYS,
     RECIPE_KEYS,
@@ -25,8 +25,8 @@ from pipeline.deepspeed_config import (
     workers_of_a_copy,
     zero_stage,
 )
-from pipeline.errors import RecipeError
-from pipeline.settings import TrainSettings
+from pipeline.config.settings import TrainSettings
+from pipeline.core.errors import RecipeError
 
 CPU_NAMES = ["cpu_zero0", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
 GPU_NAMES = ["gpu_zero1", "gpu_zero2", "gpu_zero3", "gpu_zero3_offload", "gpu_zero3_plusplus"]

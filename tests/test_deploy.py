@@ -22,10 +22,10 @@ import typer.main
 import yaml
 from kuberay import SCHEMAS
 
-from pipeline.cli import app
-from pipeline.deepspeed_config import complete_config, load_deepspeed_config
-from pipeline.flow import needed_resources
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.cli.main import app
+from pipeline.config.deepspeed import complete_config, load_deepspeed_config
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.run.flow import needed_resources
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from pipeline import doctor, reach
-from pipeline.doctor import (
+from pipeline.apps import doctor
+from pipeline.apps.doctor import (
     check_compiler,
     check_cores,
     check_files,
@@ -30,8 +30,9 @@ from pipeline.doctor import (
     installed_versions,
     pins,
 )
-from pipeline.machine import existing_parent
-from pipeline.reach import answers, connects, host_and_port, package_index, side_by_side, without_login
+from pipeline.core import connectivity as reach
+from pipeline.core.connectivity import answers, connects, host_and_port, package_index, side_by_side, without_login
+from pipeline.core.machine import existing_parent
 
 
 class _Server(http.server.BaseHTTPRequestHandler):

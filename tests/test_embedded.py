@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.base import embedded
-from pipeline.base.embedded import embedded_base, embedded_data, embedded_path_if_present, movie_review_rows
-from pipeline.errors import BaseModelError, DataError, WorkspaceError
+from pipeline.core.errors import BaseModelError, DataError, WorkspaceError
+from pipeline.models import embedded
+from pipeline.models.embedded import embedded_base, embedded_data, embedded_path_if_present, movie_review_rows
 
 RATED = "1\t2.5\tGood  film!\r\n"
 RATED += "2\t0.9\tSo so\r\n3\t-1.0\tBad\tfilm\r\n4\t3\tgood film\r\n5\t2\tOdd one\r\n6\t-2\tOdd, one.\r\n"

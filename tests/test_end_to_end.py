@@ -11,7 +11,7 @@ from tiny_run import STEPS, Bench, adapter_bytes, assert_recorded_once, runs_und
 
 from benchmarks.core import ROOT
 from benchmarks.processes import start_kasa
-from pipeline.artifacts.keys import STAGES
+from pipeline.run.graph import STAGES
 
 # Python reads it before anything else.
 WITHOUT_TORCH = """

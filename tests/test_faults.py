@@ -11,7 +11,7 @@ import pytest
 from tiny_run import Bench, adapter_bytes, assert_recorded_once, mid_training, parents
 
 from benchmarks.processes import beneath, end_all
-from pipeline.artifacts.keys import STAGES
+from pipeline.run.graph import STAGES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("faults")]
 

@@ -13,10 +13,10 @@ from tiny_run import Bench
 from benchmarks.encoders import write_encoder
 from benchmarks.processes import start_kasa
 from kasa import read_adapter
-from pipeline.answer import answer
-from pipeline.evaluation.samples import read_samples
+from pipeline.evaluation.results import read_samples
 from pipeline.registry.store import open_registry
-from pipeline.stages.evaluate import RESULTS
+from pipeline.run.stages.evaluate import RESULTS
+from pipeline.serving.answer import answer
 
 
 @pytest.mark.cluster

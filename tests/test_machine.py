@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import settings
-from pipeline.machine import GIB, cpu_cores, fast_precision, memory_gib
+from pipeline.config import settings
+from pipeline.core.machine import GIB, cpu_cores, fast_precision, memory_gib
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, parse_recipe
-from pipeline.recipe_docs import (
+from pipeline.config.catalogue import (
     DOCS,
     catalogue_page,
     default_text,
@@ -21,7 +19,9 @@ from pipeline.recipe_docs import (
     section_of,
     type_text,
 )
-from pipeline.settings import DataSettings, StrList, TrainSettings
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.config.settings import DataSettings, StrList, TrainSettings
+from pipeline.core.errors import RecipeError
 
 
 def _sections(page: str) -> dict[str, str]:
@@ -54,7 +54,7 @@ def test_sections_go_by_the_names_a_recipe_uses() -> None:
 
 
 def test_the_committed_pages_are_current() -> None:
-    assert main(["--check"]) == 0, "run python -m pipeline.recipe_docs"
+    assert main(["--check"]) == 0, "run python -m pipeline.config.catalogue"
     assert (DOCS / "recipe.md").read_text(encoding="utf-8") == recipe_page()
     assert (DOCS / "recipes.md").read_text(encoding="utf-8") == catalogue_page()
 

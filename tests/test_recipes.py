@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.errors import RecipeError
-from pipeline.recipe import load_recipe
-from pipeline.recipe_files import find_recipe, named_recipes
+from pipeline.cli.main import app
+from pipeline.config.recipe import find_recipe, load_recipe, named_recipes
+from pipeline.core.errors import RecipeError
 
 NAMES = list(named_recipes())
 

@@ -19,12 +19,12 @@ from tiny_run import Bench
 from benchmarks.checks.registry import run_kasa
 from benchmarks.serving import Stranger, adapter_logits, apart, ask, load_as_stranger, served
 from kasa.errors import AdapterFileError
-from pipeline.base.loading import load_base
-from pipeline.errors import ModelError
-from pipeline.evaluation.samples import read_samples
-from pipeline.logit_difference import logits_of
-from pipeline.registry.served_model import KasaModel
-from pipeline.settings import EvaluateSettings
+from pipeline.config.settings import EvaluateSettings
+from pipeline.core.errors import ModelError
+from pipeline.evaluation.results import read_samples
+from pipeline.models.loading import load_base
+from pipeline.serving.logit_difference import logits_of
+from pipeline.serving.served_model import KasaModel
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
 
@@ -114,7 +114,7 @@ def test_its_requirements_name_what_its_code_imports(model: Path, stranger: Stra
         for name, distributions in packages_distributions().items()
         if name in imported - {"kasa", "pipeline"} and not named & set(map(_plain, distributions))
     }
-    assert not missing, "add them to SERVING_PACKAGES in pipeline/registry/contents.py, or import them in functions"
+    assert not missing, "add them to SERVING_PACKAGES in pipeline/run/model_package.py, or import them in functions"
 
 
 def test_a_server_answers_what_kasa_generate_answers(

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from report_facts import full_facts, layer_facts, training_records
 
-from pipeline.evaluation.harness_results import HarnessRow
+from pipeline.evaluation.results import HarnessRow
 from pipeline.metrics.intervals import Interval
 from pipeline.report.charts import smoothed, thinned
-from pipeline.report.comparison import compare, outcome
 from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts
 from pipeline.report.formats import duration, metric_change, metric_value, significant
 from pipeline.report.layer_charts import layer_panels
-from pipeline.report.render import render_report
+from pipeline.report.render import compare, outcome, render_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 LOADING = {"src", "srcset", "href", "xlink:href", "data", "poster", "action"}

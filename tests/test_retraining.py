@@ -40,7 +40,9 @@ def test_a_scheduler_may_call_it_as_it_likes(tmp_path: Path) -> None:
 
 
 def test_a_tick_with_nothing_to_do_loads_none_of_the_heavy_libraries() -> None:
-    code = "import sys, pipeline.cli, pipeline.retraining.retrain; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = (
+        "import sys, pipeline.cli.main, pipeline.apps.retrain; print(*{name.partition('.')[0] for name in sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "numpy", "scipy", "pandas", "pyarrow"}
     assert heavy & set(done.stdout.split()) == set()

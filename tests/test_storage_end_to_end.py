@@ -17,7 +17,7 @@ from tiny_run import PATIENCE_S, Bench, parents, runs_under
 from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from benchmarks.tiny_inputs import STEPS
 from benchmarks.tracking_server import tracking_server
-from pipeline.artifacts.keys import STAGES
+from pipeline.run.graph import STAGES
 from pipeline.storage.objects import ObjectStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.xdist_group("end_to_end")]

@@ -13,7 +13,8 @@ import pytest
 from benchmarks.core import ROOT
 from benchmarks.ray_head import plain_environment
 from kasa.targets import Target
-from pipeline.planning.spectra_memory import Weighted, decomposition_bytes
+from pipeline.config.recipe import Weighted
+from pipeline.spectra.memory import decomposition_bytes
 
 SCRIPT = """
 import sys
@@ -54,7 +55,7 @@ TASKS = """
 import json, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pipeline.cluster import Resources, ray_cluster, run_tasks
+from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
 
 folder = Path(sys.argv[1])
 

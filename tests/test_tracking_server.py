@@ -12,9 +12,9 @@ from tiny_run import PATIENCE_S, STEPS, Bench, parents, runs_under
 
 from benchmarks.processes import wait_for
 from benchmarks.tracking_server import TrackingServer, curve_faults, outage, tracking_server
-from pipeline.artifacts.keys import STAGES
-from pipeline.journal import read_journal
-from pipeline.tracking.patience import PATIENCE_VARIABLE
+from pipeline.core.journal import read_journal
+from pipeline.run.graph import STAGES
+from pipeline.tracking.server import PATIENCE_VARIABLE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
 

@@ -14,8 +14,8 @@ import psutil
 
 from benchmarks.processes import start_kasa, wait_for
 from benchmarks.tiny_inputs import STEPS, write_tiny_inputs
-from pipeline.artifacts.keys import STAGES
-from pipeline.journal import read_journal
+from pipeline.core.journal import read_journal
+from pipeline.run.graph import STAGES
 from pipeline.training.job import ROLL_CALL
 
 PATIENCE_S = 900

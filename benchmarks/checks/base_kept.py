@@ -27,10 +27,10 @@ from kasa import (
     unfold,
 )
 from kasa.adapter import trainable_parameters
-from pipeline.base.loading import DTYPES, load_base
-from pipeline.base.model import BaseModel, find_base
-from pipeline.prepare.stage import load_tokenizer
-from pipeline.settings import BaseSettings
+from pipeline.config.settings import BaseSettings
+from pipeline.data.prepare import load_tokenizer
+from pipeline.models.base import BaseModel, find_base
+from pipeline.models.loading import DTYPES, load_base
 
 RANK, ALPHA = 16, 32.0
 CALIBRATION_TOKENS, BATCH = 2048, 2

@@ -14,9 +14,9 @@ from typing import Any
 from benchmarks.core import Measurement, Setting, check
 from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from benchmarks.tiny_inputs import write_tiny_inputs
-from pipeline.artifacts.keys import STAGES
 from pipeline.artifacts.store import ArtifactStore
-from pipeline.lineage import stored_artifacts
+from pipeline.run.graph import STAGES
+from pipeline.run.lineage import stored_artifacts
 
 PATIENCE_S = 600.0
 EVERYTHING = frozenset(STAGES)

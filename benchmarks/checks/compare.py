@@ -10,7 +10,7 @@ from benchmarks.core import Measurement, Setting, check
 from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from benchmarks.tiny_inputs import write_tiny_inputs
 from pipeline.artifacts.store import ArtifactStore
-from pipeline.lineage import stored_artifacts
+from pipeline.run.lineage import stored_artifacts
 
 PATIENCE_S = 900.0
 METHODS = ("kasa", "kasa:weight", "kasa-without-d", "lora", "pissa", "full")

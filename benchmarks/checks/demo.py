@@ -13,11 +13,11 @@ from typing import Any
 
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaError
-from pipeline.artifacts.keys import STAGES
 from pipeline.artifacts.store import MANIFEST
-from pipeline.base.model import find_base
-from pipeline.prepare.sources import resolve_sources
-from pipeline.recipe import load_recipe
+from pipeline.config.recipe import load_recipe
+from pipeline.data.sources import resolve_sources
+from pipeline.models.base import find_base
+from pipeline.run.graph import STAGES
 
 RECIPE = Path("recipes/quickstart.yaml")
 _METRICS = ("accuracy", "loss")
@@ -115,7 +115,7 @@ def _run_quickstart(workspace: Path) -> tuple[dict[str, Any], float]:
     Raises:
         RuntimeError: the command failed; what it said is on stderr.
     """
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(RECIPE), f"workspace={workspace}", "--json"]
+    command = [sys.executable, "-m", "pipeline.cli.main", "run", str(RECIPE), f"workspace={workspace}", "--json"]
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     started = time.perf_counter()
     done = subprocess.run(

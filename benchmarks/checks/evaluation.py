@@ -16,16 +16,16 @@ import numpy as np
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows
 from kasa import KasaError
-from pipeline.base.embedded import embedded_base
-from pipeline.cluster import Resources, ray_cluster, run_tasks
+from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
+from pipeline.config.settings import DataSettings, EvaluateSettings
+from pipeline.core.journal import Record, read_journal
+from pipeline.data.prepare import load_prepared, prepare_dataset
+from pipeline.data.sources import DataSources, SourceFile
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
-from pipeline.journal import Record, read_journal
 from pipeline.metrics.catalogue import METRICS
 from pipeline.metrics.intervals import measure
 from pipeline.metrics.text import tokens, words
-from pipeline.prepare.sources import DataSources, SourceFile
-from pipeline.prepare.stage import load_prepared, prepare_dataset
-from pipeline.settings import DataSettings, EvaluateSettings
+from pipeline.models.embedded import embedded_base
 
 SHARED = ROOT.parent / "shared" / "data"
 BASE, MAX_TOKENS = "smollm2-135m-instruct", 512

@@ -14,15 +14,15 @@ import torch
 from benchmarks.checks.demo import copy_sources
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaError, read_adapter
-from pipeline.base.head import Head
-from pipeline.base.model import find_base
-from pipeline.evaluation.samples import read_samples
+from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.data.prepare import load_prepared
+from pipeline.data.sources import resolve_sources
+from pipeline.evaluation.results import read_samples
 from pipeline.metrics.intervals import measure
-from pipeline.prediction import load_predictor
-from pipeline.prepare.sources import resolve_sources
-from pipeline.prepare.stage import load_prepared
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.stages.evaluate import RESULTS
+from pipeline.models.base import find_base
+from pipeline.models.heads import Head
+from pipeline.run.stages.evaluate import RESULTS
+from pipeline.serving.prediction import load_predictor
 
 RECIPE = Path("recipes/encoder_reviews.yaml")
 TASKS = {
@@ -105,7 +105,7 @@ def _reloaded(recipe: Recipe, folders: dict[str, Path], results: list[dict[str, 
 def _command(arguments: list[str]) -> dict[str, Any]:
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
+        [sys.executable, "-m", "pipeline.cli.main", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": python_path},
         stdout=subprocess.PIPE,

@@ -24,11 +24,11 @@ from kasa.spectra import bottom_triplets
 from kasa.targets import Target
 from kasa.truncation import Truncation
 from kasa.weighting import Weighting
-from pipeline.base.loading import load_base
-from pipeline.base.model import BaseModel, find_base
-from pipeline.logit_difference import logits_of, text_sequences
-from pipeline.prepare.stage import load_tokenizer
-from pipeline.settings import BaseSettings
+from pipeline.config.settings import BaseSettings
+from pipeline.data.prepare import load_tokenizer
+from pipeline.models.base import BaseModel, find_base
+from pipeline.models.loading import load_base
+from pipeline.serving.logit_difference import logits_of, text_sequences
 
 RANK = 16
 REFERENCE_BARS = {"fp32": 1e-5, "fp64": 1e-12}

@@ -17,10 +17,10 @@ from benchmarks.checks.demo import copy_sources
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from kasa.errors import KasaError
-from pipeline.base.model import find_base
-from pipeline.journal import read_journal
-from pipeline.prepare.sources import resolve_sources
-from pipeline.recipe import parse_recipe
+from pipeline.config.recipe import parse_recipe
+from pipeline.core.journal import read_journal
+from pipeline.data.sources import resolve_sources
+from pipeline.models.base import find_base
 from pipeline.training.checkpoints import newest_step
 
 STEPS, CHECKPOINT_EVERY = 60, 5

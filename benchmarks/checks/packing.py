@@ -14,11 +14,11 @@ from torch import nn
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows
 from kasa import KasaConfig, KasaError, attach, find_targets
-from pipeline.base.loading import load_base
-from pipeline.base.model import find_base
-from pipeline.language_model import Batch, collate, label_losses, pack
-from pipeline.prepare.stage import load_tokenizer
-from pipeline.settings import BaseSettings
+from pipeline.config.settings import BaseSettings
+from pipeline.data.prepare import load_tokenizer
+from pipeline.models.base import find_base
+from pipeline.models.language_model import Batch, collate, label_losses, pack
+from pipeline.models.loading import load_base
 from pipeline.training.batches import BatchPlan
 
 SAMPLES = 192

@@ -22,13 +22,13 @@ from torch import nn
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.ranks import process_group, shape_of, stand_in_spectra, start_ranks, training_job, write_inputs
 from kasa import KasaConfig, KasaError, adapted_layers, attach, find_targets, penalty
-from pipeline.base.loading import DTYPES
-from pipeline.base.model import find_base
-from pipeline.deepspeed_config import with_passes
-from pipeline.planning.memory import GIB
-from pipeline.planning.plan import DataFacts, Estimate, checked_targets, estimate
-from pipeline.recipe import Recipe, parse_recipe
-from pipeline.settings import BaseSettings
+from pipeline.apps.planning.memory import GIB
+from pipeline.apps.planning.plan import DataFacts, Estimate, checked_targets, estimate
+from pipeline.config.deepspeed import with_passes
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.config.settings import BaseSettings
+from pipeline.models.base import find_base
+from pipeline.models.loading import DTYPES
 
 LLAMAS = (
     "meta-llama/Llama-2-7b-hf",
@@ -166,7 +166,7 @@ def seconds_to_answer(model: str, scratch: Path) -> float:
         "train": {"batch_size": 64, "micro_batch_size": 1},
     }
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
-    command = [sys.executable, "-m", "pipeline.cli", "plan", str(recipe), "--gpus", "8", "--gpu", "H100", "--json"]
+    command = [sys.executable, "-m", "pipeline.cli.main", "plan", str(recipe), "--gpus", "8", "--gpu", "H100", "--json"]
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     taken = time.perf_counter() - started

@@ -6,7 +6,7 @@ import json
 
 from benchmarks.core import Measurement, Setting, check
 from benchmarks.processes import start_kasa
-from pipeline.recipe_files import named_recipes
+from pipeline.config.recipe import named_recipes
 
 PATIENCE_S = 120.0
 # A hub without models, and a proxy that leads nowhere, for whatever asks the network none the less.

@@ -15,10 +15,10 @@ from benchmarks.letters import write_task
 from benchmarks.processes import start_kasa
 from benchmarks.serving import adapter_logits, apart, ask, load_as_stranger, served
 from kasa.errors import KasaError
-from pipeline.base.model import find_base
-from pipeline.logit_difference import text_sequences
-from pipeline.prepare.sources import resolve_sources
-from pipeline.recipe import parse_recipe
+from pipeline.config.recipe import parse_recipe
+from pipeline.data.sources import resolve_sources
+from pipeline.models.base import find_base
+from pipeline.serving.logit_difference import text_sequences
 
 STEPS, MORE_STEPS = 100, 400
 PATIENCE_S = 900.0

@@ -11,9 +11,9 @@ from benchmarks.checks.demo import copy_sources
 from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.retraining import Retraining
 from kasa.errors import KasaError
-from pipeline.base.model import find_base
-from pipeline.prepare.sources import resolve_sources
-from pipeline.recipe import parse_recipe
+from pipeline.config.recipe import parse_recipe
+from pipeline.data.sources import resolve_sources
+from pipeline.models.base import find_base
 
 ROWS, NEW_ROWS = 400, 200
 RECIPE = {

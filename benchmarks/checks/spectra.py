@@ -17,9 +17,9 @@ import torch
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets
 from kasa.spectra import bottom_triplets
-from pipeline.base.loading import load_base
-from pipeline.base.model import find_base
-from pipeline.settings import BaseSettings
+from pipeline.config.settings import BaseSettings
+from pipeline.models.base import find_base
+from pipeline.models.loading import load_base
 
 RANK = 16
 EXPECTED_WEIGHTS = 210

@@ -14,11 +14,11 @@ from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.processes import start_kasa
 from benchmarks.tracking_server import TrackingServer, curve_faults, outage, tracking_server
 from kasa.errors import KasaError
-from pipeline.artifacts.keys import STAGES
-from pipeline.base.model import find_base
-from pipeline.journal import read_journal
-from pipeline.prepare.sources import resolve_sources
-from pipeline.recipe import parse_recipe
+from pipeline.config.recipe import parse_recipe
+from pipeline.core.journal import read_journal
+from pipeline.data.sources import resolve_sources
+from pipeline.models.base import find_base
+from pipeline.run.graph import STAGES
 
 STEPS, KILL_AFTER, OUTAGE_S, PATIENCE_S = 120, 10, 30.0, 1200.0
 RECIPE = {

@@ -40,13 +40,13 @@ from benchmarks.small_training import (
 from kasa import KasaConfig, KasaError, attach, find_targets
 from kasa.adapter import trainable_parameters
 from kasa.spectra import Triplets
-from pipeline.base.loading import load_base
-from pipeline.base.model import find_base
-from pipeline.journal import Record
+from pipeline.apps.planning.plan import checked_targets
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.config.settings import BaseSettings
+from pipeline.core.journal import Record
 from pipeline.methods.choice import kasa_config
-from pipeline.planning.plan import checked_targets
-from pipeline.recipe import Recipe, parse_recipe
-from pipeline.settings import BaseSettings
+from pipeline.models.base import find_base
+from pipeline.models.loading import load_base
 from pipeline.training import worker, zero
 from pipeline.training.batches import BatchPlan, learning_rate
 

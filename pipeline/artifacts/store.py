@@ -8,26 +8,24 @@ counts, and the folder is this machine's copy (`pipeline.storage`).
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.console import console
-from pipeline.errors import WorkspaceError
+from pipeline.core.console import console
+from pipeline.core.errors import WorkspaceError
+from pipeline.core.files import content_digest
+from pipeline.core.places import PARTIAL
 from pipeline.storage.mirror import MANIFEST
-from pipeline.storage.places import PARTIAL
 from pipeline.storage.workspace import Workspace
 
 # Folder of the adapter in a training's artifact and in a registered model.
@@ -176,28 +174,3 @@ def locked(path: Path, stage: str) -> Iterator[None]:
 
 def _say_waiting(stage: str, holder: str) -> None:
     console.print(f"{stage}: the same artifact is being made by {holder}; waiting for it", soft_wrap=True)
-
-
-def content_digest(value: Any) -> str:
-    """SHA-256 of a JSON-ready value in canonical form, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def code_digests(modules: Iterable[str]) -> dict[str, str]:
-    """16 hexadecimal digits of SHA-256 over each module's source (of every module in it, for a package)."""
-    return {name: _code_digest(name) for name in modules}
-
-
-def _code_digest(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(module)
-    origin, digest = Path(spec.origin), hashlib.sha256()
-    for source in sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def package_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions by distribution name."""
-    return {package: version(package) for package in packages}

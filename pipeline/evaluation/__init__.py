@@ -1,0 +1,1 @@
+"""What each evaluation process runs, and its results."""

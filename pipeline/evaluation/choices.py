@@ -2,6 +2,8 @@
 
 A choice's log-likelihood is the sum over its own tokens. As in lm-evaluation-harness the end of the answer (EOS) is no part of
 it: a base model that would go on after the right word has still chosen it.
+
+Whether held-out samples can be evaluated as the recipe says: asked before training, not after.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.prompting import Prompting
+from pipeline.config.settings import EvaluateSettings
+from pipeline.core.errors import RecipeError
+from pipeline.data.prepare import PreparedDataset
+from pipeline.models.prompting import Prompting
 
 
 def choices_of(sample: Mapping[str, Any], given: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -54,3 +59,34 @@ def continuation_ids(prompting: Prompting, tokenizer: Any, prompt: str, choice: 
     """A choice's token ids after the prompt, without EOS."""
     ids = prompting.answer_ids(tokenizer, prompt, choice)
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def check_suitable(settings: EvaluateSettings, prepared: PreparedDataset) -> None:
+    """Look for what the evaluation needs in the held-out samples.
+
+    Raises:
+        RecipeError: the samples are plain text without a prompt, have no choices, or an answer that is none of them.
+    """
+    if settings.kind in ("loss", "classification", "regression"):
+        return
+    heldout = prepared.heldout.select_columns(["references", "choices", "choice_labels", "source"])
+    form = prepared.summary["form"]
+    for sample in heldout:
+        if not sample["references"]:
+            raise RecipeError(
+                f"evaluate.kind: {settings.kind} needs prompts with answers, but {sample['source']} is plain text (data of "
+                f"form {form}); set evaluate.kind: loss, which measures loss and perplexity"
+            )
+        if settings.kind != "choice":
+            continue
+        choices, _ = choices_of(sample, settings.choices)
+        if not choices:
+            raise RecipeError(
+                f"evaluate.kind: choice needs choices, but {sample['source']} (data of form {form}) has none; name them in "
+                "evaluate.choices, or use data of form multiple-choice or llm-adapters"
+            )
+        if right_choice(sample["references"], choices) is None:
+            raise RecipeError(
+                f"evaluate.choices: the answer {sample['references'][0]!r} of {sample['source']} is none of "
+                f"{', '.join(choices)}"
+            )

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.generation import load_answerer
-from pipeline.prompting import Prompting
-from pipeline.settings import HarnessSettings
-from pipeline.storage.whole_file import write_whole
+from pipeline.config.settings import HarnessSettings
+from pipeline.core.files import atomic_write
+from pipeline.models.prompting import Prompting
+from pipeline.serving.generation import load_answerer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_harness(job: HarnessJob) -> None:
         for task, values in found["results"].items()
         for name, metric, filtered, value in _named(task, values)
     ]
-    write_whole(job.out, json.dumps(rows))
+    atomic_write(job.out, json.dumps(rows))
 
 
 def _named(task: str, values: Mapping[str, Any]) -> Iterable[tuple[str, str, str, Any]]:

@@ -1,4 +1,10 @@
-"""What each evaluation process does: load the model once, score its share of the held-out samples, journal each result.
+"""Scoring a model with a head: each sample's label beside the prediction, with the outputs it was made from.
+
+How likely each continuation of a prompt is to a model.
+
+Legend: B = prompts, C = continuations of more than one token, T = tokens, V = vocabulary.
+
+What each evaluation process does: load the model once, score its share of the held-out samples, journal each result.
 
 An interrupted shard goes on where its journal ends.
 """
@@ -13,7 +19,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from pipeline.config.settings import EvaluateSettings
+from pipeline.core.journal import JournalWriter, Record, read_journal
+from pipeline.data.prepare import PreparedDataset, load_prepared
 from pipeline.evaluation.choices import (
     choices_of,
     continuation_ids,
@@ -21,15 +31,93 @@ from pipeline.evaluation.choices import (
     right_choice,
     score_choices,
 )
-from pipeline.evaluation.labels import score_labels
-from pipeline.evaluation.likelihoods import log_likelihoods
-from pipeline.generation import Answerer, greedy_answers, load_answerer
-from pipeline.journal import JournalWriter, Record, read_journal
-from pipeline.language_model import Sample, collate, label_losses
-from pipeline.prediction import load_predictor
-from pipeline.prepare.stage import PreparedDataset, load_prepared
-from pipeline.prompting import Message, Prompting
-from pipeline.settings import EvaluateSettings
+from pipeline.models.language_model import IGNORED, Sample, collate, label_losses, limits_logits
+from pipeline.models.prompting import Message, Prompting
+from pipeline.models.sequence_classification import sample_losses
+from pipeline.serving.generation import Answerer, greedy_answers, load_answerer
+from pipeline.serving.prediction import Predictor, load_predictor
+
+
+def score_labels(predictor: Predictor, samples: Sequence[Any], indices: Sequence[int]) -> list[Record]:
+    """The results of samples, `indices` in the held-out split.
+
+    Of a classification `label` and `prediction` are numbers of classes and `logits` one for each; of a regression they are
+    values. `loss_sum` is the cross entropy in nats or the squared error.
+    """
+    import torch
+
+    head = predictor.head
+    outputs_BC = predictor.outputs(samples)
+    labels_B = torch.tensor([sample["label"] for sample in samples], dtype=torch.float64)
+    losses = sample_losses(outputs_BC, labels_B, head).tolist()
+    records: list[Record] = []
+    for index, sample, loss, outputs in zip(indices, samples, losses, outputs_BC.tolist(), strict=True):
+        result: Record = {"sample": index, "loss_sum": loss, "tokens": 1, "references": list(sample["references"])}
+        if head.kind == "classification":
+            chosen, label = outputs.index(max(outputs)), int(sample["label"])
+            result |= {"label": label, "prediction": chosen, "accuracy": float(chosen == label)}
+            result["output"] = head.classes[chosen]
+        else:
+            result |= {"label": sample["label"], "prediction": outputs[0], "output": f"{outputs[0]:.6g}"}
+        records.append(result | {"logits": outputs})
+    return records
+
+
+Ids = Sequence[int]
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: nn.Module, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]
+) -> list[list[float]]:
+    """The summed log-likelihood in nats of each continuation of each prompt.
+
+    Each prompt is computed once; its keys and values serve all of its continuations, which share one further pass.
+    """
+    device = next(model.parameters()).device
+    prompt_BT, mask_BT = _padded(prompts, left=True)
+    positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    inputs = {"input_ids": prompt_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
+    keep = {"logits_to_keep": 1} if limits_logits(model) else {}
+    seen = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=True, **keep)
+    first_BV = functional.log_softmax(seen.logits[:, -1].float(), dim=-1).cpu()
+
+    owners = [(row, place) for row, several in enumerate(continuations) for place in range(len(several))]
+    found = [[float(first_BV[row, ids[0]]) for ids in several] for row, several in enumerate(continuations)]
+    longer = [(row, place) for row, place in owners if len(continuations[row][place]) > 1]
+    if longer:
+        rows_C = torch.tensor([row for row, _ in longer])
+        seen.past_key_values.batch_select_indices(rows_C.to(device))
+        ids_C = [continuations[row][place] for row, place in longer]
+        inputs_CT, own_CT = _padded([ids[:-1] for ids in ids_C], left=False)
+        labels_CT, _ = _padded([ids[1:] for ids in ids_C], left=False, fill=IGNORED)
+        start_C1 = mask_BT.sum(dim=1)[rows_C, None]
+        logits_CTV = model(
+            input_ids=inputs_CT.to(device),
+            attention_mask=torch.cat([mask_BT[rows_C], own_CT], dim=1).to(device),
+            position_ids=(start_C1 + torch.arange(inputs_CT.shape[1])).to(device),
+            past_key_values=seen.past_key_values,
+            use_cache=True,
+        ).logits
+        # Flat: over a vocabulary that is not the last dimension, fp32 sums are off by 1e-4.
+        losses = functional.cross_entropy(
+            logits_CTV.float().flatten(0, 1), labels_CT.flatten().to(device), ignore_index=IGNORED, reduction="none"
+        )
+        for (row, place), loss in zip(longer, losses.view_as(labels_CT).sum(dim=1).tolist(), strict=True):
+            found[row][place] -= loss
+    return found
+
+
+def _padded(rows: Sequence[Ids], left: bool, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (rows, T) and a mask that is 1 where there is one."""
+    longest = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), longest), fill), torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        columns = slice(longest - len(row), None) if left else slice(len(row))
+        ids[place, columns] = torch.as_tensor(row, dtype=torch.long)
+        mask[place, columns] = 1
+    return ids, mask
+
 
 # Samples and their indices -> their results.
 Scorer = Callable[[Sequence[Any], Sequence[int]], list[Record]]

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kasa import KasaConfig
 from kasa.targets import Target, check_rank
-from pipeline.deepspeed_config import zero_stage
-from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe
-from pipeline.settings import METHOD_SETTINGS
+from pipeline.config.deepspeed import zero_stage
+from pipeline.config.recipe import Recipe
+from pipeline.config.settings import METHOD_SETTINGS
+from pipeline.core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from pipeline.base.model import BaseModel
     from pipeline.methods.method import Method
+    from pipeline.models.base import BaseModel
 
 # The largest ZeRO stage of methods that need whole weights or whole gradients.
 _LARGEST_STAGE = {"adalora": 0, "pissa": 2, "milora": 2, "olora": 2, "corda": 2, "layernorm": 2}
@@ -90,15 +90,15 @@ def method_of(
     """
     adapter = recipe.adapter
     if adapter.method == "kasa":
-        from pipeline.methods.kasa_method import KasaMethod
+        from pipeline.methods.kasa import KasaMethod
 
         return KasaMethod(base.name, base.folder, tuple(targets), kasa_config(recipe), spectra, start)
     if adapter.method == "full":
-        from pipeline.base.loading import DTYPES
         from pipeline.methods.full import FullMethod
+        from pipeline.models.loading import DTYPES
 
         return FullMethod(base.name, DTYPES[recipe.train.precision])
-    from pipeline.methods.peft_methods import PeftMethod
+    from pipeline.methods.peft import PeftMethod
 
     return PeftMethod(adapter.method, tuple(targets), adapter.rank, adapter.alpha, adapter.dropout, base.name, spectra)
 

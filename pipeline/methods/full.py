@@ -11,8 +11,8 @@ from torch import nn
 
 from kasa.errors import AdapterFileError
 from kasa.folders import read_tensor_folder, write_tensor_folder
-from pipeline.base.head import LANGUAGE_MODEL, Head
 from pipeline.methods.method import Adapted, Tensors
+from pipeline.models.heads import LANGUAGE_MODEL, Head
 
 WEIGHTS_JSON = "weights.json"
 

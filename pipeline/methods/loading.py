@@ -28,7 +28,7 @@ def attach_folder(model: nn.Module, folder: Path) -> None:
         AdapterFileError: the folder is no adapter, damaged, or made for another architecture.
     """
     if (folder / PEFT_CONFIG).exists() and not (folder / ADAPTER_JSON).exists():
-        from pipeline.methods.peft_methods import load_peft_folder
+        from pipeline.methods.peft import load_peft_folder
 
         load_peft_folder(model, folder)
     elif (folder / WEIGHTS_JSON).exists():
@@ -47,7 +47,7 @@ def base_name(folder: Path) -> str:
         return read_adapter(folder).base
     if (folder / WEIGHTS_JSON).exists():
         return base_of_weights(folder)
-    from pipeline.methods.peft_methods import base_of_peft_folder
+    from pipeline.methods.peft import base_of_peft_folder
 
     return base_of_peft_folder(folder)
 

@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from pipeline.base.head import LANGUAGE_MODEL, Head
+from kasa.targets import is_within
+from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.shapes import head_modules
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -69,3 +71,19 @@ class Adapted:
     penalties: Callable[[], dict[str, torch.Tensor]] | None = None
     start: Tensors | None = None
     allocation: Allocation | None = None
+
+
+def adalora_rank(rank: int) -> int:
+    """The rank that AdaLoRA begins with, to end at `rank` on average: half as much again, as its authors' settings have it."""
+    return (3 * rank + 1) // 2
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """The normalisation layers of the body: modules without children, of a class called so, with a weight."""
+    beside = head_modules(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and not list(module.children()) and hasattr(module, "weight")
+        if not is_within(name, beside)
+    ]

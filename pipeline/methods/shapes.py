@@ -6,28 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from kasa.targets import Target, is_within
-from pipeline.planning.model_shapes import head_modules
-from pipeline.settings import AdapterSettings
+from kasa.targets import Target
+from pipeline.config.settings import AdapterSettings
+from pipeline.methods.method import adalora_rank, norm_names
 
 # Beyond, VeRA's shared projections are larger than its authors used by far, and slower than the base.
 _WIDEST_VERA = 1024
-
-
-def adalora_rank(rank: int) -> int:
-    """The rank that AdaLoRA begins with, to end at `rank` on average: half as much again, as its authors' settings have it."""
-    return (3 * rank + 1) // 2
-
-
-def norm_names(model: nn.Module) -> list[str]:
-    """The normalisation layers of the body: modules without children, of a class called so, with a weight."""
-    beside = head_modules(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and not list(module.children()) and hasattr(module, "weight")
-        if not is_within(name, beside)
-    ]
 
 
 def trainable_count(adapter: AdapterSettings, targets: Sequence[Target], model: nn.Module) -> int:
@@ -49,7 +33,7 @@ def trainable_count(adapter: AdapterSettings, targets: Sequence[Target], model: 
 
 
 def _scaled_by_ia3(targets: Sequence[Target], model: nn.Module) -> int:
-    from pipeline.methods.peft_methods import feedforward_names
+    from pipeline.methods.peft import feedforward_names
 
     inputs_scaled = set(feedforward_names(model, targets))
     return sum(t.in_features if t.name in inputs_scaled else t.out_features for t in targets)

@@ -1,0 +1,1 @@
+"""Metrics as sums of per-sample statistics, and their bootstrap intervals."""

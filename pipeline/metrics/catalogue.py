@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.errors import RecipeError
-from pipeline.metrics.judged import JUDGED_METRICS
-from pipeline.metrics.labels import LABEL_METRICS
-from pipeline.metrics.language import LANGUAGE_METRICS
+from pipeline.core.errors import RecipeError
+from pipeline.metrics.scores import JUDGED_METRICS, LABEL_METRICS, LANGUAGE_METRICS
 from pipeline.metrics.text import TEXT_METRICS
 
 METRICS = {metric.name: metric for metric in (*TEXT_METRICS, *LABEL_METRICS, *LANGUAGE_METRICS, *JUDGED_METRICS)}

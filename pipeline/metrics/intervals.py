@@ -1,6 +1,22 @@
 """From samples' results to metrics, and to the difference between two models, each with its interval.
 
 95% percentile bootstrap over samples, 2,000 resamples. For a difference the same samples are drawn for both models.
+
+Metrics of methods that were trained several times: intervals over both the held-out samples and the seeds.
+
+Two things are left to chance, which samples were held out and which seed a training had, and the intervals cover both:
+
+- samples: bootstrap. In each resample the same samples are drawn for all seeds and both methods, the metric of each seed is
+  computed of the drawn samples, and the mean over seeds taken.
+- seeds: a handful, too few to draw from: with two, a bootstrap would find less than half the spread. So each resample is
+  shifted by s / sqrt(K) times a draw of Student's t with K - 1 degrees of freedom, s being the standard deviation of the K
+  seeds' metrics over all samples, as in the t interval of a mean.
+
+95% percentile intervals. For a difference the pairs are the seeds: both methods' runs of one seed saw the same samples in the
+same order. A p-value is two-sided, the share of resamples on the far side of zero, twice; it agrees with the interval. With one
+seed the spread between seeds is not known, and the interval says what these very trainings differ by.
+
+Legend: K = seeds, R = resamples.
 """
 
 from __future__ import annotations
@@ -85,3 +101,83 @@ def interval_of(estimate: Floats | np.floating, resampled_R: Floats) -> Interval
     """An estimate with the 95% percentile interval of its resamples."""
     low, high = np.quantile(resampled_R, [_TAIL, 1 - _TAIL])
     return Interval(float(estimate), float(low), float(high))
+
+
+Runs = Sequence[Sequence[SampleResult]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Ours - theirs, the mean over seeds.
+
+    Attributes:
+        by_seed: the difference of each seed.
+        p_value: two-sided, of no difference.
+    """
+
+    interval: Interval
+    by_seed: tuple[float, ...]
+    p_value: float
+
+
+def mean_over_seeds(runs: Runs, metric: str, seed: int = 0) -> Interval:
+    """The mean of a metric over the runs of one method, one for each seed, on the same samples.
+
+    Raises:
+        ValueError: the samples are not the same.
+    """
+    _check_same_samples(runs)
+    values_K, resampled_KR = _values(runs, metric, seed)
+    return interval_of(np.mean(values_K), _with_spread(values_K, resampled_KR, seed))
+
+
+def difference_over_seeds(ours: Runs, theirs: Runs, metric: str, seed: int = 0) -> Difference:
+    """Two methods' runs, seed by seed; what was not trained (a base) is one run, which stands for every seed.
+
+    Raises:
+        ValueError: the samples or the numbers of seeds are not the same.
+    """
+    _check_same_samples([*ours, *theirs])
+    if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
+        raise ValueError(f"{len(ours)} runs cannot be paired with {len(theirs)}")
+    values, resampled = _values([*ours, *theirs], metric, seed)
+    count = len(ours)
+    by_seed_K = values[:count] - values[count:]
+    resampled_R = _with_spread(by_seed_K, resampled[:count] - resampled[count:], seed)
+    beyond = min(int((resampled_R <= 0).sum()), int((resampled_R >= 0).sum()))
+    p_value = min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1))
+    return Difference(interval_of(np.mean(by_seed_K), resampled_R), tuple(map(float, by_seed_K)), p_value)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for there being several (Holm 1979): all below 0.05 hold together with an error of 5% at most."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def _values(runs: Runs, metric: str, seed: int) -> tuple[Floats, Floats]:
+    """Each run's metric over all samples, (K,), and over every resample of them, (K, R)."""
+    one = METRICS[metric]
+    tables = [one.statistics(results) for results in runs]
+    values_K = np.array([float(one.value(table_NS.sum(axis=0))) for table_NS in tables])
+    return values_K, np.stack([one.value(sums_RS) for sums_RS in resampled_sums(tables, seed)])
+
+
+def _with_spread(values_K: Floats, resampled_KR: Floats, seed: int) -> Floats:
+    means_R = resampled_KR.mean(axis=0)
+    count = len(values_K)
+    if count < 2:
+        return means_R
+    # A stream of its own, independent of the one that draws samples.
+    shifts_R = np.random.default_rng([seed, count]).standard_t(count - 1, len(means_R))
+    return means_R + shifts_R * values_K.std(ddof=1) / np.sqrt(count)
+
+
+def _check_same_samples(runs: Runs) -> None:
+    orders = [[result["sample"] for result in results] for results in runs]
+    if any(order != orders[0] for order in orders):
+        raise ValueError("methods can only be compared on the same samples, in the same order")

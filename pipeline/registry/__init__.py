@@ -1,0 +1,1 @@
+"""The MLflow model registry: versions, and the aliases that say which one is in use."""

@@ -1,4 +1,4 @@
-"""The model registry: versions and the models behind them. What moves aliases is in `pipeline.registry.moves`."""
+"""The model registry: versions and the models behind them. What moves aliases is in `pipeline.registry.alias_changes`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
-from pipeline.errors import ModelError
-from pipeline.registry.aliases import CHAMPION
-from pipeline.tracking.store import connect, has_store, tracking_uri
+from pipeline.core.errors import ModelError
+from pipeline.registry.alias_changes import CHAMPION
+from pipeline.tracking.server import connect, has_store, tracking_uri
 
 SCHEME = "models:/"
 # What MLflow's databases hold of a version's description.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.harness_results import HarnessRow
+    from pipeline.evaluation.results import HarnessRow
     from pipeline.metrics.intervals import Interval
 
 

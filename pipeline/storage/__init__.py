@@ -1,6 +1,1 @@
-"""The workspace on storage that nobody mounts: S3 or any other file system that fsspec knows, with a folder of this node
-in front of it.
-
-`objects` is the door to fsspec, `leases` keep two runs apart, `mirror` carries unfinished work to the store while it is
-being done, `nodes` lets other nodes work on it, `workspace` is what the pipeline sees of it all.
-"""
+"""The workspace: a folder, or a folder with an object store behind it; leases on what only one may do."""

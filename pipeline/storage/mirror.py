@@ -20,8 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pipeline.core.files import atomic_write
 from pipeline.storage.objects import ObjectStore
-from pipeline.storage.whole_file import write_whole
 
 MANIFEST = "manifest.json"
 INTERVAL_S = 2.0
@@ -204,7 +204,7 @@ class Mirror:
         return {name: (here, there) for name, (here, there) in remembered.items()}
 
     def _remember(self, known: Known) -> None:
-        write_whole(self._state, json.dumps(known))
+        atomic_write(self._state, json.dumps(known))
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from pipeline.errors import StorageError, WorkspaceError
+from pipeline.core.errors import StorageError, WorkspaceError
 
 Result = TypeVar("Result")
 

@@ -1,4 +1,6 @@
-"""The workspace as the pipeline sees it: a folder of this node, and behind it, where the recipe names a URL, a store.
+"""Work on other nodes: the paths that a job names exist there before it begins, and what it writes comes back.
+
+The workspace as the pipeline sees it: a folder of this node, and behind it, where the recipe names a URL, a store.
 
 A workspace in a folder is that folder and nothing more. One in a store has a folder on every node that works on it, below
 `$KASA_CACHE` (`~/.cache/kasa`). What is complete in the store is the truth, the folders are copies:
@@ -12,27 +14,79 @@ A workspace in a folder is that folder and nothing more. One in a store has a fo
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 from filelock import FileLock
 
-from pipeline.errors import StorageError, WorkspaceError
-from pipeline.retraining.lease import Holder, Lease, acquire, released_after
-from pipeline.storage.leases import ObjectLeaseStore
+from pipeline.core.errors import StorageError, WorkspaceError
+from pipeline.core.files import atomic_write
+from pipeline.core.places import ARTIFACTS, COMPLETE, INPUTS, PARTIAL, is_remote, local_folder
+from pipeline.storage.lease import Holder, Lease, acquire, released_after
+from pipeline.storage.lease_stores import ObjectLeaseStore
 from pipeline.storage.mirror import MANIFEST, Mirror, download, files_below, in_order
-from pipeline.storage.nodes import OnNode
 from pipeline.storage.objects import ObjectStore
-from pipeline.storage.places import ARTIFACTS, COMPLETE, INPUTS, PARTIAL, is_remote, local_folder
-from pipeline.storage.whole_file import write_whole
 
 Result = TypeVar("Result")
+
+
+class OnNode(Generic[Result]):
+    """A function of a job, to be sent to another node; `home` is the workspace of the node that sends it."""
+
+    def __init__(self, home: Workspace, function: Callable[..., Result]) -> None:
+        self._home, self._function = home, function
+
+    def __call__(self, job: Any, *others: Any) -> Result:
+        home, here = self._home, self._home.here()
+        moved = replace_paths(job, lambda path: home.path_on(here, path))
+        with ExitStack() as mirrors:
+            for folder in [] if here.is_same_node(home) else sorted(_units(moved, here.folder)):
+                if folder.name.endswith(PARTIAL):
+                    mirrors.enter_context(here.mirrored(folder, None))
+                else:
+                    here.fetch(folder, COMPLETE if folder.parent.name == INPUTS else MANIFEST)
+            return self._function(moved, *others)
+
+
+def replace_paths(value: Any, change: Callable[[Path], Path]) -> Any:
+    """`value` with every path changed, in dataclasses, tuples, lists and dictionaries too."""
+    if isinstance(value, Path):
+        return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        new = {name: replace_paths(one, change) for name, one in old.items()}
+        return dataclasses.replace(value, **new) if any(new[name] is not old[name] for name in old) else value
+    if isinstance(value, list | tuple):
+        changed = [replace_paths(one, change) for one in value]
+        same = all(new is old for new, old in zip(changed, value, strict=True))
+        return value if same else type(value)(changed)
+    if isinstance(value, dict):
+        return {name: replace_paths(one, change) for name, one in value.items()}
+    return value
+
+
+def _units(job: Any, root: Path) -> set[Path]:
+    """The folders that are fetched or mirrored as a whole: those in which the paths of a job lie."""
+    units: set[Path] = set()
+
+    def note(path: Path) -> Path:
+        parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+        if parts and parts[0] == ARTIFACTS and len(parts) >= 3:
+            units.add(root.joinpath(*parts[:3]))
+        elif parts and parts[0] == INPUTS and len(parts) >= 2:
+            units.add(root.joinpath(*parts[:2]))
+        return path
+
+    replace_paths(job, note)
+    return units
+
 
 Place = Path | str
 # Tells one node's copy from another's.
@@ -172,7 +226,7 @@ class Workspace:
                 self._mirrors.remove(mirror)
 
     @contextmanager
-    def handing_over(self) -> Iterator[None]:
+    def synced(self) -> Iterator[None]:
         """Within the block other nodes work: they have what was written here before, and what they wrote is here after."""
         self.catch_up()
         yield
@@ -220,7 +274,7 @@ class Workspace:
         if found is None:
             file.unlink(missing_ok=True)
             return
-        write_whole(file, found[0])
+        atomic_write(file, found[0])
 
     def save(self, file: Path) -> None:
         """Put a small file that was written here into the store."""
@@ -237,7 +291,7 @@ class Workspace:
         """A record for a lease of its own; None where the workspace is a folder."""
         return ObjectLeaseStore(self.store, name) if self.store else None
 
-    def share(self, path: Path, digest: str) -> None:
+    def upload_input(self, path: Path, digest: str) -> None:
         """Let other nodes of a cluster have a file or folder of this one, known by the digest of its content.
 
         A Ray of this machine alone has no other nodes, and nothing is copied.

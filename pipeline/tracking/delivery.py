@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from pipeline.failures import first_line
-from pipeline.journal import Record
-from pipeline.tracking.patience import absence, pauses
+from pipeline.core.errors import first_line
+from pipeline.core.journal import Record
 from pipeline.tracking.runs import Tracking
+from pipeline.tracking.server import absence, pauses
 
 _PAUSE_S = 0.5
 

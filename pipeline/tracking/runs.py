@@ -1,4 +1,7 @@
-"""Runs in MLflow: one parent for a run of the recipe, one child for each stage."""
+"""What stands in MLflow for an artifact that is too large to be copied, or that another run made.
+
+Runs in MLflow: one parent for a run of the recipe, one child for each stage.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import TrackingAwayError
-from pipeline.journal import Record
-from pipeline.provenance import user_name
-from pipeline.tracking.patience import absence
-from pipeline.tracking.store import connect, own_database, tracking_uri
+from pipeline.core.errors import TrackingAwayError
+from pipeline.core.journal import Record
+from pipeline.core.provenance import user_name
+from pipeline.tracking.server import absence, connect, own_database, tracking_uri
 
 _PARENT_TAG = "mlflow.parentRunId"
 _ORIGIN_TAG = "kasa.origin"

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.journal import Record, append_journal, read_journal
+from pipeline.core.journal import Record, append_journal, read_journal
 
 SERIES = "system/cpu_utilization_percentage"
 # MLflow's own setting of the same meaning, and its default.

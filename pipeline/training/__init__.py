@@ -1,0 +1,1 @@
+"""What each training process runs: DeepSpeed ZeRO, batches, checkpoints."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.journal import Record, read_journal
-from pipeline.settings import TrainSettings
+from pipeline.config.settings import TrainSettings
+from pipeline.core.journal import Record, read_journal
 
 if TYPE_CHECKING:
     from pipeline.methods.method import Method

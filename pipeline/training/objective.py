@@ -13,9 +13,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pipeline.base.head import Head
-from pipeline.labelled_model import LabelledBatch, collate_labelled, head_outputs, padding_token, sample_losses
-from pipeline.language_model import IGNORED, Batch, collate, label_losses, pack, vocabulary_size
+from pipeline.models.heads import Head
+from pipeline.models.language_model import IGNORED, Batch, collate, label_losses, pack, vocabulary_size
+from pipeline.models.sequence_classification import (
+    LabelledBatch,
+    collate_labelled,
+    head_outputs,
+    padding_token,
+    sample_losses,
+)
 
 Sample = Mapping[str, Any]
 

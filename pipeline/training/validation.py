@@ -1,9 +1,12 @@
-"""Looks at the validation samples during training: the loss there, which look was the best, and when to stop."""
+"""ValidationHistory at the validation samples during training: the loss there, which look was the best, and when to stop.
+
+When a training has gone wrong for good: a pure decision on the numbers of one step.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +17,7 @@ from pipeline.training.objective import Objective
 
 
 @dataclass
-class Looks:
+class ValidationHistory:
     """The validation losses of a run so far, in the order of steps.
 
     Attributes:
@@ -36,7 +39,7 @@ class Looks:
         return min(self.losses, key=lambda step: (self.losses[step], step), default=None)
 
     @property
-    def is_exhausted(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the last `patience` looks were all no better than one before."""
         if self.patience is None or self.best_step is None:
             return False
@@ -63,3 +66,16 @@ def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int, 
     engine.train()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1])
+
+
+def what_went_wrong(record: Mapping[str, float], largest: float, guessing: float) -> str | None:
+    """In words, where the loss or the gradient is no number any more, or the loss explodes; None where all is well.
+
+    A loss explodes above `largest` (`Objective.largest_loss`); what guessing costs is only said.
+    """
+    for name, value in (("loss", record["loss"]), ("gradient's norm", record.get("gradient_norm", 0.0))):
+        if not math.isfinite(value):
+            return f"the {name} became {value}"
+    if record["task_loss"] > largest:
+        return f"the loss exploded to {record['task_loss']:.4g}, where guessing costs {guessing:.4g}"
+    return None

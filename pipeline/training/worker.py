@@ -25,15 +25,15 @@ from torch import nn
 from kasa.errors import KasaError
 from kasa.targets import is_within
 from pipeline.artifacts.store import ADAPTER
-from pipeline.base.head import Head
-from pipeline.base.loading import load_base
-from pipeline.deepspeed_config import with_passes
-from pipeline.errors import TrainingError
-from pipeline.journal import JournalWriter, append_journal, read_journal
+from pipeline.config.deepspeed import with_passes
+from pipeline.config.settings import TrainSettings
+from pipeline.core.errors import TrainingError
+from pipeline.core.journal import JournalWriter, append_journal, read_journal
+from pipeline.data.prepare import load_prepared
 from pipeline.methods.method import Adapted
-from pipeline.planning.model_shapes import head_modules
-from pipeline.prepare.stage import load_prepared
-from pipeline.settings import TrainSettings
+from pipeline.models.heads import Head
+from pipeline.models.loading import load_base
+from pipeline.models.shapes import head_modules
 from pipeline.training import zero
 from pipeline.training.batches import BatchPlan, learning_rate, optimizer_steps
 from pipeline.training.checkpoints import (
@@ -43,11 +43,10 @@ from pipeline.training.checkpoints import (
     newest_step,
     save_checkpoint,
 )
-from pipeline.training.divergence import what_went_wrong
+from pipeline.training.hang_detector import HangDetector
 from pipeline.training.job import ATTACHED, ERRORS, JOURNAL, NOTICES, ROLL_CALL, TrainJob, journalled_error
 from pipeline.training.objective import Objective, objective_of
-from pipeline.training.roll_call import RollCall
-from pipeline.training.validation import Looks, validation_loss
+from pipeline.training.validation import ValidationHistory, validation_loss, what_went_wrong
 
 _TIMED_OUT = re.compile("timed out|timeout", re.IGNORECASE)
 
@@ -65,12 +64,12 @@ def train_worker(job: TrainJob, node_leaves: Callable[[], bool] = lambda: False)
         return
     _quiet()
     torch.set_num_threads(max(1, int(job.settings.cpus_per_worker)))
-    roll_call = RollCall(job.work / ROLL_CALL)
+    roll_call = HangDetector(job.work / ROLL_CALL)
     try:
         _train(job, node_leaves)
     except (RuntimeError, ConnectionError, MemoryError) as error:
         if _TIMED_OUT.search(str(error)):
-            roll_call.name_the_silent(error)
+            roll_call.raise_for_missing_ranks(error)
         raise
     except Exception as error:
         if not dist.is_initialized():
@@ -116,7 +115,7 @@ def _train(job: TrainJob, node_leaves: Callable[[], bool]) -> None:
     looks = _earlier_looks(settings, journal)
     notified = False
 
-    while step < plan.steps and not looks.is_exhausted:
+    while step < plan.steps and not looks.should_stop:
         rate, head_rate = _learning_rates(settings, plan, step)
         zero.set_learning_rate(engine, rate, head_rate)
         record = _optimizer_step(adapted, engine, plan, samples, step, objective)
@@ -248,12 +247,12 @@ def _take_over(job: TrainJob, step: int) -> JournalWriter | None:
     return JournalWriter(job.work / JOURNAL, keep=lambda record: record.get("step", math.inf) <= step)
 
 
-def _earlier_looks(settings: TrainSettings, journal: JournalWriter | None) -> Looks:
+def _earlier_looks(settings: TrainSettings, journal: JournalWriter | None) -> ValidationHistory:
     """What an interrupted run has seen of the validation samples; the same on every rank."""
     records = journal.kept if journal else []
     seen = [{record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}]
     dist.broadcast_object_list(seen)
-    return Looks(settings.validate_every, settings.patience, seen[0])
+    return ValidationHistory(settings.validate_every, settings.patience, seen[0])
 
 
 def _save_checkpoint(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed import distributed_c10d
 
-from pipeline.deepspeed_config import zero_stage
+from pipeline.config.deepspeed import zero_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Marks the group of the head's parameters.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.config.recipe import Recipe, parse_recipe
 
 # The precision, too: its default is a matter of the hardware.
 VALUES: dict[str, Any] = {"name": "tiny", "data": {"train": ["rows.jsonl"]}, "train": {"precision": "bf16"}}

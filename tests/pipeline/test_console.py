@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.console import time_left
-from pipeline.stages.train import progress_note
+from pipeline.core.console import time_left
+from pipeline.run.stages.train import progress_note
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,11 @@ from kasa import CheckpointWeights, KasaConfig, attach_saved, find_targets, read
 from kasa.adapter_file import SavedAdapter
 from kasa.checkpoint import weight_digest
 from kasa.spectra import bottom_triplets
-from pipeline import logit_difference
-from pipeline.base import folder as base_folder
-from pipeline.cli import main
-from pipeline.prompting import Prompting
-from pipeline.registry import served_model
+from pipeline.cli.main import main
+from pipeline.models import base as base_folder
+from pipeline.models.prompting import Prompting
 from pipeline.registry.store import ModelPackage, Registry
+from pipeline.serving import logit_difference, served_model
 from pipeline.tracking.runs import Tracking
 
 TOKENS = torch.arange(12)[None]

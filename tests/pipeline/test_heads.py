@@ -16,23 +16,22 @@ from kasa.file_digest import file_digest
 from kasa.model_spectra import ModelWeights
 from kasa.spectra_file import save_spectra
 from kasa.targets import select_targets
-from pipeline.answer import answer
-from pipeline.base.head import Head
-from pipeline.base.loading import load_base
-from pipeline.errors import BaseModelError, RecipeError
-from pipeline.evaluation.labels import score_labels
-from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
-from pipeline.head_features import changed_share, features, probe
-from pipeline.journal import read_journal
+from pipeline.config.recipe import parse_recipe
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import BaseModelError, RecipeError
+from pipeline.core.journal import read_journal
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.sources import DataSources, SourceFile
+from pipeline.evaluation.worker import EvaluationShard, evaluate_shard, score_labels
 from pipeline.metrics.intervals import measure
-from pipeline.planning.model_shapes import base_outline, head_modules
-from pipeline.prediction import load_predictor
-from pipeline.prepare.sources import DataSources, SourceFile
-from pipeline.prepare.stage import prepare_dataset
-from pipeline.prompting import Prompting
-from pipeline.recipe import parse_recipe
-from pipeline.settings import DataSettings
-from pipeline.truncation import AuditJob, CalibrationShard, audit_truncation, calibrate_shard
+from pipeline.models.heads import Head
+from pipeline.models.loading import load_base
+from pipeline.models.prompting import Prompting
+from pipeline.models.sequence_classification import changed_share, features, probe
+from pipeline.models.shapes import base_outline, head_modules
+from pipeline.serving.answer import answer
+from pipeline.serving.prediction import load_predictor
+from pipeline.spectra.calibration_jobs import AuditJob, CalibrationShard, audit_truncation, calibrate_shard
 
 CLASSES = Head("classification", ("bad", "good", "mixed"))
 TEXTS = ["a film of rare warmth.", "dull", "neither good nor bad, and far too long"]

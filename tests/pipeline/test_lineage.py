@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.artifacts import keys
 from pipeline.artifacts.store import ArtifactStore, StageKey
-from pipeline.lineage import ingredients_by_name, stored_artifacts, why_made
+from pipeline.run import graph as keys
+from pipeline.run.lineage import ingredients_by_name, stored_artifacts, why_made
 
 BASE, DATA = "b" * 64, "d" * 64
 

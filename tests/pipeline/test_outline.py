@@ -8,7 +8,7 @@ import pytest
 
 from kasa.errors import TargetError
 from kasa.targets import Outline, Target, select_targets
-from pipeline.base.outline import remembered_outline
+from pipeline.models.base import remembered_outline
 
 OUTLINE = Outline((Target("h.0.attn.q", 4, 6), Target("h.0.mlp.up", 8, 4, transposed=True)), {"h.0.norm": "RMSNorm"})
 

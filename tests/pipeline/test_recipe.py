@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import RecipeError
-from pipeline.recipe import load_recipe, parse_recipe, recipe_values
+from pipeline.config.recipe import load_recipe, parse_recipe, recipe_values
+from pipeline.core.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
 TEXT = "name: tiny\ndata:\n  train: rows.jsonl\n"

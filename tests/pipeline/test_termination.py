@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import time
-from pipeline.cli import end_on_sigterm
+from pipeline.cli.main import end_on_sigterm
 end_on_sigterm()
 try:
     print("at work", flush=True)

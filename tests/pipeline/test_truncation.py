@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.stages.audit import truncation_warning
-from pipeline.truncation import PASS_TOKENS, equal_length_batches, first_rows, language_loss
+from pipeline.run.stages.audit import truncation_warning
+from pipeline.spectra.calibration_jobs import PASS_TOKENS, equal_length_batches, first_rows, language_loss
 
 TEXTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11], [12, 13]]
 

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.prepare.sources import DataSources, SourceFile
-from pipeline.settings import DataSettings
+from pipeline.config.settings import DataSettings
+from pipeline.data.sources import DataSources, SourceFile
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"

@@ -116,10 +116,10 @@ def main(folder: Path) -> dict[str, Any]:
     }
     from datasets import load_dataset
 
-    from pipeline.errors import DataError
-    from pipeline.prepare.hub import look_for_newest
-    from pipeline.prepare.sources import resolve_sources
-    from pipeline.settings import DataSettings
+    from pipeline.config.settings import DataSettings
+    from pipeline.core.errors import DataError
+    from pipeline.data.remote import look_for_newest
+    from pipeline.data.sources import resolve_sources
 
     def prompts(entry: str = f"hub:{NAME}") -> list[str]:
         sources = resolve_sources(DataSettings(train=[entry]), folder / "workspace")

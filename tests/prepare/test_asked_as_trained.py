@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.evaluation.worker import rewritten
-from pipeline.prompting import Message, Prompting
+from pipeline.models.prompting import Message, Prompting
 
 NEW, PLAIN, CHAT = Prompting("Question: {prompt}\n"), Prompting(), Prompting("film: {prompt}", chat_template=True)
 

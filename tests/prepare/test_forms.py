@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import DataError
-from pipeline.prepare.forms import Rejection, Sample, decide_form, read_samples
-from pipeline.prepare.readers import RawRow
-from pipeline.settings import DataSettings
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import DataError
+from pipeline.data.forms import Rejection, Sample, decide_form, read_samples
+from pipeline.data.readers import RawRow
 
 Make = Callable[..., DataSettings]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import DataError
-from pipeline.prepare.hub import HubSplit, parse_entry
+from pipeline.core.errors import DataError
+from pipeline.data.remote import HubSplit, parse_entry
 
 SCRIPT = Path(__file__).with_name("hub_script.py")
 ROOT = Path(__file__).parents[2]

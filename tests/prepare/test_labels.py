@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.base.head import Head
-from pipeline.errors import DataError
-from pipeline.prepare.stage import LABELLED_COLUMNS, load_prepared, prepare_dataset
-from pipeline.settings import DataSettings
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import DataError
+from pipeline.data.prepare import LABELLED_COLUMNS, load_prepared, prepare_dataset
+from pipeline.models.heads import Head
 
 from .conftest import sources_of
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import DataError, ModelError
-from pipeline.prompting import IGNORED, Message, Prompting, TemplateError
-from pipeline.settings import DataSettings
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import DataError, ModelError
+from pipeline.models.prompting import IGNORED, Message, Prompting, TemplateError
 
 from .conftest import CHAT_TEMPLATE, build_tokenizer
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from pipeline.errors import DataError
-from pipeline.prepare.readers import read_rows
+from pipeline.core.errors import DataError
+from pipeline.data.readers import read_rows
 
 
 def write(tmp_path: Path, name: str, content: str | bytes) -> Path:

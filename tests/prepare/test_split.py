@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.errors import DataError
-from pipeline.prepare.forms import Sample
-from pipeline.prepare.split import group_key, split_samples
-from pipeline.prompting import Message
-from pipeline.settings import DataSettings
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import DataError
+from pipeline.data.forms import Sample
+from pipeline.data.split import group_key, split_samples
+from pipeline.models.prompting import Message
 
 Make = Callable[..., DataSettings]
 

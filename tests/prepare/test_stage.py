@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import BaseModelError, DataError, WorkspaceError
-from pipeline.prepare.sources import DataSources, resolve_sources
-from pipeline.prepare.stage import COLUMNS, load_prepared, prepare_dataset
-from pipeline.settings import DataSettings
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import BaseModelError, DataError, WorkspaceError
+from pipeline.data.prepare import COLUMNS, load_prepared, prepare_dataset
+from pipeline.data.sources import DataSources, resolve_sources
 
 from .conftest import sources_of
 

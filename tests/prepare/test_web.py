@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError
-from pipeline.prepare.sources import resolve_source
-from pipeline.prepare.web import web_file
+from pipeline.core.errors import DataError
+from pipeline.data.remote import web_file
+from pipeline.data.sources import resolve_source
 
 ROWS = b'{"text": "one"}\n{"text": "two"}\n'
 

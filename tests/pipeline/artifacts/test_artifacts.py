@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts.store import ArtifactStore, StageKey, code_digests, content_digest
-from pipeline.errors import WorkspaceError
+from pipeline.artifacts.store import ArtifactStore, StageKey
+from pipeline.core.code import code_digests
+from pipeline.core.errors import WorkspaceError
+from pipeline.core.files import content_digest
 
 KEY = StageKey("prepare", {"rows": 3, "nested": {"b": 1, "a": [1, 2]}})
 

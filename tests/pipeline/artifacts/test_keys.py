@@ -3,15 +3,15 @@
 import pytest
 
 from kasa.targets import Target
-from pipeline.artifacts import keys
-from pipeline.recipe import Recipe
+from pipeline.config.recipe import Recipe
+from pipeline.run import graph as keys
 
 TARGETS = [Target("q", 8, 8), Target("v", 4, 8)]
 ALL = set(keys.STAGES)
 
 
 def chain(recipe: Recipe, sources: str = "s", base: str = "b", targets=TARGETS, registry: str = "r") -> dict[str, str]:
-    """The key of each stage, one made from another as in `pipeline.stages`."""
+    """The key of each stage, one made from another as in `pipeline.run.stages`."""
     prepare = keys.prepare_key(recipe, sources, base).key
     spectra = keys.spectra_key(recipe, base, targets, prepare).key
     audit = keys.audit_key(recipe, prepare, spectra).key

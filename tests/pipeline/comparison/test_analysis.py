@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.comparison.analysis import Ran, findings, verdict
-from pipeline.comparison.paper import findings_json, markdown, write_comparison
-from pipeline.comparison.present import show_compared
-from pipeline.comparison.run import Compared, Plan
-from pipeline.comparison.tuning import ChosenRate
+from pipeline.apps.compare.analysis import MethodResult, findings, verdict
+from pipeline.apps.compare.methods import ChosenRate
+from pipeline.apps.compare.paper import findings_json, markdown, write_comparison
+from pipeline.apps.compare.run import Compared, Plan
+from pipeline.cli.compare import show_compared
 from pipeline.metrics.intervals import Interval
 
 COSTS = {
@@ -41,9 +41,9 @@ def runs(share: float, seeds: int, seed: int, samples: int = 200) -> list[list[d
 def found(**changes: Any) -> Any:
     seeds = changes.get("seeds", 3)
     ran = [
-        Ran("base", runs(0.1, 1, 1)),
-        Ran("lora", runs(0.5, seeds, 2), COSTS, 8, 1e-3, changes.get("chosen")),
-        Ran("kasa", runs(changes.get("kasa", 0.5), seeds, 3), COSTS, 8, 1e-3),
+        MethodResult("base", runs(0.1, 1, 1)),
+        MethodResult("lora", runs(0.5, seeds, 2), COSTS, 8, 1e-3, changes.get("chosen")),
+        MethodResult("kasa", runs(changes.get("kasa", 0.5), seeds, 3), COSTS, 8, 1e-3),
         *changes.get("more", []),
     ]
     return findings(ran, "exact_match", ["exact_match", "loss"], "lora", seeds)
@@ -98,7 +98,7 @@ def test_a_rate_at_the_edge_is_named() -> None:
 
 
 def test_a_method_that_diverged_is_in_the_table_without_a_result() -> None:
-    comparison = found(more=[Ran("full", [], failure="loss is NaN in step 3")])
+    comparison = found(more=[MethodResult("full", [], failure="loss is NaN in step 3")])
     assert any("full has no result: loss is NaN in step 3" in limit for limit in comparison.limits)
     assert "no result" in markdown("x-1", _recipe(), comparison)
     assert findings_json(comparison)["methods"]["full"]["difference"] is None
@@ -119,7 +119,7 @@ def test_the_folder(tmp_path: Path) -> None:
 
 
 def _recipe() -> Any:
-    from pipeline.recipe import parse_recipe
+    from pipeline.config.recipe import parse_recipe
 
     return parse_recipe({"name": "x", "data": {"train": "rows.jsonl"}}, "recipe")
 
@@ -128,7 +128,7 @@ def test_a_narrow_terminal_loses_no_figure(
     recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    comparison = found(kasa=0.9, more=[Ran("kasa-without-d", runs(0.5, 3, 4), COSTS, 8, 1e-3)])
+    comparison = found(kasa=0.9, more=[MethodResult("kasa-without-d", runs(0.5, 3, 4), COSTS, 8, 1e-3)])
     plan = Plan(recipe(), (), (0, 1, 2), (), "lora")
     show_compared(Compared(plan, comparison, Path("folder"), 10, 0, "run"))
     shown = capsys.readouterr().out

@@ -10,15 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kasa import find_targets
-from pipeline.artifacts import keys
-from pipeline.comparison.entrants import ENTRANTS, entrant_names, entrants
-from pipeline.comparison.run import plan_comparison
-from pipeline.comparison.trials import trial, trial_keys
-from pipeline.comparison.tuning import DEFAULT_RATES, choose_rate, tuned_rates
-from pipeline.errors import RecipeError
+from pipeline.apps.compare.methods import DEFAULT_RATES, ENTRANTS, choose_rate, entrant_names, entrants, tuned_rates
+from pipeline.apps.compare.run import plan_comparison
+from pipeline.apps.compare.trials import trial, trial_keys
+from pipeline.config.recipe import Recipe
+from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import method_of
 from pipeline.methods.shapes import FIXED
-from pipeline.recipe import Recipe
+from pipeline.run import graph as keys
 
 Build = Callable[..., Recipe]
 CONFIG = LlamaConfig(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.tiny_inputs import write_tiny_inputs
-from pipeline.prepare.sources import DataSources, SourceFile
-from pipeline.prepare.stage import prepare_dataset
-from pipeline.settings import DataSettings
+from pipeline.config.settings import DataSettings
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.sources import DataSources, SourceFile
 
 
 @pytest.fixture(scope="session")

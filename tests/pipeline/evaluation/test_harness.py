@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from harness_tasks import write_harness_tasks
 
-from pipeline.errors import RecipeError
-from pipeline.evaluation.harness_results import HarnessResult, check_harness, harness_rows, read_harness
-from pipeline.settings import EvaluateSettings, HarnessSettings
+from pipeline.config.settings import EvaluateSettings, HarnessSettings
+from pipeline.core.errors import RecipeError
+from pipeline.evaluation.results import HarnessResult, check_harness, harness_rows, read_harness
 
 
 @pytest.fixture

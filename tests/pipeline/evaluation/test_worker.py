@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluation.samples import read_samples, write_samples
+from pipeline.config.settings import EvaluateSettings
+from pipeline.core.journal import Record, append_journal, read_journal
+from pipeline.evaluation.results import read_samples, write_samples
 from pipeline.evaluation.worker import EvaluationShard, batches_of, evaluate_shard
-from pipeline.journal import Record, append_journal, read_journal
 from pipeline.metrics.intervals import measure
-from pipeline.settings import EvaluateSettings
 
 QUESTIONS = [
     {"question": f"count {n} from {n * n}", "choices": [f"{n} done", "from", f"count {n}"], "answer": n % 3} for n in range(10)

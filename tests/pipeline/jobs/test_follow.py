@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pipeline.errors import ConnectionLostError
-from pipeline.jobs.client import JobState
-from pipeline.jobs.follow import exit_code_of, follow
+from pipeline.apps.jobs.client import JobState
+from pipeline.apps.jobs.follow import exit_code_of, follow
+from pipeline.core.errors import ConnectionLostError
 
 LOG = [f"line {n}\n" for n in range(8)]
 RUNNING, DONE = JobState("RUNNING", None, ""), JobState("SUCCEEDED", 0, "")

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from benchmarks.tiny_inputs import write_tiny_inputs
 from kasa.errors import KasaError
-from pipeline.cli import app
-from pipeline.errors import JobError
-from pipeline.jobs.inputs import check_inputs
-from pipeline.jobs.submit import passed_environment
-from pipeline.recipe import load_recipe
+from pipeline.apps.jobs.inputs import check_inputs
+from pipeline.apps.jobs.submit import passed_environment
+from pipeline.cli.main import app
+from pipeline.config.recipe import load_recipe
+from pipeline.core.errors import JobError
 
 
 @pytest.fixture(scope="module")

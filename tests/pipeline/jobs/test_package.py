@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import JobError
-from pipeline.jobs import package
-from pipeline.jobs.package import CODE, Package, make_package, write_package
+from pipeline.apps.jobs import package
+from pipeline.apps.jobs.package import CODE, Package, make_package, write_package
+from pipeline.core.errors import JobError
 
 
 def write(folder: Path, *names: str, text: str = "x") -> None:
@@ -60,12 +60,15 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 def test_the_code_comes_along_and_is_not_shadowed(tmp_path: Path) -> None:
     found = make_package(tmp_path, [], tmp_path / "workspace")
-    assert {"ray_jobs/run_pipeline.py", "pipeline/cli.py", "kasa/layer.py", "deepspeed_configs/cpu_zero2.json"} <= set(
-        found.files
-    )
+    assert {
+        "ray_jobs/run_pipeline.py",
+        "pipeline/cli/main.py",
+        "kasa/layer.py",
+        "deepspeed_configs/cpu_zero2.json",
+    } <= set(found.files)
     write(tmp_path, "pipeline/notes.txt")
     assert "pipeline/notes.txt" in make_package(tmp_path, [], tmp_path / "workspace").files
-    write(tmp_path, "pipeline/cli.py")
+    write(tmp_path, "pipeline/cli/main.py")
     with pytest.raises(JobError, match=r"stands where a job needs the pipeline's own pipeline/cli\.py"):
         make_package(tmp_path, [], tmp_path / "workspace")
 

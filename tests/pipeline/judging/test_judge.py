@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from judge_server import Answering, judge_server, likes_the_first
 
-from pipeline.errors import DataError, JudgeError
-from pipeline.judging import judge as judging
-from pipeline.judging.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
-from pipeline.judging.prompt_set import Question, read_prompt_set
+from pipeline.apps.judge import judge as judging
+from pipeline.apps.judge.answers import Question, read_prompt_set
+from pipeline.apps.judge.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
+from pipeline.core.errors import DataError, JudgeError
 
 QUESTION = Question("7", "writing", ("Name a colour.", "Another."), ("Blue.", "Green."))
 FIRST, SECOND = ["Red.", "Dark yellow, for one."], ["Red.", "No."]

@@ -20,12 +20,12 @@ import torch.distributed as dist  # noqa: E402
 from benchmarks.ranks import process_group, training_job, write_inputs  # noqa: E402
 from benchmarks.small_training import small_base, small_recipe, small_samples  # noqa: E402
 from pipeline.artifacts.store import ADAPTER  # noqa: E402
-from pipeline.base.loading import load_base  # noqa: E402
-from pipeline.journal import read_journal  # noqa: E402
-from pipeline.language_model import collate, label_losses  # noqa: E402
-from pipeline.methods.corda import leading_triplets  # noqa: E402
+from pipeline.config.recipe import Recipe  # noqa: E402
+from pipeline.core.journal import read_journal  # noqa: E402
 from pipeline.methods.loading import attach_folder  # noqa: E402
-from pipeline.recipe import Recipe  # noqa: E402
+from pipeline.methods.residual import leading_triplets  # noqa: E402
+from pipeline.models.language_model import collate, label_losses  # noqa: E402
+from pipeline.models.loading import load_base  # noqa: E402
 from pipeline.training.job import ATTACHED, JOURNAL  # noqa: E402
 from pipeline.training.worker import train_worker  # noqa: E402
 

@@ -13,15 +13,14 @@ from torch import nn
 from benchmarks.encoders import write_encoder
 from kasa import ModelWeights, find_targets, observe_layers
 from kasa.spectra_file import save_spectra
-from pipeline.base.head import Head
-from pipeline.base.loading import load_base
-from pipeline.methods.corda import leading_triplets
 from pipeline.methods.full import FullMethod
-from pipeline.methods.method import Method
-from pipeline.methods.peft_methods import PeftMethod
-from pipeline.methods.shapes import norm_names
-from pipeline.planning.model_shapes import head_modules
-from pipeline.prediction import load_predictor
+from pipeline.methods.method import Method, norm_names
+from pipeline.methods.peft import PeftMethod
+from pipeline.methods.residual import leading_triplets
+from pipeline.models.heads import Head
+from pipeline.models.loading import load_base
+from pipeline.models.shapes import head_modules
+from pipeline.serving.prediction import load_predictor
 
 HEAD = Head("classification", ("bad", "good"))
 RANK = 4

@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.ranks import start_ranks
 from kasa import find_targets
 from kasa.weighting import Weighting
-from pipeline.errors import RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import check_method, check_registrable
-from pipeline.methods.corda import leading_triplets
 from pipeline.methods.loading import attach_folder
-from pipeline.methods.residual_base import initial_factors
+from pipeline.methods.residual import initial_factors, leading_triplets
 
 # Each group is trained once, not once in every test process.
 pytestmark = pytest.mark.xdist_group("methods")
@@ -160,7 +159,7 @@ def test_cordas_part_of_a_weight_of_a_smaller_rank_is_all_of_it() -> None:
 
 
 def test_a_random_start_is_the_seeds() -> None:
-    from pipeline.methods.peft_methods import PeftMethod
+    from pipeline.methods.peft import PeftMethod
 
     def start(seed: int) -> dict[str, torch.Tensor]:
         config = LlamaConfig(

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.label_metrics import CORRELATIONS, NAMES, class_results, compared
 from pipeline.metrics.intervals import measure, paired_differences
-from pipeline.metrics.labels import metrics_for_classes
+from pipeline.metrics.scores import metrics_for_classes
 
 
 def test_all_values_are_those_of_scikit_learn_and_scipy() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.metrics.seeds import difference_over_seeds, holm, mean_over_seeds
+from pipeline.metrics.intervals import difference_over_seeds, holm, mean_over_seeds
 
 
 def run(scores: Any) -> list[dict[str, Any]]:

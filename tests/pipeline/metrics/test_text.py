@@ -10,7 +10,7 @@ import pytest
 from nltk.translate.nist_score import corpus_nist
 from sacrebleu.metrics import BLEU
 
-from pipeline.errors import RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.metrics import catalogue
 from pipeline.metrics.catalogue import METRICS, check_measurable
 from pipeline.metrics.intervals import measure

@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, MistralConfig, ViTConfig
 
-from pipeline.errors import BaseModelError
-from pipeline.planning import model_shapes
-from pipeline.planning.known_shapes import KNOWN_SHAPES
-from pipeline.planning.model_shapes import meta_model, model_config
+from pipeline.core.errors import BaseModelError
+from pipeline.models import shapes as model_shapes
+from pipeline.models.shapes import KNOWN_SHAPES, meta_model, model_config
 
 PUBLISHED_PARAMETERS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,

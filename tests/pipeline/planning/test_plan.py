@@ -22,10 +22,8 @@ from kasa.adapter_file import SavedAdapter
 from kasa.layer import KasaUpdate
 from kasa.spectra import Triplets
 from kasa.targets import Target
-from pipeline.errors import BaseModelError, RecipeError
-from pipeline.planning import model_shapes
-from pipeline.planning.compute import spectra_cost, training_flops
-from pipeline.planning.memory import (
+from pipeline.apps.planning.compute import spectra_cost, training_flops
+from pipeline.apps.planning.memory import (
     GIB,
     PROCESS_GIB,
     AdaptedModule,
@@ -41,10 +39,12 @@ from pipeline.planning.memory import (
     optimizer_bytes,
     trainable_parameters,
 )
-from pipeline.planning.model_shapes import meta_model, model_config
-from pipeline.planning.plan import DataFacts, Estimate, Hardware, estimate, hardware_of, plan_training
-from pipeline.recipe import Recipe, parse_recipe
-from pipeline.settings import TrainSettings
+from pipeline.apps.planning.plan import DataFacts, Estimate, Hardware, estimate, hardware_of, plan_training
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.config.settings import TrainSettings
+from pipeline.core.errors import BaseModelError, RecipeError
+from pipeline.models import shapes as model_shapes
+from pipeline.models.shapes import meta_model, model_config
 from pipeline.training.batches import optimizer_steps
 from pipeline.training.checkpoints import Checkpoint, save_checkpoint
 
@@ -488,7 +488,7 @@ def test_options_that_contradict_are_refused(changes: dict[str, Any], message: s
 @pytest.fixture
 def kasa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """`kasa("plan", ...)` in an empty folder with a recipe: exit code, last line on stdout, stderr."""
-    from pipeline import cli
+    from pipeline.cli import main as cli
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.metrics.intervals import Interval
-from pipeline.registry.promotion import Gate, decide
+from pipeline.run.promotion import Gate, decide
 
 BETTER, WORSE, UNCLEAR = Interval(2.0, 1.0, 3.0), Interval(-2.0, -3.0, -1.0), Interval(0.5, -1.0, 2.0)
 

@@ -14,11 +14,11 @@ from unittest.mock import patch
 import mlflow
 import pytest
 
-from pipeline.cli import main
-from pipeline.errors import ModelError
-from pipeline.registry.moves import event, history, move, settle
+from pipeline.cli.main import main
+from pipeline.core.errors import ModelError
+from pipeline.registry.alias_changes import change_aliases, event, finish_interrupted_change, history
 from pipeline.registry.store import ModelVersion, Registry
-from pipeline.stages.register import _check_champion, _set_aliases
+from pipeline.run.stages.register import _check_champion, _set_aliases
 
 NAME = "reviews"
 GATE = {
@@ -143,16 +143,16 @@ def test_a_death_between_two_writes_leaves_a_champion_and_is_made_good(registry:
         for name in names:
             patched.setattr(registry.client, name, dying(getattr(registry.client, name)))
         with pytest.raises(KeyboardInterrupt):
-            move(registry, NAME, {"previous": "2", "champion": "3", "challenger": None}, happened)
+            change_aliases(registry, NAME, {"previous": "2", "champion": "3", "challenger": None}, happened)
     assert registry.aliases(NAME)["champion"] == ("2" if writes < 2 else "3")
-    settle(registry, NAME)
+    finish_interrupted_change(registry, NAME)
     assert registry.aliases(NAME) == {"champion": "3", "previous": "2"}
     assert whats(registry, "3") == ["kept out", "promoted by hand"]
     version = registry.version(NAME, "3")
     assert version is not None
     assert version.description.count("a reason") == 1
     registry.client.set_registered_model_alias(NAME, "champion", "1")
-    settle(registry, NAME)  # crossed out: nothing is done twice
+    finish_interrupted_change(registry, NAME)  # crossed out: nothing is done twice
     assert registry.aliases(NAME)["champion"] == "1"
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import LeaseLostError
-from pipeline.retraining.lease import CLOCKS_APART_S, Holder, Lease, acquire, decide, pulse_of, this_machine
-from pipeline.retraining.lease_store import FileLeaseStore
+from pipeline.core.errors import LeaseLostError
+from pipeline.storage.lease import CLOCKS_APART_S, Holder, Lease, acquire, decide, pulse_of, this_machine
+from pipeline.storage.lease_stores import FileLeaseStore
 
 NOW = 1000.0
 PATIENCE_S = 60.0
@@ -145,8 +145,8 @@ def test_a_holder_that_was_stopped_past_its_expiry_is_told_when_it_goes_on(tmp_p
 RACE = """
 import sys
 from pathlib import Path
-from pipeline.retraining.lease import acquire
-from pipeline.retraining.lease_store import FileLeaseStore
+from pipeline.storage.lease import acquire
+from pipeline.storage.lease_stores import FileLeaseStore
 store, go = FileLeaseStore(Path(sys.argv[1]), "one"), Path(sys.argv[2])
 print("ready", flush=True)
 while not go.exists():
@@ -161,9 +161,9 @@ if hasattr(got, "release"):
 HOLD = """
 import sys
 from pathlib import Path
-from pipeline.errors import LeaseLostError
-from pipeline.retraining.lease import acquire
-from pipeline.retraining.lease_store import FileLeaseStore
+from pipeline.core.errors import LeaseLostError
+from pipeline.storage.lease import acquire
+from pipeline.storage.lease_stores import FileLeaseStore
 lease = acquire(FileLeaseStore(Path(sys.argv[1]), "one"), duration_s=float(sys.argv[2]))
 print("held", flush=True)
 sys.stdin.readline()

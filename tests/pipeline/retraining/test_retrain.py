@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import keys
-from pipeline.artifacts.digest_cache import SETTLED_S, read_digests
-from pipeline.errors import WorkspaceError
-from pipeline.recipe import Recipe, parse_recipe
-from pipeline.retraining.retrain import Inputs, look, read_finished, what_is_new
+from pipeline.apps.retrain import Inputs, look, read_finished, what_is_new
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.core.errors import WorkspaceError
+from pipeline.core.files import SETTLED_S, read_digests
+from pipeline.run import graph as keys
 
 BEFORE = Inputs("d", "b", "r", "c")
 
@@ -75,7 +75,7 @@ def test_a_change_of_code_or_versions_is_new(nightly: Recipe, monkeypatch: pytes
 def _aged(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let time pass: ctime cannot be set back."""
     now = time.time()
-    monkeypatch.setattr("pipeline.artifacts.digest_cache.time.time", lambda: now + 2 * SETTLED_S)
+    monkeypatch.setattr("pipeline.core.files.time.time", lambda: now + 2 * SETTLED_S)
 
 
 def test_a_file_that_has_settled_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

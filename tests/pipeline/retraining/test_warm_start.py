@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from kasa.targets import Target
-from pipeline.artifacts import keys
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.registry.store import ModelVersion
-from pipeline.retraining.warm_start import Start, adapter_tags, choose_beginning, chosen_spectra_key, start_tags
+from pipeline.run import graph as keys
+from pipeline.run.warm_start import WarmStart, adapter_tags, chosen_spectra_key, decide_warm_start, start_tags
 
 TARGETS = [Target("q", 8, 8), Target("v", 4, 8)]
 WARM = {"train.start": "champion"}
 
 
-def champion_of(recipe, prepared: str, start: Start | None = None, **tags: str) -> ModelVersion:
+def champion_of(recipe, prepared: str, start: WarmStart | None = None, **tags: str) -> ModelVersion:
     """The version that a run of the recipe on the prepared data registers."""
     spectra = keys.spectra_key(recipe, "base", TARGETS, prepared).key
     trained = keys.train_key(recipe, prepared, spectra, start.train_key if start else None).key
@@ -27,17 +27,17 @@ def champion_of(recipe, prepared: str, start: Start | None = None, **tags: str) 
 
 def test_new_data_goes_on_from_the_champion(recipe) -> None:
     champion = champion_of(recipe(WARM), "monday")
-    beginning = choose_beginning(recipe(WARM), champion, "base", TARGETS, "tuesday")
-    assert beginning.start == Start(
+    beginning = decide_warm_start(recipe(WARM), champion, "base", TARGETS, "tuesday")
+    assert beginning.start == WarmStart(
         "models:/tiny/3", champion.tags["kasa.train_key"], champion.tags["kasa.spectra_key"]
     )
 
 
-@pytest.mark.parametrize("earlier", [None, Start("models:/tiny/2", "k2", "s2")], ids=["scratch", "champion"])
+@pytest.mark.parametrize("earlier", [None, WarmStart("models:/tiny/2", "k2", "s2")], ids=["scratch", "champion"])
 def test_what_made_the_champion_begins_where_it_began(recipe, earlier) -> None:
     champion = champion_of(recipe(WARM), "monday", earlier)
-    assert choose_beginning(recipe(WARM), champion, "base", TARGETS, "monday").start == earlier
-    assert choose_beginning(recipe(WARM), champion, "base", TARGETS, "tuesday").start not in (None, earlier)
+    assert decide_warm_start(recipe(WARM), champion, "base", TARGETS, "monday").start == earlier
+    assert decide_warm_start(recipe(WARM), champion, "base", TARGETS, "tuesday").start not in (None, earlier)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_an_adapter_of_another_make_is_not_gone_on_from_and_the_reason_is_said(
     recipe, changes, base, targets, said
 ) -> None:
     champion = champion_of(recipe(WARM), "monday")
-    beginning = choose_beginning(recipe(WARM | changes), champion, base, targets, "tuesday")
+    beginning = decide_warm_start(recipe(WARM | changes), champion, base, targets, "tuesday")
     assert beginning.start is None
     assert said in beginning.reason
     assert "version 3" in beginning.reason
@@ -65,14 +65,14 @@ def test_an_adapter_of_another_make_is_not_gone_on_from_and_the_reason_is_said(
 @pytest.mark.parametrize("changes", [{"train.learning_rate": 1e-3}, {"adapter.dropout": 0.5}, {"train.seed": 1}])
 def test_what_is_no_part_of_the_adapter_may_differ(recipe, changes) -> None:
     champion = champion_of(recipe(WARM), "monday")
-    assert choose_beginning(recipe(WARM | changes), champion, "base", TARGETS, "monday").start is not None
+    assert decide_warm_start(recipe(WARM | changes), champion, "base", TARGETS, "monday").start is not None
 
 
 def test_without_a_champion_or_the_wish_it_is_from_scratch(recipe) -> None:
-    assert "no champion" in choose_beginning(recipe(WARM), None, "base", TARGETS, "monday").reason
-    assert choose_beginning(recipe(), champion_of(recipe(), "monday"), "base", TARGETS, "tuesday").start is None
+    assert "no champion" in decide_warm_start(recipe(WARM), None, "base", TARGETS, "monday").reason
+    assert decide_warm_start(recipe(), champion_of(recipe(), "monday"), "base", TARGETS, "tuesday").start is None
     untagged = ModelVersion("tiny", "3", {"kasa.train_key": "k", "kasa.base_digest": "base"})
-    assert "does not say" in choose_beginning(recipe(WARM), untagged, "base", TARGETS, "tuesday").reason
+    assert "does not say" in decide_warm_start(recipe(WARM), untagged, "base", TARGETS, "tuesday").reason
 
 
 def test_spectra_are_those_of_the_adapter_while_they_are_there_and_do_not_change_the_training(
@@ -80,7 +80,7 @@ def test_spectra_are_those_of_the_adapter_while_they_are_there_and_do_not_change
 ) -> None:
     store, warm = ArtifactStore(tmp_path), recipe(WARM)
     first = keys.spectra_key(warm, "base", TARGETS, "monday")
-    start = Start("models:/tiny/3", "k", first.key)
+    start = WarmStart("models:/tiny/3", "k", first.key)
 
     def chosen() -> keys.StageKey:
         return chosen_spectra_key(warm, store, "base", TARGETS, "tuesday", start)

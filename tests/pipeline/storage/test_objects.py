@@ -10,9 +10,9 @@ import pytest
 from s3_server import S3Server, serving
 
 from benchmarks.tracking_server import free_port
-from pipeline.errors import StorageError, WorkspaceError
-from pipeline.retraining.lease import Holder, Lease, acquire
-from pipeline.storage.leases import ObjectLeaseStore
+from pipeline.core.errors import StorageError, WorkspaceError
+from pipeline.storage.lease import Holder, Lease, acquire
+from pipeline.storage.lease_stores import ObjectLeaseStore
 from pipeline.storage.objects import ObjectStore
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from s3_server import S3Server
 
-from pipeline.errors import LeaseLostError, WorkspaceError
-from pipeline.storage.nodes import replace_paths
-from pipeline.storage.places import is_remote, local_folder
-from pipeline.storage.workspace import Workspace, open_workspace
+from pipeline.core.errors import LeaseLostError, WorkspaceError
+from pipeline.core.places import is_remote, local_folder
+from pipeline.storage.workspace import Workspace, open_workspace, replace_paths
 
 Nodes = Callable[[str], Workspace]
 
@@ -168,8 +167,8 @@ def test_a_worker_elsewhere_finds_what_its_job_names(
     prepared = make(home)
     out = prepared.with_name("other.partial")
     out.mkdir()
-    home.share(tmp_path / "base", "1" * 64)
-    home.share(tmp_path / "rows.txt", "2" * 64)
+    home.upload_input(tmp_path / "base", "1" * 64)
+    home.upload_input(tmp_path / "rows.txt", "2" * 64)
     job = Job(prepared, tmp_path / "base", (tmp_path / "rows.txt",), out)
     assert home.on_node(read_and_write)(job, "here") == "content|base|rows"
     assert (out / "result.jsonl").read_text() == "here"

@@ -12,8 +12,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import TrackingAwayError, WorkspaceError
-from pipeline.tracking.patience import PATIENCE_VARIABLE, absence, keep_trying, patience_s, patient
+from pipeline.core.errors import TrackingAwayError, WorkspaceError
+from pipeline.tracking.server import PATIENCE_VARIABLE, absence, keep_trying, patience_s, patient
 
 
 class Answer(http.server.BaseHTTPRequestHandler):

@@ -12,8 +12,8 @@ import pytest
 from postgres import Postgres, postgres
 
 from benchmarks.tracking_server import curve_faults, tracking_server
-from pipeline.errors import TrackingAwayError, WorkspaceError
-from pipeline.journal import Record
+from pipeline.core.errors import TrackingAwayError, WorkspaceError
+from pipeline.core.journal import Record
 from pipeline.registry.store import Registry
 from pipeline.tracking.delivery import Delivery, delivering
 from pipeline.tracking.runs import Tracking, _batches

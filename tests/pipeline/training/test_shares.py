@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.small_training import outcome, prepare_run, small_base, small_recipe, train_run
-from pipeline.recipe import parse_recipe
+from pipeline.config.recipe import parse_recipe
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.small_training import STEPS, outcome, prepare_run, small_base, small_recipe, train_run
 from kasa import read_adapter, save_adapter
-from pipeline.recipe import parse_recipe
+from pipeline.config.recipe import parse_recipe
 
 # The champion is trained once, not once in every test process.
 pytestmark = pytest.mark.xdist_group("warm-start")

@@ -15,11 +15,11 @@ from benchmarks.ranks import write_inputs
 from benchmarks.small_training import outcome, train_run
 from kasa import attach_saved, compute_spectra, read_adapter
 from kasa.model_spectra import ModelWeights
-from pipeline.base.head import Head
-from pipeline.base.loading import load_base
-from pipeline.base.model import BaseModel
-from pipeline.labelled_model import collate_labelled, head_outputs, padding_token
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.models.base import BaseModel
+from pipeline.models.heads import Head
+from pipeline.models.loading import load_base
+from pipeline.models.sequence_classification import collate_labelled, head_outputs, padding_token
 from pipeline.training.objective import LabelObjective
 
 STEPS, SAMPLES, PERSISTENT_ELEMENTS = 12, 48, 100

@@ -1,4 +1,4 @@
-"""Looks at the validation samples: what is kept, when training ends, and that a kill changes neither."""
+"""ValidationHistory at the validation samples: what is kept, when training ends, and that a kill changes neither."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 from benchmarks.small_training import STEPS, outcome, prepare_run, small_base, small_recipe, train_run
 from kasa import attach_saved, read_adapter
-from pipeline.base.loading import load_base
-from pipeline.language_model import collate, label_losses
-from pipeline.recipe import Recipe, parse_recipe
-from pipeline.training.validation import Looks
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.models.language_model import collate, label_losses
+from pipeline.models.loading import load_base
+from pipeline.training.validation import ValidationHistory
 
 EVERY, PATIENCE = 3, 2
 
 
-def looks(losses: dict[int, float], patience: int | None = 2) -> Looks:
-    return Looks(5, patience, losses)
+def looks(losses: dict[int, float], patience: int | None = 2) -> ValidationHistory:
+    return ValidationHistory(5, patience, losses)
 
 
 def test_the_last_step_is_always_looked_at() -> None:
@@ -43,7 +43,7 @@ def test_the_earliest_of_the_lowest_is_the_best() -> None:
     ],
 )
 def test_patience(losses: dict[int, float], patience: int | None, exhausted: bool) -> None:
-    assert looks(losses, patience).is_exhausted == exhausted
+    assert looks(losses, patience).should_stop == exhausted
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty  # no
 from kasa.adapter import trainable_parameters  # noqa: E402
 from kasa.spectra import bottom_triplets  # noqa: E402
 from kasa.targets import is_within  # noqa: E402
-from pipeline.base.head import Head  # noqa: E402
-from pipeline.deepspeed_config import with_passes  # noqa: E402
+from pipeline.config.deepspeed import with_passes  # noqa: E402
 from pipeline.methods.method import Adapted  # noqa: E402
+from pipeline.models.heads import Head  # noqa: E402
 from pipeline.training import zero  # noqa: E402
 from pipeline.training.batches import BatchPlan  # noqa: E402
 from pipeline.training.objective import LabelObjective, Objective, TokenObjective  # noqa: E402

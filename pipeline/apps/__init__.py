@@ -1,0 +1,1 @@
+"""What is built on runs: plans, comparisons, retraining, judging, jobs."""

@@ -1,0 +1,177 @@
+"""From trials to a table, and to one sentence that says no more than the data support."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.apps.compare.methods import ChosenRate
+from pipeline.core.journal import Record
+from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS, SHARES
+from pipeline.metrics.intervals import Difference, Interval, difference_over_seeds, holm, mean_over_seeds
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method's trials left.
+
+    Attributes:
+        runs: per-sample results, one list for each seed; a base has one.
+        costs: means over the seeds, by the names of `pipeline.apps.compare.trials.COSTS`; empty for a base.
+        rank: at which it was trained, where it has one.
+        chosen: what tuning came to, if there was any.
+        failure: why it could not be trained to the end, if so; `runs` is empty then.
+    """
+
+    name: str
+    runs: Sequence[Sequence[Record]]
+    costs: Mapping[str, float] = field(default_factory=dict)
+    rank: int | None = None
+    learning_rate: float | None = None
+    chosen: ChosenRate | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in the table.
+
+    Attributes:
+        metrics: metric -> mean over seeds with its interval.
+        difference: from the method that all are held against; None for that one, and where there is nothing to compare.
+        adjusted_p: after Holm.
+        verdict: `better`, `worse` or `not told apart`; empty where there is no difference.
+    """
+
+    ran: MethodResult
+    metrics: dict[str, Interval]
+    difference: Difference | None = None
+    adjusted_p: float | None = None
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The whole comparison.
+
+    Attributes:
+        metric: what was decided on.
+        against: the method that all others are held against.
+        seeds, samples: how many there were.
+        rows: the base first, then the methods as they were asked for.
+        conclusion: what the data support.
+        limits: what they do not, one sentence each.
+    """
+
+    metric: str
+    against: str
+    seeds: int
+    samples: int
+    rows: tuple[Row, ...]
+    conclusion: str
+    limits: tuple[str, ...]
+
+
+def findings(ran: Sequence[MethodResult], metric: str, measured: Sequence[str], against: str, seeds: int) -> Findings:
+    """Means, paired differences with Holm's correction, and what follows.
+
+    Args:
+        ran: one of them is named `against`.
+        measured: the metrics to show beside.
+    """
+    reference = next(one for one in ran if one.name == against)
+    differences = {
+        one.name: difference_over_seeds(one.runs, reference.runs, metric)
+        for one in ran
+        if one.name != against and one.runs and reference.runs
+    }
+    adjusted = holm({name: difference.p_value for name, difference in differences.items()})
+    rows = tuple(_row(one, measured, metric, differences.get(one.name), adjusted.get(one.name)) for one in ran)
+    samples = max(len(one.runs[0]) for one in ran if one.runs)
+    conclusion = _conclusion(rows, metric, against, seeds, samples)
+    return Findings(metric, against, seeds, samples, rows, conclusion, _limits(rows, metric, against, seeds))
+
+
+def _row(
+    ran: MethodResult, measured: Sequence[str], metric: str, difference: Difference | None, adjusted: float | None
+) -> Row:
+    metrics = {name: mean_over_seeds(ran.runs, name) for name in measured} if ran.runs else {}
+    if difference is None or adjusted is None:
+        return Row(ran, metrics)
+    return Row(ran, metrics, difference, adjusted, verdict(difference.interval, adjusted, metric in LOWER_IS_BETTER))
+
+
+def verdict(difference: Interval, adjusted_p: float, lower_is_better: bool) -> str:
+    """A difference counts only if its interval excludes zero and Holm's test does so too."""
+    if adjusted_p >= LEVEL or difference.low <= 0 <= difference.high:
+        return "not told apart"
+    return "better" if (difference.estimate < 0) == lower_is_better else "worse"
+
+
+def _conclusion(rows: Sequence[Row], metric: str, against: str, seeds: int, samples: int) -> str:
+    label = METRICS[metric].label
+    groups = {kind: [row for row in rows if row.verdict == kind] for kind in ("better", "worse", "not told apart")}
+    where = f"By {label} over {samples} held-out samples and {seeds} seed{'s' if seeds > 1 else ''}"
+    if not any(groups.values()):
+        return f"{where} there is nothing to hold against {against}."
+    parts = [
+        f"{kind} than {against}: {', '.join(_with_difference(row, metric) for row in groups[kind])}"
+        for kind in ("better", "worse")
+        if groups[kind]
+    ]
+    if unknown := groups["not told apart"]:
+        parts.append(f"not told apart from {against}: {', '.join(_with_difference(row, metric) for row in unknown)}")
+    return f"{where}, {'; '.join(parts)}."
+
+
+def _with_difference(row: Row, metric: str) -> str:
+    assert row.difference is not None
+    interval = row.difference.interval
+    return (
+        f"{row.ran.name} ({change_text(metric, interval.estimate)} "
+        f"[{change_text(metric, interval.low)}, {change_text(metric, interval.high)}])"
+    )
+
+
+def change_text(metric: str, value: float) -> str:
+    """A difference as people write it: points for shares."""
+    return (
+        f"{100 * value:+.2f}" if metric in SHARES else f"{value:+.3g}" if metric in LOWER_IS_BETTER else f"{value:+.2f}"
+    )
+
+
+def value_text(metric: str, value: float) -> str:
+    """A value likewise."""
+    return f"{100 * value:.2f}" if metric in SHARES else f"{value:.4g}" if metric in LOWER_IS_BETTER else f"{value:.2f}"
+
+
+def _limits(rows: Sequence[Row], metric: str, against: str, seeds: int) -> tuple[str, ...]:
+    compared = [row for row in rows if row.difference is not None]
+    said = []
+    if unknown := [row for row in compared if row.verdict == "not told apart"]:
+        widths = [(row.difference.interval.high - row.difference.interval.low) / 2 for row in unknown if row.difference]
+        widest = change_text(metric, max(widths)).lstrip("+")
+        said.append(
+            f"Where methods are not told apart, that is no proof that they are equal: differences from {against} of up to "
+            f"about {widest} in either direction could have gone unseen."
+        )
+    if seeds == 1:
+        said.append(
+            "With one seed nothing is known of the spread between trainings: the intervals cover the choice of samples alone, "
+            "and another seed may turn the order round. Use --seeds 3 or more."
+        )
+    elif seeds < 5:
+        said.append(f"{seeds} seeds show the spread between trainings only roughly; the intervals allow for that.")
+    if edges := [row.ran.name for row in rows if row.ran.chosen and row.ran.chosen.at_edge]:
+        said.append(
+            f"The chosen learning rate of {', '.join(edges)} lies at the edge of those tried; a better one may lie beyond."
+        )
+    if not any(row.ran.chosen for row in rows):
+        said.append(
+            "All methods were trained at one learning rate, which suits some better than others; --tune lr gives each its own."
+        )
+    said += [f"{row.ran.name} has no result: {row.ran.failure}" for row in rows if row.ran.failure]
+    said.append("What holds on these data, this base and this budget need not hold on others.")
+    return tuple(said)

@@ -1,0 +1,279 @@
+"""Is this machine ready for a run? Each check looks at one thing, changes nothing, and says what to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from pipeline.core.connectivity import answers, connects, host_and_port, package_index, side_by_side, without_login
+from pipeline.core.machine import GIB, cpu_cores, existing_parent, memory_gib
+
+Status = Literal["ok", "warn", "fail"]
+
+_NETWORK_DEADLINE_S = 2.5
+_PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+_RAY_PORTS = {"": 6379, "ray": 10001, "http": 8265, "https": 443}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `remedy` says what to do, and is empty where all is well."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def examine(workspace: Path) -> list[Finding]:
+    """Look at everything a run depends on, in about three seconds (imports not counted). Nothing is created or changed.
+
+    Args:
+        workspace: the recipe's workspace folder; it need not exist.
+    """
+    environment = os.environ
+    network = {
+        "Ray cluster": partial(check_ray, environment.get("RAY_ADDRESS")),
+        "MLflow": partial(check_mlflow, environment.get("MLFLOW_TRACKING_URI")),
+        "package index": partial(check_index, package_index()),
+    }
+    found = side_by_side(list(network.values()), _NETWORK_DEADLINE_S)
+    requires_python, requirements = pins()
+    return [
+        check_python(platform.python_version(), requires_python),
+        *check_packages(requirements, installed_versions(requirements)),
+        check_cores(cpu_cores()),
+        check_memory(memory_gib()),
+        check_workspace(workspace),
+        *check_gpus(visible_gpus()),
+        check_compiler(shutil.which(environment.get("CXX", "g++"))),
+        *(finding or _silent(name) for name, finding in zip(network, found, strict=True)),
+        check_shared_memory(_free_gib(Path("/dev/shm"))),
+        check_files(_file_limit()),
+    ]
+
+
+def pins(pyproject: Path = _PYPROJECT) -> tuple[str, list[Requirement]]:
+    """(requires-python, dependencies): from pyproject.toml beside the package, else from the installed metadata."""
+    if pyproject.is_file():
+        project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+        return project["requires-python"], [Requirement(line) for line in project["dependencies"]]
+    metadata = importlib.metadata.metadata("kasa-pipeline")
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
+    return metadata["Requires-Python"], [one for one in requirements if not one.marker or one.marker.evaluate()]
+
+
+def installed_versions(requirements: list[Requirement]) -> dict[str, str]:
+    """The installed version of every required package that is there."""
+    versions = {}
+    for requirement in requirements:
+        try:
+            versions[requirement.name] = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def check_python(version: str, wanted: str) -> Finding:
+    """The interpreter's version against requires-python."""
+    if SpecifierSet(wanted).contains(version, prereleases=True):
+        return Finding("Python", "ok", f"{version} ({sys.executable})")
+    return Finding("Python", "fail", f"{version}, wanted {wanted}", f"use a Python {wanted}")
+
+
+def check_packages(requirements: list[Requirement], versions: Mapping[str, str]) -> list[Finding]:
+    """One finding for each package that is missing or off its pin, and one for all that are right."""
+    wrong = []
+    for pin in requirements:
+        version = versions.get(pin.name)
+        # A local part (2.13.0+cpu) does not take a version out of its pin; a pre-release may satisfy it.
+        if version is None or not pin.specifier.contains(version, prereleases=True):
+            detail = f"{version or 'not installed'}, wanted {pin.specifier}"
+            wrong.append(Finding(pin.name, "fail", detail, f"pip install '{pin}'"))
+    right = len(requirements) - len(wrong)
+    exact = [
+        f"{pin.name} {versions[pin.name]}"
+        for pin in requirements
+        if "==" in str(pin.specifier) and pin.name in versions
+    ]
+    return [*wrong, Finding("packages", "ok", f"{right} of {len(requirements)} as pinned ({', '.join(exact)})")]
+
+
+def check_cores(cores: int) -> Finding:
+    """CPU cores this process may use."""
+    if cores >= 2:
+        return Finding("CPU cores", "ok", str(cores))
+    return Finding(
+        "CPU cores", "warn", "1", "set train.workers and evaluate.workers to 1; stages run one after the other"
+    )
+
+
+def check_memory(gib: tuple[float, float] | None) -> Finding:
+    """Available memory; the quickstart with two workers needs about 4 GiB."""
+    if gib is None:
+        return Finding("memory", "warn", "unknown: this system has no /proc/meminfo", "see that 4 GiB are free")
+    total, available = gib
+    detail = f"{available:.1f} of {total:.1f} GiB available"
+    if available >= 4:
+        return Finding("memory", "ok", detail)
+    remedy = "close other programs, raise the container's limit, or set train.workers and evaluate.workers to 1"
+    return Finding("memory", "warn" if available >= 2 else "fail", detail, remedy)
+
+
+def check_workspace(workspace: Path) -> Finding:
+    """Whether the workspace can be written and has room; the nearest existing folder is asked, nothing is created."""
+    parent = existing_parent(workspace)
+    if not parent.is_dir():
+        return Finding("workspace", "fail", f"{parent} is a file", "choose another folder as the recipe's workspace")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        remedy = "choose another folder as the recipe's workspace, or change its permissions"
+        return Finding("workspace", "fail", f"{parent} cannot be written", remedy)
+    free = _free_gib(parent) or 0.0
+    detail = f"{workspace.absolute()}, {free:.1f} GiB free" + (
+        "" if parent == workspace.absolute() else ", not made yet"
+    )
+    if free >= 5:
+        return Finding("workspace", "ok", detail)
+    return Finding("workspace", "warn" if free >= 1 else "fail", detail, f"free 5 GiB on the disk of {parent}")
+
+
+def visible_gpus() -> list[tuple[str, float, tuple[int, int]]]:
+    """(name, GiB of memory, compute capability) of every GPU that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [(one.name, one.total_memory / GIB, (one.major, one.minor)) for one in properties]
+
+
+def check_gpus(gpus: list[tuple[str, float, tuple[int, int]]]) -> list[Finding]:
+    """One finding per GPU; bf16 in hardware starts with compute capability 8.0 (Ampere)."""
+    if not gpus:
+        return [
+            Finding("GPU", "ok", "none seen by torch; leave train.gpu false and name a cpu_* file in train.deepspeed")
+        ]
+    return [_check_gpu(index, *gpu) for index, gpu in enumerate(gpus)]
+
+
+def _check_gpu(index: int, name: str, gib: float, capability: tuple[int, int]) -> Finding:
+    detail = f"{name}, {gib:.1f} GiB, compute capability {capability[0]}.{capability[1]}"
+    if capability >= (8, 0):
+        return Finding(f"GPU {index}", "ok", f"{detail}, bf16")
+    return Finding(f"GPU {index}", "warn", f"{detail}, no bf16 in hardware", "set train.precision to fp32")
+
+
+def check_compiler(path: str | None) -> Finding:
+    """A C++ compiler, which only DeepSpeed's own GPU and offload operators need."""
+    if path:
+        return Finding("C++ compiler", "ok", path)
+    detail = "no g++; only DeepSpeed's compiled offload operators need one, the shipped configurations do not"
+    return Finding("C++ compiler", "ok", detail)
+
+
+def check_ray(address: str | None) -> Finding:
+    """Whether the cluster in RAY_ADDRESS takes a connection."""
+    if not address or address == "local":
+        return Finding("Ray cluster", "ok", "RAY_ADDRESS not set: each run starts a Ray of its own on this machine")
+    if address == "auto":
+        return Finding("Ray cluster", "ok", "RAY_ADDRESS=auto: the Ray that already runs on this machine")
+    scheme = address.partition("://")[0] if "://" in address else ""
+    target = host_and_port(address, _RAY_PORTS.get(scheme, 6379))
+    if target is None:
+        return Finding("Ray cluster", "fail", f"RAY_ADDRESS={address} names no host", "write host:6379, or unset it")
+    problem = connects(*target)
+    if problem is None:
+        return Finding("Ray cluster", "ok", f"RAY_ADDRESS={address} takes connections")
+    remedy = "start that cluster (`ray start --head`), correct RAY_ADDRESS, or unset it to run on this machine"
+    return Finding("Ray cluster", "fail", f"RAY_ADDRESS={address}: {problem}", remedy)
+
+
+def check_mlflow(uri: str | None) -> Finding:
+    """Whether the tracking server answers, or the folder of the database exists."""
+    if not uri:
+        return Finding("MLflow", "ok", "MLFLOW_TRACKING_URI not set: a database in the workspace")
+    shown = without_login(uri)
+    if uri.startswith(("http://", "https://")):
+        return _check_mlflow_server(uri, shown)
+    if uri.startswith("sqlite:///"):
+        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
+        if folder.is_dir() and os.access(folder, os.W_OK):
+            return Finding("MLflow", "ok", shown)
+        return Finding("MLflow", "fail", f"{shown}: folder {folder} is missing or read-only", f"mkdir -p {folder}")
+    if "://" not in uri or uri.startswith("file:"):
+        remedy = "set MLFLOW_TRACKING_URI to sqlite:///PATH or to a server, or unset it"
+        return Finding("MLflow", "fail", f"{shown} is a file store, which MLflow 3.17 refuses", remedy)
+    return Finding("MLflow", "warn", f"{shown} was not checked", "see that this store can be reached from all nodes")
+
+
+def _check_mlflow_server(uri: str, shown: str) -> Finding:
+    status, reason = answers(f"{uri.rstrip('/')}/health")
+    if status == 200:
+        return Finding("MLflow", "ok", f"{shown} is healthy")
+    said = f"HTTP {status} {reason}" if status else reason
+    remedy = "start the server (`mlflow server`), correct MLFLOW_TRACKING_URI, or unset it to use the workspace"
+    # A server behind a login may hide /health and still work.
+    return Finding("MLflow", "warn" if status in (401, 403, 404) else "fail", f"{shown}/health: {said}", remedy)
+
+
+def check_index(url: str) -> Finding:
+    """Whether pip's index answers; only a first run with an `embedded:` model or data set needs it."""
+    shown = without_login(url)
+    if url.startswith("file:"):
+        there = Path(url.removeprefix("file://")).exists()
+        status, reason = (200, "") if there else (None, "no such folder")
+    else:
+        status, reason = answers(f"{url.rstrip('/')}/pip/")
+    if status is not None and status < 500:
+        return Finding("package index", "ok", shown)
+    remedy = "needed once for `embedded:` sources; without a network name local paths in base.model and data.train"
+    return Finding("package index", "warn", f"{shown}: {f'HTTP {status} ' if status else ''}{reason}", remedy)
+
+
+def check_shared_memory(free_gib: float | None) -> Finding:
+    """Room in /dev/shm, where Ray keeps its objects; without it Ray falls back to a slow folder in /tmp."""
+    if free_gib is None:
+        return Finding("/dev/shm", "ok", "not on this system")
+    if free_gib >= 1:
+        return Finding("/dev/shm", "ok", f"{free_gib:.1f} GiB free")
+    return Finding("/dev/shm", "warn", f"{free_gib:.2f} GiB free", "start the container with --shm-size=2g")
+
+
+def check_files(limit: int | None) -> Finding:
+    """The soft limit of open files; each Ray process opens hundreds."""
+    if limit is None or limit >= 4096:
+        return Finding("open files", "ok", "no limit" if limit is None else f"limit {limit}")
+    return Finding("open files", "warn", f"limit {limit}", "ulimit -n 65536")
+
+
+def _silent(name: str) -> Finding:
+    remedy = "the name may not resolve; check the network"
+    return Finding(name, "warn", f"no answer within {_NETWORK_DEADLINE_S} s", remedy)
+
+
+def _free_gib(folder: Path) -> float | None:
+    try:
+        return shutil.disk_usage(folder).free / GIB
+    except OSError:
+        return None
+
+
+def _file_limit() -> int | None:
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft: Any = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if soft == resource.RLIM_INFINITY else int(soft)

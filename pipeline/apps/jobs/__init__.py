@@ -1,0 +1,1 @@
+"""Recipes as jobs on a Ray cluster."""

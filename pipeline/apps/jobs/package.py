@@ -1,0 +1,166 @@
+"""The files that a job takes along: the working directory without the rubbish, and the pipeline's own code.
+
+They are chosen, counted and digested here, not by Ray, so that the digest in the job's id, the size that is checked and
+what is sent are the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+import pipeline
+from kasa.folders import file_digest
+from pipeline.core.errors import JobError
+
+# Ray stores the package in one message to its head; a little room for the message's other parts.
+PACKAGE_LIMIT_BYTES = 512 * 2**20 - 2**20
+# What a file costs in the archive beside its content and, twice, its name.
+_ENTRY_BYTES = 128
+_LARGEST_SHOWN = 5
+
+CODE = ("kasa", "pipeline", "ray_jobs", "deepspeed_configs")
+RUBBISH = frozenset(
+    {".git", ".hg", ".svn", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".cache"}
+    | {".ipynb_checkpoints", ".tox", ".nox", ".idea", ".vscode", "node_modules", "mlruns"}
+)
+# A folder with one of these is a virtual environment, or a run's workspace.
+_MARKS = ("pyvenv.cfg", "mlflow.db")
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files by their name inside the package, and a digest of names, rights and contents."""
+
+    files: dict[str, Path]
+    digest: str
+
+
+def make_package(folder: Path, needed: Sequence[Path], workspace: Path) -> Package:
+    """Choose the files.
+
+    Args:
+        folder: the working directory.
+        needed: files and folders in it that are taken along whatever `.gitignore` says.
+        workspace: of the recipe; left out where it lies in the folder.
+
+    Raises:
+        JobError: they are too large for Ray, one cannot be read, or one stands where the pipeline's code must be.
+    """
+    try:
+        files = {
+            file.relative_to(folder).as_posix(): file
+            for file in _chosen(folder, (workspace.absolute(), folder.resolve()))
+        }
+        for path in needed:
+            files |= {file.relative_to(folder).as_posix(): file for file in _all_files(path)}
+        files |= _code(files)
+        _check_size(files)
+        return Package(files, _digest(files))
+    except OSError as error:
+        raise JobError(
+            f"{error.filename} would go along with the job and cannot be read: {error.strerror}; name it in .gitignore if the "
+            "job does not need it"
+        ) from None
+
+
+def write_package(package: Package, archive: Path) -> None:
+    """Write the files as a zip archive; the same files make the same bytes."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out:
+        for name in sorted(package.files):
+            entry = zipfile.ZipInfo(name)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = (0o100755 if _is_executable(package.files[name]) else 0o100644) << 16
+            with package.files[name].open("rb") as source, out.open(entry, "w", force_zip64=True) as target:
+                while block := source.read(2**20):
+                    target.write(block)
+
+
+def _chosen(
+    folder: Path, left_out: tuple[Path, ...], rules: tuple[tuple[Path, GitIgnoreSpec], ...] = ()
+) -> Iterator[Path]:
+    """The files that are not ignored, in folders that are neither."""
+    for file in (folder / ".gitignore", folder / ".rayignore"):
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            rules = (*rules, (folder, GitIgnoreSpec.from_lines(lines)))
+    for path in sorted(folder.iterdir()):
+        is_folder = path.is_dir()
+        if _ignored(path, is_folder, rules):
+            continue
+        if path.is_file():
+            yield path
+        elif is_folder and not _is_rubbish(path, left_out):
+            # A link to a folder it lies in itself would never end.
+            yield from _chosen(path, (*left_out, path.resolve()), rules)
+
+
+def _is_rubbish(folder: Path, left_out: tuple[Path, ...]) -> bool:
+    return (
+        folder.name in RUBBISH
+        or folder.name.endswith(".egg-info")
+        or folder in left_out
+        or (folder.is_symlink() and folder.resolve() in left_out)
+        or any((folder / mark).exists() for mark in _MARKS)
+    )
+
+
+def _ignored(path: Path, is_folder: bool, rules: Iterable[tuple[Path, GitIgnoreSpec]]) -> bool:
+    """As git has it: the last pattern that matches decides, and files further down come after those further up."""
+    ignored = False
+    for folder, spec in rules:
+        name = path.relative_to(folder).as_posix() + ("/" if is_folder else "")
+        verdict = spec.check_file(name).include
+        ignored = ignored if verdict is None else verdict
+    return ignored
+
+
+def _all_files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    else:
+        yield from (file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
+
+
+def _code(files: dict[str, Path]) -> dict[str, Path]:
+    """The pipeline's own code, so that the job runs what was submitted, whatever the cluster has installed."""
+    root = Path(pipeline.__file__).parent.parent
+    code = {file.relative_to(root).as_posix(): file for name in CODE for file in _all_files(root / name)}
+    for name in code.keys() & files.keys():
+        if file_digest(code[name]) != file_digest(files[name]):
+            raise JobError(
+                f"{files[name]} stands where a job needs the pipeline's own {name}; rename it, or submit from another folder"
+            )
+    return code
+
+
+def _digest(files: dict[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{_is_executable(files[name]):d}\0{file_digest(files[name])}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_size(files: dict[str, Path]) -> None:
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    total = sum(sizes.values()) + sum(_ENTRY_BYTES + 2 * len(name.encode()) for name in sizes)
+    if total <= PACKAGE_LIMIT_BYTES:
+        return
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:_LARGEST_SHOWN]
+    raise JobError(
+        f"the {len(sizes):,} files that the job would take along have {total / 2**20:,.0f} MiB and Ray takes at most "
+        f"{PACKAGE_LIMIT_BYTES / 2**20:,.0f}; the largest are "
+        + ", ".join(f"{name} ({sizes[name] / 2**20:,.1f} MiB)" for name in largest)
+        + "; put large data and models on shared storage and name them by absolute path, or name in .gitignore what the "
+        "job does not need"
+    )
+
+
+def _is_executable(file: Path) -> bool:
+    return bool(file.stat().st_mode & os.X_OK)

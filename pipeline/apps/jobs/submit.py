@@ -1,0 +1,234 @@
+"""`kasa submit`: check a recipe, send it as a job or find the job that it already is, and follow it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kasa.errors import nearest
+from pipeline.apps.jobs.client import (
+    FAILED,
+    RUNNING,
+    STOPPED,
+    SUCCEEDED,
+    Dashboard,
+    JobState,
+    Next,
+    first_id,
+    next_step,
+)
+from pipeline.apps.jobs.follow import exit_code_of, follow
+from pipeline.apps.jobs.inputs import check_inputs
+from pipeline.apps.jobs.package import Package, make_package, write_package
+from pipeline.config.recipe import Recipe, load_recipe, recipe_values
+from pipeline.core.console import console
+from pipeline.core.errors import ClusterError, ConnectionLostError, JobError
+
+# Where a run's results go: the same recipe sent to another place is another job.
+_PLACES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
+_PASSED_ON = (
+    *_PLACES,
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_INSECURE_TLS",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_DEFAULT_REGION",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+)
+_STOP_S = 30.0
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a submission.
+
+    Attributes:
+        status: Ray's word for the job's state when this command last looked.
+        exit_code: this command's own; that of the job, if it has been followed to its end.
+    """
+
+    job: str
+    attempt: int
+    address: str
+    status: str
+    exit_code: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return dict(vars(self))
+
+
+def submit_and_follow(
+    recipe_file: Path,
+    overrides: Sequence[str],
+    address: str | None,
+    follow_it: bool,
+    again: bool,
+    variables: Sequence[str],
+) -> Outcome:
+    """Send the recipe as a job, unless it is one already, and follow it to its end unless told otherwise.
+
+    Args:
+        again: start another attempt also where the job has succeeded.
+        variables: `NAME` or `NAME=VALUE`, passed on beside what is always passed on.
+
+    Raises:
+        KasaError: the recipe is wrong or cannot run elsewhere, or the cluster cannot be used; nothing has been sent.
+    """
+    recipe = load_recipe(recipe_file, list(overrides))
+    folder = Path.cwd()
+    needed = check_inputs(recipe, recipe_file, folder)
+    environment = passed_environment(os.environ, variables)
+    package = make_package(folder, needed, recipe.workspace)
+    if address is None:
+        raise ClusterError(
+            "name the cluster's dashboard with --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS"
+        )
+    command = shlex.join(["python", "-m", "ray_jobs.run_pipeline", str(needed[0].relative_to(folder)), *overrides])
+    places = {name: environment[name] for name in _PLACES if name in environment}
+    first = first_id(recipe.name, recipe_values(recipe), package.digest, places)
+    try:
+        dashboard = Dashboard(address)
+        step = next_step(first, dashboard.statuses(), again)
+        if step.action == "submit" and not _send(dashboard, step, recipe, command, package, environment):
+            step = next_step(first, dashboard.statuses())  # somebody was faster by a moment
+    except ConnectionLostError as error:
+        raise ClusterError(
+            f"{address} stopped answering: {error}; submit again, the same job is not made twice"
+        ) from error
+    _say_step(step, dashboard.address)
+    if step.action == "done":
+        return Outcome(step.id, step.attempt, dashboard.address, SUCCEEDED, 0)
+    if not follow_it:
+        _say(how_to_follow(step.id, dashboard.address))
+        return Outcome(step.id, step.attempt, dashboard.address, RUNNING, 0)
+    return _follow(dashboard, step)
+
+
+def passed_environment(surroundings: Mapping[str, str], variables: Sequence[str]) -> dict[str, str]:
+    """The environment variables that the job gets.
+
+    Raises:
+        JobError: a variable given by name alone is not set here.
+    """
+    passed = {name: surroundings[name] for name in _PASSED_ON if name in surroundings}
+    for variable in variables:
+        name, has_value, value = variable.partition("=")
+        if not has_value and name not in surroundings:
+            raise JobError(
+                f"--env {name} is not set here{nearest(name, surroundings)}; set it, or give --env {name}=VALUE"
+            )
+        passed[name] = value if has_value else surroundings[name]
+    return passed
+
+
+def how_to_follow(job: str, address: str) -> str:
+    """Commands for somebody who comes back later."""
+    return (
+        f"follow it with `ray job logs --follow --address {address} {job}` or the same command again, stop it with "
+        f"`ray job stop --address {address} {job}`"
+    )
+
+
+def _send(
+    dashboard: Dashboard, step: Next, recipe: Recipe, command: str, package: Package, environment: Mapping[str, str]
+) -> bool:
+    with tempfile.TemporaryDirectory(prefix="kasa-job-") as scratch:
+        archive = Path(scratch) / "package.zip"
+        write_package(package, archive)
+        size = archive.stat().st_size / 2**20
+        _say(f"sending {len(package.files):,} files ({size:,.1f} MiB) to {dashboard.address}")
+        metadata = {"job_name": recipe.name, "kasa.attempt": str(step.attempt)}
+        return dashboard.submit(step.id, command, archive, environment, metadata)
+
+
+def _say_step(step: Next, address: str) -> None:
+    if step.action == "done":
+        _say(f"job {step.id} has succeeded already; nothing to do (--again runs it anew)")
+    elif step.action == "follow":
+        _say(f"job {step.id} is there already; {address}/#/jobs/{step.id}")
+    else:
+        words = {FAILED: "failed", STOPPED: "was stopped", SUCCEEDED: "succeeded"}
+        before = f"; the attempt before it {words[step.after]}, and it goes on from there" if step.after else ""
+        _say(f"job {step.id} started{before}; {address}/#/jobs/{step.id}")
+
+
+def _follow(dashboard: Dashboard, step: Next) -> Outcome:
+    try:
+        state = follow(dashboard, step.id, _write, _say)
+    except ConnectionLostError as error:
+        _say(
+            f"failed: the dashboard stays away ({error}); the job goes on; {how_to_follow(step.id, dashboard.address)}"
+        )
+        return Outcome(step.id, step.attempt, dashboard.address, RUNNING, 1)
+    except KeyboardInterrupt:
+        return Outcome(step.id, step.attempt, dashboard.address, _interrupted(dashboard, step.id), INTERRUPTED)
+    code = exit_code_of(state)
+    _say_end(state, step.id, code)
+    return Outcome(step.id, step.attempt, dashboard.address, state.status, code)
+
+
+def _say_end(state: JobState, job: str, code: int) -> None:
+    if state.status == SUCCEEDED:
+        _say(f"job {job} succeeded")
+    elif state.status == STOPPED:
+        _say(f"job {job} was stopped; the same command goes on from where it was")
+    elif state.exit_code is None:
+        # Ray's message otherwise repeats the end of the log.
+        _say(f"job {job} failed: {state.message}; the same command goes on from where it was")
+    else:
+        remedy = "mend that and submit again" if code == 2 else "the same command goes on from where it was"
+        _say(f"job {job} failed with exit code {state.exit_code}; {remedy}")
+
+
+def _interrupted(dashboard: Dashboard, job: str) -> str:
+    """Ask what is to become of the job; its status then."""
+    if not _stop_wanted():
+        _say(f"the job goes on; {how_to_follow(job, dashboard.address)}")
+        return RUNNING
+    try:
+        dashboard.stop(job)
+        deadline = time.monotonic() + _STOP_S
+        while not (state := dashboard.state(job)).ended and time.monotonic() < deadline:
+            time.sleep(0.5)
+    except ConnectionLostError as error:
+        _say(f"the job could not be stopped ({error}); {how_to_follow(job, dashboard.address)}")
+        return RUNNING
+    _say(
+        f"job {job} was stopped; the same command goes on from where it was"
+        if state.ended
+        else f"job {job} is stopping"
+    )
+    return state.status
+
+
+def _stop_wanted() -> bool:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    console.print("\nStop the job, too? [y/N] ", end="", markup=False)
+    try:
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    except KeyboardInterrupt:
+        return False
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Answers graded by a language model."""

@@ -1,0 +1,166 @@
+"""A judge behind an OpenAI-compatible endpoint: what it is asked, and what its words mean.
+
+The instructions are this project's own: grades are comparable with one another, not with published MT-Bench scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.apps.judge.answers import Question
+from pipeline.core.errors import JudgeError
+from pipeline.core.journal import append_journal, read_journal
+
+HIGHEST_GRADE = 10
+_GRADE = re.compile(r"grade:\W*(\d+(?:\.\d+)?)", re.IGNORECASE)
+_VERDICT = re.compile(r"verdict:\W*(first|second|tie)\b", re.IGNORECASE)
+_RETRIES, _PATIENCE_S = 5, 120.0
+_GRADING = (
+    "You grade the last answer of an assistant in a conversation with a user: is it correct, helpful, complete, and to the "
+    "point? Length is no merit. Give your reasons in a few sentences, then a last line of the form `Grade: N`, where N "
+    f"is a whole number from 1 (useless) to {HIGHEST_GRADE} (could not be better)."
+)
+_COMPARING = (
+    "Two assistants have had the same conversation with a user. Which one's last answer is better: correct, helpful, "
+    "complete, to the point? Neither length nor the order in which they are shown is a merit. Give your reasons in a few "
+    "sentences, then a last line of the form `Verdict: first`, `Verdict: second` or `Verdict: tie`."
+)
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to ask: `messages` of the chat, and what else the answer is filed under."""
+
+    messages: Messages
+    about: tuple[Any, ...]
+
+
+class Judge:
+    """Asks once for everything: what has been answered before, in any run, is read from `cache`.
+
+    Args:
+        endpoint: the address up to and including `/v1`.
+        model: the judge's name there.
+        api_key: None for an endpoint that wants none.
+        cache: a journal of all answers so far.
+        side_by_side: how many requests are under way at once.
+    """
+
+    def __init__(self, endpoint: str, model: str, api_key: str | None, cache: Path, side_by_side: int = 8) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise JudgeError("a judge needs the package openai: pip install 'kasa-pipeline[judge]'") from None
+        self._errors = openai
+        self._client = openai.OpenAI(
+            base_url=endpoint, api_key=api_key or "none", max_retries=_RETRIES, timeout=_PATIENCE_S
+        )
+        self.endpoint, self.model, self._cache, self._side_by_side = endpoint, model, cache, side_by_side
+        self._known = {record["key"]: record["answer"] for record in read_journal(cache)}
+        self._writing = threading.Lock()
+
+    def ask_all(self, requests: Sequence[Request], on_answer: Callable[[int], None] = lambda done: None) -> list[str]:
+        """The judge's words for each request, in order.
+
+        Raises:
+            JudgeError: the endpoint cannot be reached or refuses; answers so far are kept.
+        """
+        with ThreadPoolExecutor(self._side_by_side) as pool:
+            waiting = [pool.submit(self._ask, request.messages) for request in requests]
+            try:
+                for done, finished in enumerate(as_completed(waiting), start=1):
+                    finished.result()
+                    on_answer(done)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [one.result() for one in waiting]
+
+    def _ask(self, messages: Messages) -> str:
+        key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
+        if key in self._known:
+            return str(self._known[key])
+        try:
+            reply = self._client.chat.completions.create(model=self.model, messages=messages, temperature=0)  # type: ignore[arg-type]
+        except self._errors.APIStatusError as error:
+            raise JudgeError(
+                f"the judge {self.model} at {self.endpoint} refuses ({error.status_code}: {_first_line(error)}); check its "
+                "name and the key"
+            ) from None
+        except self._errors.APIConnectionError as error:
+            raise JudgeError(
+                f"{self.endpoint} does not answer ({_first_line(error)}); the verdicts so far are kept, the same command "
+                "goes on from there"
+            ) from None
+        answer = (reply.choices[0].message.content if reply.choices else None) or ""
+        with self._writing:
+            self._known[key] = answer
+            append_journal(self._cache, [{"key": key, "model": self.model, "answer": answer}])
+        return answer
+
+
+def grading(question: Question, turn: int, answers: Sequence[str]) -> Messages:
+    """Asks for a grade of the answer to turn `turn` (from 0)."""
+    parts = [_conversation(question, turn, answers)]
+    if question.references:
+        parts.append(f"[A good answer to the last turn]\n{question.references[turn]}")
+    return _messages(_GRADING, parts)
+
+
+def comparing(question: Question, turn: int, first: Sequence[str], second: Sequence[str]) -> Messages:
+    """Asks which answer to turn `turn` (from 0) is better."""
+    parts = [
+        f"[First assistant]\n{_conversation(question, turn, first)}",
+        f"[Second assistant]\n{_conversation(question, turn, second)}",
+    ]
+    if question.references:
+        parts.append(f"[A good answer to the last turn]\n{question.references[turn]}")
+    return _messages(_COMPARING, parts)
+
+
+def read_grade(words: str) -> float | None:
+    """The grade a judge's words end with, 1 to 10; None where they name none."""
+    found = _GRADE.findall(words)
+    grade = float(found[-1]) if found else None
+    return grade if grade is not None and 1 <= grade <= HIGHEST_GRADE else None
+
+
+def read_verdict(words: str) -> str | None:
+    """`first`, `second` or `tie`; None where the words name none."""
+    found = _VERDICT.findall(words)
+    return found[-1].lower() if found else None
+
+
+def won(shown_first: str | None, shown_second: str | None) -> float | None:
+    """How a model fared that was shown first once and second once: 1 won both times, 0 lost both times, 0.5 anything
+    between; None where a verdict is missing."""
+    if shown_first is None or shown_second is None:
+        return None
+    points = {"first": 1, "tie": 0, "second": -1}[shown_first] - {"first": 1, "tie": 0, "second": -1}[shown_second]
+    return 1.0 if points == 2 else 0.0 if points == -2 else 0.5
+
+
+def _conversation(question: Question, turn: int, answers: Sequence[str]) -> str:
+    said = [
+        f"[User]\n{question.turns[index]}\n\n[Assistant]\n{answers[index] or '(no answer)'}"
+        for index in range(turn + 1)
+    ]
+    return "\n\n".join(said)
+
+
+def _messages(instructions: str, parts: Sequence[str]) -> Messages:
+    return [{"role": "system", "content": instructions}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

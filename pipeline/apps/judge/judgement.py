@@ -1,0 +1,268 @@
+"""`kasa judge`: two models answer a prompt set, a judge grades both and compares them; the result with its intervals.
+
+Everything is kept in `WORKSPACE/judgements`: answers under the digests of model and prompts, the judge's words under what
+it was asked. The same command again does what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kasa.file_digest import file_digest
+from pipeline.apps.judge.answers import AnswerShard, PromptSet, Question, answer_shard, read_prompt_set
+from pipeline.apps.judge.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
+from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
+from pipeline.core.console import ProgressBars
+from pipeline.core.errors import JudgeError
+from pipeline.core.files import content_digest
+from pipeline.core.journal import JournalTail
+from pipeline.metrics.intervals import Interval, measure, paired_differences
+from pipeline.models.base import folder_digest
+from pipeline.models.prompting import Prompting
+from pipeline.serving.export import ModelSource, model_source
+from pipeline.tracking.runs import Tracking
+
+BASE = "base"
+# A judge whose words mean so little cannot be relied on.
+_MOST_UNREADABLE = 0.2
+
+Answers = Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How the models answer: greedily, at most `max_new_tokens` tokens, on `workers` processes."""
+
+    max_new_tokens: int
+    batch_size: int
+    workers: int
+    gpu: bool
+    precision: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The result.
+
+    Attributes:
+        grades: model -> its mean grade, 1 to 10.
+        difference: of the grades, model - opponent, on the same questions.
+        win_rate: the share of comparisons the model wins, a draw counting half; both orders are asked, and a comparison
+            that depends on the order is a draw.
+        by_category: category -> model -> mean grade.
+        unreadable: how many of the judge's answers, of all, named no grade or verdict; they count for nothing.
+        folder: where answers and result are.
+    """
+
+    model: str
+    opponent: str
+    judge: str
+    questions: int
+    grades: dict[str, Interval]
+    difference: Interval
+    win_rate: Interval
+    by_category: dict[str, dict[str, float]]
+    unreadable: int
+    asked: int
+    folder: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+def judge_models(
+    model: str,
+    opponent: str,
+    prompts: Path,
+    judge: Judge,
+    settings: AnswerSettings,
+    workspace: Path,
+    base: Path | None,
+    bars: ProgressBars,
+) -> Judgement:
+    """Have `model` and `opponent` (`base`: the model's own base, without its adapter) answer, and the answers judged.
+
+    Raises:
+        KasaError: a model, the prompts or the judge is not what it should be.
+    """
+    asked = read_prompt_set(prompts)
+    answer = partial(_answers, asked=asked, settings=settings, workspace=workspace, bars=bars)
+    with (
+        model_source(model, workspace, base, needs_base=True) as own,
+        ray_cluster(workspace, settings.workers, settings.workers if settings.gpu else 0),
+    ):
+        answers = {model: answer(own, own.folder, model)}
+        if opponent == BASE:
+            answers[BASE] = answer(own, None, BASE)
+        else:
+            with model_source(opponent, workspace, base, needs_base=True) as other:
+                answers[opponent] = answer(other, other.folder, opponent)
+    key = content_digest({"answers": answers, "judge": judge.model, "prompts": asked.digest})
+    folder = workspace / "judgements" / key[:16]
+    judgement = _judged(model, opponent, asked, answers, judge, folder, bars)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "answers.json").write_text(json.dumps(answers, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "judgement.json").write_text(json.dumps(judgement.as_json(), indent=2), encoding="utf-8")
+    _publish(judgement, workspace)
+    return judgement
+
+
+def _answers(
+    source: ModelSource,
+    adapter: Path | None,
+    name: str,
+    *,
+    asked: PromptSet,
+    settings: AnswerSettings,
+    workspace: Path,
+    bars: ProgressBars,
+) -> dict[str, list[str]]:
+    """Answers by question id; kept under the bytes of everything they depend on."""
+    assert source.base is not None
+    form = Prompting.load(source.folder)
+    content = {
+        "base": folder_digest(source.base),
+        "adapter": _folder_digest(adapter) if adapter else "",
+        "prompts": asked.digest,
+        "form": asdict(form),
+        "settings": [settings.max_new_tokens, settings.precision],
+    }
+    folder = workspace / "judgements" / "answers" / content_digest(content)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [
+        AnswerShard(
+            base_folder=source.base.resolve(),
+            adapter=adapter.resolve() if adapter else None,
+            prompting=form,
+            precision=settings.precision,
+            questions=asked.questions,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            index=index,
+            count=settings.workers,
+            journal=(folder / f"shard-{index}-of-{settings.workers}.jsonl").resolve(),
+        )
+        for index in range(settings.workers)
+    ]
+    tails, done = [JournalTail(shard.journal) for shard in shards], 0
+
+    def show() -> None:
+        nonlocal done
+        done += sum(len(tail.new_records()) for tail in tails)
+        bars.update(f"answers of {name}", min(done, len(asked.questions)), len(asked.questions), "questions")
+
+    results = run_tasks(answer_shard, shards, Resources(1, settings.gpu), while_waiting=show)
+    show()
+    return {record["question"]: record["answers"] for records in results for record in records}
+
+
+def _judged(
+    model: str,
+    opponent: str,
+    asked: PromptSet,
+    answers: Mapping[str, Answers],
+    judge: Judge,
+    folder: Path,
+    bars: ProgressBars,
+) -> Judgement:
+    mine, theirs = answers[model], answers[opponent]
+    requests: list[Request] = []
+    for question in asked.questions:
+        ours, others = mine[question.id], theirs[question.id]
+        for turn in range(len(question.turns)):
+            requests += [
+                Request(grading(question, turn, ours), (question.id, "grade", model)),
+                Request(grading(question, turn, others), (question.id, "grade", opponent)),
+                Request(comparing(question, turn, ours, others), (question.id, "verdict", "first")),
+                Request(comparing(question, turn, others, ours), (question.id, "verdict", "second")),
+            ]
+    words = judge.ask_all(requests, lambda done: bars.update("judge", done, len(requests), "verdicts"))
+    grades: dict[tuple[str, str], list[float]] = defaultdict(list)
+    verdicts: dict[tuple[str, str], list[str | None]] = defaultdict(list)
+    unreadable = 0
+    for request, said in zip(requests, words, strict=True):
+        question_id, kind, which = request.about
+        found = read_grade(said) if kind == "grade" else read_verdict(said)
+        unreadable += found is None
+        if kind == "verdict":
+            verdicts[question_id, which].append(found)  # type: ignore[arg-type]
+        elif found is not None:
+            grades[question_id, which].append(found)  # type: ignore[arg-type]
+    if unreadable > _MOST_UNREADABLE * len(requests):
+        raise JudgeError(
+            f"{unreadable} of {len(requests)} answers of the judge {judge.model} name no grade or verdict; choose a model "
+            f"that follows instructions. One of them: {words[0][-200:]!r}"
+        )
+    results = {who: _results(asked.questions, grades, verdicts, who) for who in (model, opponent)}
+    both = [
+        index for index, pair in enumerate(zip(*results.values(), strict=True)) if all("grade" in one for one in pair)
+    ]
+    compared = [one for one in results[model] if "won" in one]
+    if not both or not compared:
+        raise JudgeError(f"no question was graded and compared by the judge {judge.model}")
+    graded = {who: [rows[index] for index in both] for who, rows in results.items()}
+    return Judgement(
+        model=model,
+        opponent=opponent,
+        judge=judge.model,
+        questions=len(asked.questions),
+        grades={who: measure(rows, ["grade"])["grade"] for who, rows in graded.items()},
+        difference=paired_differences(graded[model], graded[opponent], ["grade"])["grade"],
+        win_rate=measure(compared, ["win_rate"])["win_rate"],
+        by_category=_by_category(asked.questions, graded),
+        unreadable=unreadable,
+        asked=len(requests),
+        folder=folder,
+    )
+
+
+def _results(
+    questions: Sequence[Question],
+    grades: Mapping[tuple[str, str], list[float]],
+    verdicts: Mapping[tuple[str, str], list[str | None]],
+    who: str,
+) -> list[dict[str, Any]]:
+    """A result for each question: the mean over its turns, since the turns of one question hang together."""
+    results = []
+    for question in questions:
+        result: dict[str, Any] = {"sample": question.id}
+        if found := grades.get((question.id, who)):
+            result["grade"] = sum(found) / len(found)
+        pairs = zip(verdicts[question.id, "first"], verdicts[question.id, "second"], strict=True)
+        if points := [point for first, second in pairs if (point := won(first, second)) is not None]:
+            result["won"] = sum(points) / len(points)
+        results.append(result)
+    return results
+
+
+def _by_category(
+    questions: Sequence[Question], graded: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, dict[str, float]]:
+    category = {question.id: question.category for question in questions}
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for who, rows in graded.items():
+        for row in rows:
+            found[category[row["sample"]]][who].append(row["grade"])
+    return {name: {who: sum(all_) / len(all_) for who, all_ in of.items()} for name, of in found.items() if name}
+
+
+def _publish(judgement: Judgement, workspace: Path) -> None:
+    tracking = Tracking(workspace, "judgements")
+    run = tracking.start_run(f"{judgement.model} against {judgement.opponent}", {"kasa.judge": judgement.judge})
+    with tracking.open_run(run):
+        values = {"win_rate": judgement.win_rate.estimate, "grade_difference": judgement.difference.estimate}
+        sides = dict(zip(("model", "opponent"), judgement.grades.values(), strict=True))
+        tracking.log_metrics(run, values | {f"{side}.grade": grade.estimate for side, grade in sides.items()})
+        tracking.log_files(run, judgement.folder)
+
+
+def _folder_digest(folder: Path) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return content_digest({file.relative_to(folder).as_posix(): file_digest(file) for file in files})

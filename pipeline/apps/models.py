@@ -1,0 +1,158 @@
+"""`kasa models`, `kasa promote` and `kasa rollback`: what is in the registry, and what people decide about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import ModelError
+from pipeline.core.provenance import user_name
+from pipeline.metrics.intervals import Interval
+from pipeline.registry.alias_changes import (
+    CHAMPION,
+    PREVIOUS,
+    after_promotion,
+    after_rollback,
+    change_aliases,
+    event,
+    finish_interrupted_change,
+    history,
+)
+from pipeline.registry.store import ModelVersion, Registry, open_registry
+
+_NO_REASON = "no reason given"
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A version as the table shows it.
+
+    Attributes:
+        aliases: those it carries now.
+        decision, reason: the gate's verdict.
+        metric, value: what the gate looked at, and this version's value of it.
+        opponent, difference: whom it was held against last (the champion there was, else the base), and by how much it differs.
+        history: what happened to it, oldest first.
+    """
+
+    version: ModelVersion
+    aliases: tuple[str, ...]
+    decision: str
+    reason: str
+    metric: str
+    value: float | None
+    opponent: str
+    difference: Interval | None
+    history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a command did to the aliases.
+
+    Attributes:
+        champion, previous: who carries these now.
+        before: the champion before.
+        changed: False where everything was as wanted already.
+    """
+
+    name: str
+    champion: str
+    previous: str | None
+    before: str | None
+    reason: str
+    changed: bool
+
+
+def list_models(workspace: Path, name: str | None) -> list[ModelRow]:
+    """All versions of one model or of all, newest first.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    registry = open_registry(workspace)
+    if name is not None:
+        registry.check_name(name)
+    rows = []
+    for model in [name] if name is not None else registry.names():
+        aliases = registry.aliases(model)
+        rows += [_row(version, aliases) for version in registry.versions(model)]
+    return rows
+
+
+def promote(workspace: Path, uri: str, reason: str | None) -> Change:
+    """Make a version the champion, whatever the gate said of it.
+
+    Raises:
+        ModelError: there is no such version.
+    """
+    registry = open_registry(workspace)
+    version = registry.look_up(uri)
+    finish_interrupted_change(registry, version.name)
+    aliases = registry.aliases(version.name)
+    moves = after_promotion(aliases, version.version)
+    if not moves:
+        return Change(version.name, version.version, aliases.get(PREVIOUS), version.version, "", changed=False)
+    words = _words(reason)
+    events = [event(version.version, "promoted by hand", user_name(), words)]
+    if replaced := moves.get(PREVIOUS):
+        events.append(
+            event(replaced, "replaced", user_name(), f"version {version.version} was promoted by hand: {words}")
+        )
+    change_aliases(registry, version.name, moves, events)
+    return _change(registry, version.name, aliases.get(CHAMPION), words)
+
+
+def rollback(workspace: Path, name: str, reason: str | None) -> Change:
+    """Make the previous champion the champion again, and the champion the previous one.
+
+    Raises:
+        ModelError: there is no such model, or no previous champion.
+    """
+    registry = open_registry(workspace)
+    registry.check_name(name)
+    finish_interrupted_change(registry, name)
+    aliases = registry.aliases(name)
+    moves = after_rollback(aliases, name)
+    words, back = _words(reason), str(moves[CHAMPION])
+    if registry.version(name, back) is None:
+        raise ModelError(
+            f"the previous champion of {name}, version {back}, was deleted; name a version with kasa promote"
+        )
+    events = [event(back, "made champion again", user_name(), words)]
+    if champion := moves[PREVIOUS]:
+        events.append(event(champion, "rolled back", user_name(), words))
+    change_aliases(registry, name, moves, events)
+    return _change(registry, name, aliases.get(CHAMPION), words)
+
+
+def _change(registry: Registry, name: str, before: str | None, reason: str) -> Change:
+    now = registry.aliases(name)
+    return Change(name, now[CHAMPION], now.get(PREVIOUS), before, reason, changed=True)
+
+
+def _row(version: ModelVersion, aliases: Mapping[str, str]) -> ModelRow:
+    tags = version.tags
+    gate = json.loads(tags.get("kasa.gate", "{}"))
+    metric = str(gate.get("metric", ""))
+    against = gate.get("against", {})
+    opponent = next((name for name in ("champion", "base") if name in against), "")
+    value = tags.get(f"kasa.{metric}")
+    return ModelRow(
+        version=version,
+        aliases=tuple(alias for alias, number in aliases.items() if number == version.version),
+        decision=tags.get("kasa.decision", ""),
+        reason=tags.get("kasa.reason", ""),
+        metric=metric,
+        value=float(value) if value else None,
+        opponent=opponent,
+        difference=Interval(**against[opponent][metric]) if opponent else None,
+        history=history(version),
+    )
+
+
+def _words(reason: str | None) -> str:
+    return " ".join((reason or "").split()) or _NO_REASON

@@ -1,0 +1,1 @@
+"""What a run would take and do, without doing it."""

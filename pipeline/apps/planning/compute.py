@@ -1,0 +1,136 @@
+"""How much arithmetic a run takes, and how long that lasts, from shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from kasa import find_targets
+from kasa.bottom import LANCZOS_FROM
+from kasa.targets import Target
+from kasa.truncation import CALIBRATED, Truncation
+from pipeline.apps.planning.memory import GIB, AdaptedModule, BlockShape
+
+# fp64 on one core, by the count below: 25e9 to 55e9 a second measured on an AMD EPYC, for sides of 1024 to 4096.
+SPECTRA_FLOPS_PER_CORE = 3e10
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU: dense bf16 peak by its vendor's data sheet, and the memory that torch finds on it, rounded down."""
+
+    name: str
+    bf16_tflops: float
+    memory_gib: float
+
+
+ACCELERATORS = {
+    accelerator.name.lower(): accelerator
+    for accelerator in (
+        Accelerator("A10", 125, 22),
+        Accelerator("A100-40GB", 312, 39),
+        Accelerator("A100-80GB", 312, 79),
+        Accelerator("H100", 989, 79),
+        Accelerator("H200", 989, 139),
+        Accelerator("L4", 121, 22),
+        Accelerator("L40S", 362, 44),
+        Accelerator("RTX-4090", 165, 23),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SpectraCost:
+    """What the spectra stage takes.
+
+    Attributes:
+        core_seconds: for all weights, on one core; weights are independent, so cores divide it.
+        task_gib: host memory of the largest weight's task.
+        calibration_gib: covariances of all layer inputs, and of the gradients that the rule looks at, fp32, which each
+            calibration worker holds beside the base; 0 where truncation looks at weights alone.
+    """
+
+    weights: int
+    flops: float
+    core_seconds: float
+    task_gib: float
+    calibration_gib: float
+
+
+def training_flops(
+    model: nn.Module, shape: BlockShape, adapted: Sequence[AdaptedModule], row_tokens: float, *, checkpointing: bool
+) -> float:
+    """FLOPs of one token's forward and backward pass, in rows of `row_tokens` tokens.
+
+    Forward: 2 per weight of a linear module, 2 (r + D)(in + out) per adapter, 4 T q per layer for attention without
+    regard to causality. Backward: the same for the gradients of activations (attention twice that), and 2 r (in + out)
+    for the adapter's own; frozen weights have none. Checkpointing runs the blocks' forward pass once more. Regularisers
+    do not depend on tokens and are left out.
+    """
+    linear = 2.0 * sum(target.out_features * target.in_features for target in find_targets(model, "all-linear"))
+    head = 2.0 * shape.vocabulary * shape.hidden
+    adapters = sum(2.0 * (module.rank + module.dropped) * module.features for module in adapted)
+    own_gradients = sum(2.0 * module.rank * module.features for module in adapted)
+    attention = 4.0 * row_tokens * shape.query * shape.layers
+    blocks = linear + adapters + attention
+    backward = linear + adapters + 2 * attention + own_gradients
+    return blocks + backward + 2 * head + (blocks if checkpointing else 0.0)
+
+
+def spectra_cost(targets: Sequence[Target], rank: int, truncation: Truncation) -> SpectraCost:
+    """FLOPs, time and memory of `kasa.bottom_triplets` over all targets, in fp64.
+
+    For a weight with sides K <= L: 2 K^2 L for the Gram matrix; for its eigenproblem 4/3 K^3, or 2/3 K^3 where two Cholesky
+    factors, of the inverse and of the proof, stand in for it; 2 R K (K + 3 L) for the vectors, the projection and the
+    certificate. Weighting takes 2 O I^2 + I^3 / 3 for the inputs, 2 O^2 I + O^3 / 3 for the gradients.
+    """
+    shapes = Counter((target.out_features, target.in_features) for target in targets)
+    flops = sum(count * _triplets_flops(*shape, rank, truncation) for shape, count in shapes.items())
+    return SpectraCost(
+        weights=len(targets),
+        flops=flops,
+        core_seconds=flops / SPECTRA_FLOPS_PER_CORE,
+        task_gib=max((_triplets_bytes(*shape, truncation) for shape in shapes), default=0) / GIB,
+        calibration_gib=_covariance_bytes(targets, truncation) / GIB,
+    )
+
+
+def _weighted_sides(out_features: int, in_features: int, truncation: Truncation) -> list[int]:
+    """The sides of a weight of which a rule wants the covariance; that of the gradients only where it is no larger."""
+    if truncation not in CALIBRATED:
+        return []
+    gradients = truncation == "loss" and out_features <= in_features
+    return [in_features, out_features] if gradients else [in_features]
+
+
+def _triplets_flops(out_features: int, in_features: int, rank: int, truncation: Truncation) -> float:
+    k, length = sorted((out_features, in_features))
+    sides = _weighted_sides(out_features, in_features, truncation)
+    weighting = sum(2.0 * out_features * in_features * side + side**3 / 3 for side in sides)
+    eigenproblem = (4 / 3 if k < LANCZOS_FROM else 2 / 3) * k**3
+    return 2.0 * k * k * length + eigenproblem + 2.0 * rank * k * (k + 3 * length) + weighting
+
+
+def _triplets_bytes(out_features: int, in_features: int, truncation: Truncation) -> int:
+    """The fp64 weight and its Gram matrix, the latter twice for the solver; where it is weighted, the weight before and
+    after, and each covariance in fp32 and fp64, shifted, and its root."""
+    k = min(out_features, in_features)
+    weight = 8 * out_features * in_features
+    sides = _weighted_sides(out_features, in_features, truncation)
+    return weight * (2 if sides else 1) + 16 * k * k + sum((4 + 3 * 8) * side**2 for side in sides)
+
+
+def _covariance_bytes(targets: Sequence[Target], truncation: Truncation) -> int:
+    """fp32: one I x I matrix for each distinct input, one O x O matrix for each weight whose gradients count."""
+    sides = [_weighted_sides(target.out_features, target.in_features, truncation) for target in targets]
+    inputs = {_input_of(target): side[0] for target, side in zip(targets, sides, strict=True) if side}
+    return 4 * sum(side**2 for side in [*inputs.values(), *(gradient for side in sides for gradient in side[1:])])
+
+
+def _input_of(target: Target) -> tuple[str, bool, int]:
+    """What tells inputs apart: the attention's output is no input of q, k or v."""
+    parent, _, name = target.name.rpartition(".")
+    return parent, name == "o_proj", target.in_features

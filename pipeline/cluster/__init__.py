@@ -1,0 +1,1 @@
+"""The one door to Ray: connect, run tasks, run training workers."""

@@ -1,0 +1,238 @@
+"""DeepSpeed's JSON files: found, checked, and completed with what the recipe decides.
+
+A file holds DeepSpeed's own decisions only (ZeRO stage, bucket sizes, overlap, offload, persistence). DeepSpeed itself
+ignores unknown top-level keys in silence, so they are refused here, as are settings whose one home is the recipe.
+DeepSpeed is not imported: a plan is made where only the driver runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from kasa.errors import nearest
+from pipeline.config.settings import TrainSettings
+from pipeline.core.errors import RecipeError
+
+# What DeepSpeed 0.19.8 reads at the top level, apart from the two tables below; the test suite compares the list with
+# the keys that DeepSpeedConfig really looks up.
+KNOWN_KEYS = frozenset(
+    {
+        "aio",
+        "autotuning",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "datastates_ckpt",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "expert_parallel",
+        "flops_profiler",
+        "gradient_allreduce_op",
+        "gradient_predivide_factor",
+        "hybrid_engine",
+        "log_level",
+        "memory_breakdown",
+        "pipeline",
+        "prescale_gradients",
+        "seq_parallel_communication_data_type",
+        "sequence_parallel_size",
+        "tensor_parallel",
+        "tensorboard",
+        "timers",
+        "use_data_before_expert_parallelism",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "weight_quantization",
+        "zero_optimization",
+    }
+)
+
+RECIPE_KEYS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size / (train.workers x train.micro_batch_size)",
+    "gradient_clipping": "train.gradient_clipping",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "train.learning_rate and train.weight_decay",
+    "scheduler": "train.schedule and train.warmup_share",
+    "activation_checkpointing": "train.gradient_checkpointing",
+}
+
+PIPELINE_KEYS = frozenset(
+    {
+        "managed_gradient_accumulation",
+        "steps_per_print",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    }
+)
+
+_NEVER = 10**9
+
+
+def config_names() -> list[str]:
+    """The names of the files in `deepspeed_configs/`, sorted."""
+    found = files("deepspeed_configs").iterdir()
+    return sorted(entry.name.removesuffix(".json") for entry in found if entry.name.endswith(".json"))
+
+
+def load_deepspeed_config(name_or_path: str) -> dict[str, Any]:
+    """Read and check a DeepSpeed configuration: a name in `deepspeed_configs/`, or the path of a JSON file.
+
+    Raises:
+        RecipeError: no such file, no JSON object, a key DeepSpeed does not know, a key that belongs to the recipe, or a
+            ZeRO section without a valid stage.
+    """
+    where, text = _read(name_or_path)
+    try:
+        config = json.loads(text, object_pairs_hook=_without_repeats)
+    except ValueError as error:
+        raise RecipeError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{where} must hold a JSON object, not {type(config).__name__}")
+    _check_keys(config, where)
+    _check_zero(config.get("zero_optimization"), where)
+    return config
+
+
+def complete_config(config: dict[str, Any], train: TrainSettings) -> dict[str, Any]:
+    """A copy of a loaded configuration with the recipe's values; `with_passes` makes it ready for `deepspeed.initialize`.
+
+    The optimizer is the caller's own `torch.optim.AdamW`: under CPU offload DeepSpeed accepts it only with
+    `zero_force_ds_cpu_optimizer` false.
+    """
+    if zero_stage(config) == 0 and train.precision == "bf16":
+        # DeepSpeed 0.19.8 counts a step of its own there, and parameters then take another path (docs/decisions.md).
+        raise RecipeError(
+            f"train.deepspeed {train.deepspeed} is ZeRO stage 0, which DeepSpeed does not train rightly with "
+            "train.precision bf16; use stage 1, such as cpu_zero1, or train.precision=fp32"
+        )
+    if train.workers % workers_of_a_copy(config):
+        raise RecipeError(
+            f"train.deepspeed {train.deepspeed} keeps a copy of the frozen weights on every "
+            f"{workers_of_a_copy(config)} workers (zero_hpz_partition_size), which do not divide train.workers "
+            f"{train.workers}; set it to the GPUs of a node in a file of your own, or use gpu_zero3"
+        )
+    return copy.deepcopy(config) | {
+        "gradient_clipping": train.gradient_clipping,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "steps_per_print": _NEVER,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def with_passes(config: dict[str, Any], workers: int, passes: int) -> dict[str, Any]:
+    """A copy of a complete configuration for steps of `passes` forward passes of each worker.
+
+    DeepSpeed divides gradients by the passes; how many samples share one makes no difference to it.
+    """
+    return config | {
+        "train_batch_size": workers * passes,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": passes,
+    }
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage, 0 to 3; 0 where the configuration names none."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def workers_of_a_copy(config: dict[str, Any]) -> int:
+    """Among how many workers ZeRO++ shares out a second copy of the weights, mostly those of a node; 1 without one."""
+    return int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
+
+
+def quantises_frozen(config: dict[str, Any]) -> bool:
+    """Whether ZeRO++ keeps frozen weights in 8 bits."""
+    return bool(config.get("zero_optimization", {}).get("zero_quantized_nontrainable_weights", False))
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether optimizer states live outside the accelerator (in host memory or on NVMe)."""
+    return _offloads(config, "offload_optimizer")
+
+
+def offloads_parameters(config: dict[str, Any]) -> bool:
+    """Whether the weights live outside the accelerator (stage 3 only)."""
+    return _offloads(config, "offload_param")
+
+
+def _offloads(config: dict[str, Any], key: str) -> bool:
+    block = config.get("zero_optimization", {}).get(key) or {}
+    return block.get("device", "none") != "none"
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if "/" not in name_or_path and not name_or_path.endswith(".json"):
+        entry = files("deepspeed_configs") / f"{name_or_path}.json"
+        if not entry.is_file():
+            hint = nearest(name_or_path, config_names()) or f"; choose one of {', '.join(config_names())}"
+            raise RecipeError(f"train.deepspeed {name_or_path!r} is no name in deepspeed_configs{hint}")
+        return f"deepspeed_configs/{name_or_path}.json", entry.read_text(encoding="utf-8")
+    try:
+        return name_or_path, Path(name_or_path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"train.deepspeed: {name_or_path} does not exist; give a JSON file or one of {', '.join(config_names())}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"train.deepspeed: {name_or_path} cannot be read: {error}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return values
+
+
+def _check_keys(config: dict[str, Any], where: str) -> None:
+    for key, value in config.items():
+        if key in RECIPE_KEYS:
+            raise RecipeError(
+                f"{where}: {key} (value {value!r}) belongs to the recipe; remove it and set {RECIPE_KEYS[key]}"
+            )
+        if key in PIPELINE_KEYS:
+            raise RecipeError(f"{where}: {key} (value {value!r}) is set by the pipeline; remove it")
+        if key not in KNOWN_KEYS:
+            hint = nearest(key, KNOWN_KEYS) or f"; DeepSpeed 0.19.8 knows {', '.join(sorted(KNOWN_KEYS))}"
+            raise RecipeError(f"{where}: unknown key {key} (value {value!r}){hint}")
+
+
+def _check_zero(section: Any, where: str) -> None:
+    if section is None:
+        return
+    if not isinstance(section, dict):
+        raise RecipeError(f"{where}: zero_optimization (value {section!r}) must be an object such as {{'stage': 2}}")
+    stage = section.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise RecipeError(f"{where}: zero_optimization.stage (value {stage!r}) must be 0, 1, 2 or 3")
+    for key, allowed in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        block = section.get(key)
+        if block is None:
+            continue
+        if not isinstance(block, dict):
+            raise RecipeError(
+                f"{where}: zero_optimization.{key} (value {block!r}) must be an object such as {{'device': 'cpu'}}"
+            )
+        if stage not in allowed:
+            stages = " or ".join(str(number) for number in allowed)
+            raise RecipeError(f"{where}: zero_optimization.{key} needs stage {stages}, not stage {stage}")

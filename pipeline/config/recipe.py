@@ -1,0 +1,295 @@
+"""Where recipes are: files of the user's, or those that come along, by name (`kasa run glue-roberta-base-sst2`).
+
+Recipes: the one place where a run is described.
+
+A recipe is a YAML file of the sections in `pipeline.config.settings`. Nothing unknown is accepted; the error names the file, the
+dotted key, the value and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kasa.errors import nearest
+from kasa.truncation import CALIBRATED
+from pipeline.config.settings import (
+    AboutSettings,
+    AdapterSettings,
+    BaseSettings,
+    DataSettings,
+    EvaluateSettings,
+    PromotionSettings,
+    RegisterSettings,
+    Section,
+    SpectraSettings,
+    TrainSettings,
+)
+from pipeline.core.errors import RecipeError
+from pipeline.core.places import local_folder
+
+
+def named_recipes() -> dict[str, Path]:
+    """The files of the recipes that come along, by name: those at the top first, then family by family."""
+    package = find_spec("recipes")  # no part of what goes along with a registered model
+    if package is None or package.origin is None:
+        return {}
+    folder = Path(package.origin).parent
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (file.parent != folder, file))
+    return {file.stem: file for file in files}
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe's file: `path` where there is one, else the recipe of that name.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    if path.exists():
+        return path
+    named = named_recipes()
+    if str(path) in named:
+        return named[str(path)]
+    raise RecipeError(
+        f"recipe {path} does not exist; give a YAML file, or a name that `kasa recipes` lists{nearest(str(path), named)}"
+    )
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    name: str = Field(
+        description="Names the MLflow experiment and the registered model.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+    )
+    place: str = Field(
+        "workspace",
+        alias="workspace",
+        description="Folder for artifacts, MLflow's database and reports, on storage that all nodes share; or a URL such "
+        "as `s3://BUCKET/FOLDER`, beside an MLflow server (docs/storage.md).",
+    )
+    about: AboutSettings = Field(default_factory=AboutSettings)
+    base: BaseSettings = Field(default_factory=BaseSettings)
+    data: DataSettings
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    spectra: SpectraSettings = Field(default_factory=SpectraSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    promotion: PromotionSettings = Field(default_factory=PromotionSettings)
+    register_: RegisterSettings = Field(default_factory=RegisterSettings, alias="register")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @property
+    def workspace(self) -> Path:
+        """The workspace's folder on this node."""
+        return local_folder(self.place)
+
+    @property
+    def registered_name(self) -> str:
+        """The name under which versions are registered."""
+        return self.register_.model or self.name
+
+    @property
+    def dropped_rank(self) -> int:
+        """How many singular triplets each adapted weight loses (0 with `truncation: none`, and with another method)."""
+        if self.adapter.truncation == "none" or self.adapter.method != "kasa":
+            return 0
+        return self.adapter.truncation_rank or self.adapter.rank
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether the method begins with a decomposition of the base weights that is worth keeping."""
+        return bool(self.dropped_rank) or self.adapter.method == "corda"
+
+    @property
+    def weighted(self) -> Weighted:
+        """What text tells of a layer's inputs and outputs that the spectra depend on."""
+        if self.adapter.method == "corda":
+            return "inputs"
+        if self.adapter.method != "kasa" or self.adapter.truncation not in CALIBRATED:
+            return "no"
+        return "both" if self.adapter.truncation == "loss" else "inputs"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the spectra depend on text."""
+        return self.weighted != "no"
+
+    @property
+    def spectra_rank(self) -> int:
+        """How many singular triplets are computed per weight (at least one, so that the report can show them)."""
+        if self.adapter.method == "corda":
+            return self.adapter.rank
+        return self.spectra.rank or max(self.dropped_rank, 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluation_follows_the_head(cls, values: Any) -> Any:
+        """A new head leaves one kind of evaluation, which need not be named."""
+        blocks = values if isinstance(values, dict) else {}
+        base, evaluate = blocks.get("base"), blocks.get("evaluate") or {}
+        head = base.get("head") if isinstance(base, dict) else None
+        if head not in ("classification", "regression") or not isinstance(evaluate, dict):
+            return values
+        return {**blocks, "evaluate": {"kind": head, **evaluate}}
+
+    @model_validator(mode="after")
+    def _head_agrees(self) -> Recipe:
+        head, data, kind = self.base.head, self.data, self.evaluate.kind
+        if head == "language-model":
+            if kind in ("classification", "regression"):
+                raise ValueError(f"evaluate.kind {kind} needs a head for it; set base.head: {kind}")
+            if data.form == "labelled" or data.labels:
+                key = "data.labels" if data.labels else "data.form: labelled"
+                raise ValueError(f"{key} needs a head to learn the labels; set base.head: classification or regression")
+            if self.train.head_learning_rate is not None:
+                raise ValueError("train.head_learning_rate needs a new head; set base.head or remove it")
+            return self
+        if kind != head:
+            raise ValueError(f"evaluate.kind {kind} does not fit base.head {head}; remove it")
+        if data.form not in ("auto", "labelled"):
+            raise ValueError(f"data.form {data.form} does not fit base.head {head}, which needs data of form labelled")
+        if data.labels and head == "regression":
+            raise ValueError("data.labels names classes, and base.head regression has none; remove it")
+        without_meaning = {
+            "data.prompt_template": data.prompt_template != "{prompt}",
+            "data.chat_template": bool(data.chat_template),
+            "data.system_prompt": data.system_prompt is not None,
+            "data.train_on_prompt": data.train_on_prompt,
+            "train.pack_tokens": self.train.pack_tokens is not None,
+        }
+        for key in (key for key, given in without_meaning.items() if given):
+            raise ValueError(f"{key} has no meaning with base.head {head}, which reads each text by itself; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _guards_are_measured(self) -> Recipe:
+        measured = self.evaluate.measured
+        for guard, fall in self.promotion.guards.items():
+            if guard not in measured:
+                hint = nearest(guard, measured) or f"; choose from {', '.join(measured)}"
+                raise ValueError(f"promotion.guards.{guard}: no metric of that name is measured here{hint}")
+            if guard == self.evaluate.gate_metric:
+                raise ValueError(f"promotion.guards.{guard}: {guard} decides already; use promotion.margin")
+            if not fall >= 0:
+                raise ValueError(f"promotion.guards.{guard}: the largest fall {fall} must be 0 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        train = self.train
+        if train.pack_tokens is not None and train.pack_tokens < self.data.max_tokens:
+            raise ValueError(
+                f"train.pack_tokens {train.pack_tokens} is less than data.max_tokens {self.data.max_tokens}: the "
+                "longest sample would not fit"
+            )
+        if train.patience is not None and self.data.validation_rows is None:
+            raise ValueError("train.patience needs validation samples; set data.validation_rows, such as 200")
+        if train.start == "champion" and self.adapter.method != "kasa":
+            raise ValueError(
+                f"train.start champion goes on from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
+                "train.start scratch"
+            )
+        if train.batch_size < train.workers:
+            raise ValueError(f"train.batch_size {train.batch_size} leaves some of the {train.workers} workers idle")
+        if train.fewest_workers > train.workers:
+            raise ValueError(f"train.min_workers {train.min_workers} is more than train.workers {train.workers}")
+        if self.spectra_rank < self.dropped_rank:
+            raise ValueError(
+                f"spectra.rank {self.spectra_rank} is smaller than the {self.dropped_rank} triplets the adapter drops"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, apply `section.key=value` overrides, and validate.
+
+    Paths in `base.model`, `data.train`, `data.heldout` and `workspace` are relative to the working directory.
+
+    Args:
+        path: A file, or the name of a recipe that comes along.
+
+    Raises:
+        RecipeError: the file is missing or no YAML mapping, an override is malformed, or a value is invalid.
+    """
+    path = find_recipe(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe given as a mapping; `where` names its origin in errors.
+
+    Raises:
+        RecipeError: the first problems found, one line each, with the dotted key, the value and the nearest valid key.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, where) for problem in error.errors()[:5]]
+        raise RecipeError("\n".join(lines)) from None
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain YAML-ready values, the form stored with every run."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, separator, raw = override.partition("=")
+    if not separator or not dotted:
+        raise RecipeError(f"override {override!r} must have the form section.key=value")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        value = raw  # such as data.separator=||
+    *sections, key = dotted.split(".")
+    block = values
+    for section in sections:
+        # A section that the file names but leaves empty is None.
+        block[section] = block.get(section) if block.get(section) is not None else {}
+        block = block[section]
+        if not isinstance(block, dict):
+            raise RecipeError(f"override {override!r}: {section} is a value, not a section")
+    block[key] = value
+
+
+def _explain(problem: Any, where: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location) or "recipe"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key {dotted} (value {problem['input']!r}){nearest(location[-1], _keys_of(location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: {dotted} is missing: {message.lower()}"
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return f"{where}: {dotted}: {message}"
+    return f"{where}: {dotted}: {message} (value {problem['input']!r})"
+
+
+def _keys_of(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+Weighted = Literal["no", "inputs", "both"]

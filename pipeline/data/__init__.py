@@ -1,0 +1,1 @@
+"""From sources to the prepared dataset: readers, row forms, split, tokenisation."""

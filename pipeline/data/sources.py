@@ -1,0 +1,144 @@
+"""What `data.train`, `data.heldout` and `data.calibration` stand for: concrete local files, known by the digest of their bytes."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kasa.errors import nearest
+from kasa.file_digest import file_digest
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import DataError
+from pipeline.data.readers import SUFFIXES
+from pipeline.data.remote import PREFIX as HUB
+from pipeline.data.remote import PREFIXES as WEB
+from pipeline.data.remote import hub_file, parse_entry, web_file
+from pipeline.models.embedded import PREFIX as EMBEDDED
+from pipeline.models.embedded import embedded_data, embedded_path_if_present
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to read and the sha256 of its bytes (hexadecimal)."""
+
+    path: Path
+    sha256: str
+
+    @property
+    def kind(self) -> str:
+        """What the bytes are read as: the suffix in lower case, with its dot."""
+        return self.path.suffix.lower()
+
+
+@dataclass(frozen=True)
+class DataSources:
+    """The files of all sides; `heldout` is empty where it is to be split off from `train`, `calibration` where `train`
+    serves for it."""
+
+    train: tuple[SourceFile, ...]
+    heldout: tuple[SourceFile, ...] = ()
+    calibration: tuple[SourceFile, ...] = ()
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Those of all sides."""
+        return self.train + self.heldout + self.calibration
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the contents: the same wherever the files lie, in any order, whenever they were written."""
+        sides = [
+            sorted((file.kind, file.sha256) for file in side) for side in (self.train, self.heldout, self.calibration)
+        ]
+        return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
+
+
+def resolve_sources(
+    settings: DataSettings, workspace: Path, fetch: bool = True, digest: Callable[[Path], str] = file_digest
+) -> DataSources | None:
+    """Find the files, fetching `hub:`, `embedded:` and `https://` entries into `<workspace>/sources` where they are absent.
+
+    With `fetch` false nothing is written, and the answer is None where something would have to be fetched. `digest` gives
+    the sha256 of a file's bytes (hexadecimal).
+
+    Raises:
+        DataError: a file is missing or of an unknown format, a pattern matches nothing, or a source cannot be fetched.
+        WorkspaceError: what was fetched cannot be stored.
+    """
+    sides: list[tuple[SourceFile, ...]] = []
+    for side in ("train", "heldout", "calibration"):
+        key, entries = f"data.{side}", getattr(settings, side)
+        paths: dict[Path, None] = {}
+        for entry in entries:
+            found = resolve_source(entry, key, workspace, fetch)
+            if found is None:
+                return None
+            paths |= dict.fromkeys(found)
+        sides.append(tuple(SourceFile(path, _sha256(path, digest)) for path in paths))
+    if not sides[0]:
+        raise DataError(
+            "data.train names no source; give a file, a pattern, a folder, hub:NAME, an https address or embedded:NAME"
+        )
+    return DataSources(*sides)
+
+
+def resolve_source(entry: str, key: str, workspace: Path, fetch: bool) -> list[Path] | None:
+    """The files of one entry of the setting `key`; see `resolve_sources`."""
+    if entry.startswith(EMBEDDED):
+        present = embedded_path_if_present(entry, workspace)
+        if present is None and fetch:
+            present = embedded_data(entry, workspace)
+        return None if present is None else [present]
+    if entry.startswith(HUB):
+        exported = hub_file(parse_entry(entry, key), workspace, fetch)
+        return None if exported is None else [exported]
+    if entry.startswith(WEB):
+        fetched = web_file(entry, key, workspace, fetch)
+        return None if fetched is None else [_checked(fetched, key)]
+    return _local_files(entry, key)
+
+
+def _local_files(entry: str, key: str) -> list[Path]:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if _is_data(file.relative_to(path)) and file.is_file()]
+        if not files:
+            raise DataError(f"{key}: folder {entry} holds no {', '.join(SUFFIXES)} file")
+        return files
+    if path.is_file():
+        return [_checked(path, key)]
+    if glob.has_magic(entry):
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        files = [_checked(match, key) for match in matches if match.is_file()]
+        if not files:
+            raise DataError(f"{key}: pattern {entry} matches no file{_nearest_file(path)}")
+        return files
+    raise DataError(f"{key}: {entry} does not exist (relative to {Path.cwd()}){_nearest_file(path)}")
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def _checked(path: Path, key: str) -> Path:
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{key}: {path} is of no known format; there is {', '.join(SUFFIXES)}")
+    return path
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder}" if not glob.has_magic(str(folder)) else ""
+    return nearest(path.name, [file.name for file in folder.iterdir()])
+
+
+def _sha256(path: Path, digest: Callable[[Path], str]) -> str:
+    try:
+        return digest(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None

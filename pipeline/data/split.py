@@ -1,0 +1,150 @@
+"""Training against held-out samples: no prompt on both sides, and the same split whatever the order of the rows.
+
+Where a prompt goes is decided by its own hash alone. So a prompt keeps its side when the data grows, and a model
+trained on last week's data has not seen this week's held-out prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import DataError
+from pipeline.models.prompting import Message
+
+
+class Splittable(Protocol):
+    """What the split needs to know of a sample (`forms.Sample`)."""
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The conversation."""
+
+    @property
+    def opening(self) -> str:
+        """The text that must not occur on both sides."""
+
+
+S = TypeVar("S", bound=Splittable)
+
+
+@dataclass(frozen=True)
+class Split(Generic[S]):
+    """Both sides in the order of their hashes; how many repeated samples were removed, and how many training samples
+    because their prompt occurs in the held-out source. `validation` was taken from the training side, whole prompts."""
+
+    train: list[S]
+    heldout: list[S]
+    validation: list[S]
+    duplicates: int
+    leaked: int
+
+
+def split_samples(
+    train: Sequence[S], heldout: Sequence[S] | None, settings: DataSettings, join: Callable[[list[S]], list[S]] = list
+) -> Split[S]:
+    """Split `train`, or protect the named `heldout` source from leaks; then apply the row limits.
+
+    A limit takes the training samples with the smallest hashes, and held-out samples prompt by prompt, so that a
+    prompt's references stay together. Prompts are equal if they are equal up to case and white space.
+
+    Args:
+        join: makes one held-out sample of those that differ by their reference alone; the limit counts what it returns.
+
+    Raises:
+        DataError: a side is empty, or the validation samples leave nothing to train on.
+    """
+    kept = _without_duplicates(train)
+    duplicates = len(train) - len(kept)
+    leaked = 0
+    if heldout is None:
+        sides = _divide(kept, settings)
+    else:
+        side = _without_duplicates(heldout)
+        duplicates += len(heldout) - len(side)
+        openings = {group_key(sample) for sample in side}
+        clean = [sample for sample in kept if group_key(sample) not in openings]
+        leaked = len(kept) - len(clean)
+        sides = clean, side
+        _check_named_sides(kept, clean, side)
+    seed = settings.split_seed
+    ordered = sorted(sides[0], key=lambda sample: _sample_hash(sample, seed))
+    grouped = join(sorted(sides[1], key=lambda sample: (_hash(group_key(sample), seed), _sample_hash(sample, seed))))
+    ordered, validation = _set_aside(ordered, settings)
+    return Split(ordered[: settings.train_rows], grouped[: settings.heldout_rows], validation, duplicates, leaked)
+
+
+def group_key(sample: Splittable) -> str:
+    """The opening up to case and white space."""
+    return " ".join(sample.opening.casefold().split())
+
+
+def _divide(samples: list[S], settings: DataSettings) -> tuple[list[S], list[S]]:
+    places = {key: _hash(key, settings.split_seed) for key in {group_key(sample) for sample in samples}}
+    if len(places) < 2:
+        raise DataError(
+            f"data.train holds {len(places)} distinct prompt{'' if len(places) == 1 else 's'}, too few to hold one "
+            "out; add rows, or name a source in data.heldout"
+        )
+    first, *_, last = sorted(places, key=places.__getitem__)
+    chosen = {key for key, place in places.items() if place < settings.heldout_share * 2**64}
+    # A small data set may leave a side empty by chance.
+    chosen = (chosen | {first}) - {last}
+    return _sides(samples, lambda sample: group_key(sample) in chosen)
+
+
+def _set_aside(ordered: list[S], settings: DataSettings) -> tuple[list[S], list[S]]:
+    """What is left to train on, and the validation samples: all of the prompts that come first by a hash of their own."""
+    if settings.validation_rows is None:
+        return ordered, []
+    prompts: dict[str, list[S]] = {}
+    for sample in ordered:
+        prompts.setdefault(group_key(sample), []).append(sample)
+    chosen: set[str] = set()
+    rows = 0
+    for key in sorted(prompts, key=lambda key: _hash(f"validation\0{key}", settings.split_seed)):
+        if rows >= settings.validation_rows:
+            break
+        chosen.add(key)
+        rows += len(prompts[key])
+    if len(chosen) == len(prompts):
+        raise DataError(
+            f"data.validation_rows {settings.validation_rows} leaves nothing to train on: there are {len(ordered)} "
+            "training samples; lower it"
+        )
+    return _sides(ordered, lambda sample: group_key(sample) in chosen)
+
+
+def _sides(samples: list[S], is_heldout: Callable[[S], bool]) -> tuple[list[S], list[S]]:
+    train: list[S] = []
+    heldout: list[S] = []
+    for sample in samples:
+        (heldout if is_heldout(sample) else train).append(sample)
+    return train, heldout
+
+
+def _check_named_sides(kept: Sequence[S], clean: Sequence[S], heldout: Sequence[S]) -> None:
+    if not heldout:
+        raise DataError("data.heldout holds no usable sample; name another source, or leave it out to split data.train")
+    if not kept:
+        raise DataError("data.train holds no usable sample; see data.form and data.max_tokens")
+    if not clean:
+        raise DataError(
+            f"each of the {len(kept)} training samples has a prompt that occurs in data.heldout, so none is left; "
+            "are both the same source? Leave data.heldout out to split data.train"
+        )
+
+
+def _without_duplicates(samples: Sequence[S]) -> list[S]:
+    return list({sample.turns: sample for sample in reversed(samples)}.values())[::-1]
+
+
+def _sample_hash(sample: Splittable, seed: int) -> int:
+    return _hash("\0".join(f"{turn.role}\0{turn.content}" for turn in sample.turns), seed)
+
+
+def _hash(text: str, seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest())

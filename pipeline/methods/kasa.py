@@ -1,0 +1,97 @@
+"""KaSA as a method of the training stage; everything else about it is in the package `kasa`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kasa import (
+    CheckpointWeights,
+    KasaConfig,
+    adapted_layers,
+    attach,
+    attach_saved,
+    penalty,
+    read_adapter,
+    save_adapter,
+)
+from kasa.adapter import frozen_factors, trainable_parameters
+from kasa.adapter_file import SavedAdapter
+from kasa.checkpoint import weight_digest
+from kasa.spectra_file import load_spectra
+from kasa.targets import Target
+from pipeline.core.errors import TrainingError
+from pipeline.methods.method import Adapted, Tensors
+from pipeline.models.heads import LANGUAGE_MODEL, Head
+
+
+@dataclass(frozen=True)
+class KasaMethod:
+    """A new adapter, or one to go on from.
+
+    Attributes:
+        base_name, base_folder: the base, for the adapter's record.
+        spectra: folder of the spectra; None where nothing is dropped.
+        start: folder of the adapter to go on from, which brings along what it drops; None begins with a new one.
+    """
+
+    base_name: str
+    base_folder: Path
+    targets: tuple[Target, ...]
+    config: KasaConfig
+    spectra: Path | None
+    start: Path | None = None
+
+    def attach(
+        self, model: nn.Module, seed: int, steps: int, whole: Sequence[str] = (), head: Head = LANGUAGE_MODEL
+    ) -> Adapted:
+        """See `Method.attach`."""
+        start, digests = self._start(model, seed, whole, head)
+        layers = adapted_layers(model).values()
+        own = trainable_parameters(model)
+        # Copies: stage 3 is about to partition them.
+        dropped = {name: factor.detach().clone() for name, factor in frozen_factors(model).items()}
+        fixed = {name: tensor.detach().clone() for name, tensor in own.items() if not tensor.requires_grad}
+
+        def penalties() -> dict[str, torch.Tensor]:
+            found = penalty(layers, self.config.regulariser)
+            return {
+                "singular_value_penalty": self.config.singular_value_weight * found.singular_value,
+                "orthogonality_penalty": self.config.orthogonality_weight * found.orthogonality,
+            }
+
+        def save(folder: Path, values: Tensors) -> None:
+            tensors = {name: values[name] if name in values else fixed[name] for name in own}
+            save_adapter(
+                folder, SavedAdapter(self.config, self.targets, self.base_name, digests, tensors, dropped, tuple(whole))
+            )
+
+        parameters = {name: tensor for name, tensor in own.items() if tensor.requires_grad}
+        return Adapted(parameters, save, penalties, start)
+
+    def _start(
+        self, model: nn.Module, seed: int, whole: Sequence[str], head: Head
+    ) -> tuple[Tensors | None, dict[str, str]]:
+        """Attach the adapter; the values it goes on from, if any, and the digests of the adapted weights."""
+        if self.start is not None:
+            if (theirs := Head.load(self.start)) != head:
+                raise TrainingError(
+                    f"the champion answers with {', '.join(theirs.classes) or theirs.kind}, and the data now has "
+                    f"{', '.join(head.classes) or head.kind}; train with train.start: scratch"
+                )
+            # Dropout and regularisers are those of this training.
+            saved = dataclasses.replace(read_adapter(self.start), config=self.config)
+            attach_saved(model, saved)
+            return saved.tensors, saved.weight_digests
+        if self.spectra is not None:
+            spectra, digests = load_spectra(self.spectra)
+        else:
+            weights = CheckpointWeights(self.base_folder)
+            spectra, digests = {}, {target.name: weight_digest(weights.weight(target)) for target in self.targets}
+        attach(model, self.targets, self.config, spectra, seed, trained_modules=whole)
+        return None, digests

@@ -1,0 +1,135 @@
+"""Predicted classes and values against the true ones, as scikit-learn and scipy compute them.
+
+Results hold `label`, `prediction` and `logits`. Where a measure is undefined (one side does not vary, a class never occurs)
+it is 0 here, as in scikit-learn; scipy's correlations are NaN there.
+
+Legend: N = samples, C = classes, S = statistics.
+
+Loss and perplexity per labelled token, and the three ways to score a choice.
+
+What a judge says of answers, a sample being a question with all its turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.metrics.metric import Floats, Metric, SampleResult, mean_of, ratio
+
+_POSITIVE = 1
+
+
+def metrics_for_classes(metrics: Sequence[str], classes: int) -> tuple[str, ...]:
+    """Those of the metrics that mean something for so many classes: F1 of class 1 needs two, of which it is one."""
+    return tuple(name for name in metrics if name != "f1" or classes in (0, 2))
+
+
+def _one_hot(results: Sequence[SampleResult], field: str) -> Floats:
+    """The class in a field of each result, as (N, C)."""
+    classes = len(results[0]["logits"])
+    numbers_N = np.array([int(result[field]) for result in results])
+    return np.eye(classes)[numbers_N]
+
+
+def _class_counts(results: Sequence[SampleResult]) -> Floats:
+    """For each class whether it is rightly predicted, predicted, and true: (N, 3C)."""
+    predicted_NC, true_NC = _one_hot(results, "prediction"), _one_hot(results, "label")
+    return np.concatenate([predicted_NC * true_NC, predicted_NC, true_NC], axis=1)
+
+
+def _f1_of_classes(sums: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """F1 of each class, and whether it occurs at all; the last axis becomes C."""
+    right, predicted, true = np.split(sums, 3, axis=-1)
+    occurs = predicted + true > 0
+    return 2 * right / np.where(occurs, predicted + true, 1), occurs
+
+
+def _f1(sums: Floats) -> Floats:
+    scores: Floats = _f1_of_classes(sums)[0][..., _POSITIVE]
+    return scores
+
+
+def _f1_macro(sums: Floats) -> Floats:
+    scores, occurs = _f1_of_classes(sums)
+    mean: Floats = scores.sum(axis=-1) / occurs.sum(axis=-1)
+    return mean
+
+
+def _matthews(sums: Floats) -> Floats:
+    right, predicted, true = np.split(sums, 3, axis=-1)
+    count = true.sum(axis=-1)
+    covariance = right.sum(axis=-1) * count - (predicted * true).sum(axis=-1)
+    spread = (count**2 - (predicted**2).sum(axis=-1)) * (count**2 - (true**2).sum(axis=-1))
+    return covariance / np.sqrt(np.where(spread > 0, spread, np.inf))
+
+
+def _moments(values: Callable[[Sequence[SampleResult]], tuple[Floats, Floats]]) -> Callable[..., Floats]:
+    """1, x, y, x^2, y^2 and xy of each sample: (N, 6)."""
+
+    def statistics(results: Sequence[SampleResult]) -> Floats:
+        x_N, y_N = values(results)
+        return np.stack([np.ones_like(x_N), x_N, y_N, x_N**2, y_N**2, x_N * y_N], axis=1)
+
+    return statistics
+
+
+def _centred(results: Sequence[SampleResult]) -> tuple[Floats, Floats]:
+    """Predictions and labels, less the labels' mean: squares of large values would lose their differences."""
+    x_N, y_N = (np.array([float(result[field]) for result in results]) for field in ("prediction", "label"))
+    return x_N - y_N.mean(), y_N - y_N.mean()
+
+
+def _ranked(results: Sequence[SampleResult]) -> tuple[Floats, Floats]:
+    """Ranks in the whole sample, equal values sharing the mean of theirs."""
+    from scipy.stats import rankdata
+
+    x_N, y_N = (rankdata(values_N) for values_N in _centred(results))
+    return x_N - x_N.mean(), y_N - y_N.mean()
+
+
+def _correlation(sums: Floats) -> Floats:
+    count, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = (count * xx - x**2) * (count * yy - y**2)
+    # Rounding leaves a trace of spread where there is none.
+    varies = spread > 1e-24 * (count * xx) * (count * yy)
+    return np.where(varies, (count * xy - x * y) / np.sqrt(np.where(varies, spread, 1)), 0.0)
+
+
+LABEL_METRICS = (
+    Metric("f1", "F1 of class 1", _class_counts, _f1, best=1),
+    Metric("f1_macro", "F1, mean over classes", _class_counts, _f1_macro, best=1),
+    Metric("matthews", "Matthews correlation", _class_counts, _matthews),
+    Metric("pearson", "Pearson correlation", _moments(_centred), _correlation),
+    # Drawn samples keep the ranks they have in the whole sample; its interval is a good approximation, not the exact bootstrap.
+    Metric("spearman", "Spearman correlation", _moments(_ranked), _correlation),
+)
+
+
+# exp of more is no number any more.
+_LARGEST_LOSS = 700.0
+
+
+def _losses(results: Sequence[SampleResult]) -> Floats:
+    return np.array([(result["loss_sum"], float(result["tokens"])) for result in results])
+
+
+def _perplexity(sums: Floats) -> Floats:
+    return np.exp(np.minimum(ratio(sums), _LARGEST_LOSS))
+
+
+LANGUAGE_METRICS = (
+    Metric("accuracy", "Accuracy", mean_of("accuracy"), ratio, best=1),
+    Metric("accuracy_norm", "Accuracy, by length", mean_of("accuracy_norm"), ratio, best=1),
+    Metric("accuracy_generated", "Accuracy, generated", mean_of("accuracy_generated"), ratio, best=1),
+    Metric("loss", "Loss", _losses, ratio, lower_is_better=True),
+    Metric("perplexity", "Perplexity", _losses, _perplexity, lower_is_better=True),
+)
+
+
+JUDGED_METRICS = (
+    Metric("grade", "Grade", mean_of("grade"), ratio, best=10),
+    Metric("win_rate", "Win rate", mean_of("won"), ratio, best=1),
+)

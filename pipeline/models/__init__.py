@@ -1,0 +1,1 @@
+"""Base models: where they are, their shapes, heads, prompts, batches and losses."""

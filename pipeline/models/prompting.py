@@ -1,0 +1,265 @@
+"""From text to token ids, one way for training, evaluation and use: an adapter keeps its `prompting.json` beside it.
+
+What generation sees are exactly the tokens that training put before the answer; see `_continue`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.config.settings import DataSettings
+from pipeline.core.errors import DataError, ModelError
+
+FILE_NAME = "prompting.json"
+IGNORED = -100
+PLACE = "{prompt}"
+
+# Any tokenizer with the interface of `transformers.PreTrainedTokenizerBase`; importing that takes seconds.
+Tokenizer = Any
+
+
+class Message(NamedTuple):
+    """One turn; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+class Encoded(NamedTuple):
+    """A tokenised conversation: `labels` are the ids to be learned and -100 elsewhere; the first `prompt_tokens` ids
+    lie before the last assistant turn, and generation starts from them."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_tokens: int
+
+
+class TemplateError(DataError):
+    """The tokenizer's chat template refuses one conversation (a role, an order); others may be fine."""
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How prompts are written.
+
+    `prompt_template` wraps the user's prompt at `{prompt}`; with `chat_template` the tokenizer's template then wraps
+    the conversation, which begins with `system_prompt` unless it has a system message of its own.
+    """
+
+    prompt_template: str = PLACE
+    chat_template: bool = False
+    system_prompt: str | None = None
+
+    @classmethod
+    def from_settings(cls, data: DataSettings, tokenizer: Tokenizer, form: str = "auto") -> Prompting:
+        """The recipe's choices; the tokenizer decides where `chat_template` is left open.
+
+        Args:
+            form: The form of the data, once known: `completion` is plain text and takes no template of either kind,
+                `chat` needs the chat template and no prompt template.
+
+        Raises:
+            DataError: the settings contradict each other, the form or the tokenizer.
+        """
+        if tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end-of-sequence token, so answers could never end; set its eos_token")
+        chat = bool(tokenizer.chat_template) if data.chat_template is None else data.chat_template
+        if form == "completion":
+            chat = bool(data.chat_template)
+        if chat and not tokenizer.chat_template:
+            raise DataError("data.chat_template is true, but the tokenizer has no chat template; set it to false")
+        _check_form(data, form, chat)
+        if data.system_prompt is not None and not chat:
+            raise DataError(
+                f"data.system_prompt {data.system_prompt!r} needs a chat template, which is not in use here; "
+                "remove it or put its text into data.prompt_template"
+            )
+        return cls(data.prompt_template, chat, data.system_prompt)
+
+    def save(self, folder: Path) -> None:
+        """Write `prompting.json` into a folder."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        folder.joinpath(FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Prompting:
+        """Read `prompting.json` from a folder.
+
+        Raises:
+            ModelError: the file is missing or damaged.
+        """
+        path = folder / FILE_NAME
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ModelError(
+                f"{path} does not exist, so how prompts were written is unknown; was the folder copied whole?"
+            ) from None
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{path} is damaged ({error}); copy it again from the run that made it") from None
+
+    def wrap(self, prompt: str) -> str:
+        """The prompt inside the prompt template."""
+        return self.prompt_template.replace(PLACE, prompt)
+
+    def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
+        """Token ids that generation starts from, for a prompt as the user types it.
+
+        Raises:
+            TemplateError: the chat template refuses the conversation.
+        """
+        return self.conversation_ids(tokenizer, [Message("user", prompt)])
+
+    def conversation_ids(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> list[int]:
+        """Token ids that generation starts from after a conversation that ends with a user turn, as the user types it.
+
+        Without a chat template the turns follow each other in paragraphs, each prompt in the prompt template.
+
+        Raises:
+            TemplateError: the chat template refuses the conversation.
+        """
+        turns = [Message(role, self.wrap(text) if role == "user" else text) for role, text in conversation]
+        if not self.chat_template:
+            return _start(tokenizer, "\n\n".join(turn.content for turn in turns))
+        return _tokens(tokenizer, self._render(tokenizer, turns, generation=True))
+
+    def answer_ids(self, tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
+        """Token ids of an answer to a prompt, ended by EOS as in training: what follows `prompt_ids`.
+
+        Raises:
+            TemplateError: the chat template refuses the conversation.
+        """
+        encoded = self.encode(tokenizer, [Message("user", self.wrap(prompt)), Message("assistant", answer)])
+        return encoded.input_ids[encoded.prompt_tokens :]
+
+    def encode(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> Encoded:
+        """Token ids and labels of a conversation that ends with an assistant turn.
+
+        Every assistant turn is labelled, and the last id is EOS. User turns are taken as they are: apply `wrap` first.
+        A lone assistant turn is plain text: everything is labelled, with no chat template. Without chat template only
+        that and a pair of user and assistant turns can be encoded.
+
+        Raises:
+            TemplateError: the chat template refuses the conversation.
+            DataError: the chat template does not keep earlier text as it was, so labels cannot be placed.
+        """
+        if [turn.role for turn in conversation] == ["assistant"]:
+            return _encode_text(tokenizer, conversation[0].content)
+        if self.chat_template:
+            return self._encode_chat(tokenizer, conversation)
+        if [turn.role for turn in conversation] != ["user", "assistant"]:
+            raise DataError("a conversation of several turns needs a chat template; set data.chat_template: true")
+        return _encode_pair(tokenizer, conversation[0].content, conversation[1].content)
+
+    def _encode_chat(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> Encoded:
+        ids: list[int] = []
+        labels: list[int] = []
+        prompt_tokens, text = 0, ""
+        for index, turn in enumerate(conversation):
+            if turn.role != "assistant":
+                continue
+            before = self._render(tokenizer, conversation[:index], generation=True)
+            ids = _continue(tokenizer, ids, text, before)
+            labels += [IGNORED] * (len(ids) - len(labels))
+            prompt_tokens = len(ids)
+            text = self._render(tokenizer, conversation[: index + 1], generation=False)
+            ids = _until_eos(tokenizer, _continue(tokenizer, ids, before, text), prompt_tokens)
+            labels += ids[prompt_tokens:]
+            # What the template writes after EOS (often a line break) belongs to the next turn's prefix.
+            text = _cut_after_eos(tokenizer, before, text)
+        if ids[-1] != tokenizer.eos_token_id:
+            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        return Encoded(ids, labels, prompt_tokens)
+
+    def _render(self, tokenizer: Tokenizer, conversation: Sequence[Message], generation: bool) -> str:
+        from jinja2.exceptions import TemplateError as JinjaError
+
+        turns = [{"role": role, "content": content} for role, content in conversation]
+        if self.system_prompt is not None and not (turns and turns[0]["role"] == "system"):
+            turns.insert(0, {"role": "system", "content": self.system_prompt})
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
+        except (JinjaError, ValueError) as error:
+            raise TemplateError(f"the chat template refuses the conversation: {error}") from None
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
+    """What the tokenizer makes of a text, or a pair of them, for a new head: `input_ids`, perhaps `token_type_ids`."""
+    encoded = tokenizer(*texts)
+    return {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
+def _check_form(data: DataSettings, form: str, chat: bool) -> None:
+    if form == "completion" and chat:
+        raise DataError("data.chat_template is true, but data of form completion is plain text; remove it")
+    if form == "chat" and not chat:
+        raise DataError(
+            "data of form chat needs a tokenizer with a chat template (and data.chat_template not false); "
+            "choose an instruction-tuned base or data of form prompt-completion"
+        )
+    if form in ("chat", "completion") and data.prompt_template != PLACE:
+        raise DataError(f"data.prompt_template {data.prompt_template!r} has no place in data of form {form}; remove it")
+
+
+def _encode_text(tokenizer: Tokenizer, text: str) -> Encoded:
+    ids = [*_tokens_with_bos(tokenizer, text), tokenizer.eos_token_id]
+    return Encoded(ids, list(ids), 0)
+
+
+def _encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
+    start = _start(tokenizer, prompt)
+    whole = _tokens_with_bos(tokenizer, prompt + completion)
+    if whole[: len(start)] != start:
+        whole = start + _tokens(tokenizer, prompt[len(prompt.rstrip(" ")) :] + completion)
+    ids = [*whole, tokenizer.eos_token_id]
+    return Encoded(ids, [IGNORED] * len(start) + ids[len(start) :], len(start))
+
+
+def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids before an answer. Spaces at the prompt's end belong to the answer: tokenizers join a space to the word behind it,
+    and after one that stands alone a model has hardly ever seen a word begin."""
+    return _tokens_with_bos(tokenizer, prompt.rstrip(" "))
+
+
+def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> list[int]:
+    """Ids of `longer`, which must begin with `text`; they begin with `ids`, the ids of `text`.
+
+    A token may span the boundary ("a" + "b" -> "ab"). Generation could never meet such a token there, so the rest is
+    then tokenised on its own. It is not always so because some tokenizers put a space before text that stands alone.
+    """
+    if not longer.startswith(text):
+        raise DataError(
+            "the tokenizer's chat template rewrites earlier turns when a conversation goes on, so what is to be "
+            "learned cannot be marked; use single-turn data, another template, or data.chat_template: false"
+        )
+    whole = _tokens(tokenizer, longer)
+    return whole if whole[: len(ids)] == ids else ids + _tokens(tokenizer, longer[len(text) :])
+
+
+def _until_eos(tokenizer: Tokenizer, ids: list[int], start: int) -> list[int]:
+    """Cut what follows the last EOS at or after `start`; everything is kept where there is none."""
+    for index in range(len(ids) - 1, start - 1, -1):
+        if ids[index] == tokenizer.eos_token_id:
+            return ids[: index + 1]
+    return ids
+
+
+def _cut_after_eos(tokenizer: Tokenizer, before: str, text: str) -> str:
+    end = text.rfind(tokenizer.eos_token, len(before))
+    return text if end < 0 else text[: end + len(tokenizer.eos_token)]
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _tokens_with_bos(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids = list(tokenizer(text)["input_ids"])
+    # Some tokenizers end every text with EOS; nothing could follow it.
+    while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids.pop()
+    return ids

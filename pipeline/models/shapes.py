@@ -1,0 +1,252 @@
+"""Shapes of published models that a plan knows without any file: transformers' configuration values by name.
+
+Names are hub ids without their owner, in lower case. Facts of the models' own config.json.
+
+The shape of a base model without its weights and without a network.
+
+A plan (`pipeline.apps.planning.plan`) needs parameter counts and layer sizes before anything is downloaded. They come from the
+configuration file of a local folder or of the local hub cache, or from `pipeline.models.shapes`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from kasa.errors import nearest
+from kasa.targets import Outline, outline_of
+from pipeline.config.settings import HeadKind
+from pipeline.core.errors import BaseModelError
+
+_LLAMA_2: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA_3: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+_LLAMA_3_1: dict[str, Any] = _LLAMA_3 | {
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_SMOLLM2_135M: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+_LLAMA_2_7B = _LLAMA_2 | _sizes(4096, 11008, 32, 32, 32)
+_LLAMA_2_13B = _LLAMA_2 | _sizes(5120, 13824, 40, 40, 40)
+_LLAMA_2_70B = _LLAMA_2 | _sizes(8192, 28672, 80, 64, 8)
+_LLAMA_3_8B = _LLAMA_3 | _sizes(4096, 14336, 32, 32, 8)
+_LLAMA_3_70B = _LLAMA_3 | _sizes(8192, 28672, 80, 64, 8)
+_LLAMA_3_1_8B = _LLAMA_3_1 | _sizes(4096, 14336, 32, 32, 8)
+_LLAMA_3_1_70B = _LLAMA_3_1 | _sizes(8192, 28672, 80, 64, 8)
+_MISTRAL_7B: dict[str, Any] = (
+    {"model_type": "mistral", "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+    | {"sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2}
+    | _sizes(4096, 14336, 32, 32, 8)
+)
+_GEMMA_7B: dict[str, Any] = (
+    {"model_type": "gemma", "vocab_size": 256000, "max_position_embeddings": 8192, "head_dim": 256}
+    | {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    | _sizes(3072, 24576, 28, 16, 16)
+)
+
+
+def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"model_type": "gpt2", "n_embd": width, "n_layer": layers, "n_head": heads}
+
+
+def _roberta(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
+    sizes = _sizes(hidden, intermediate, layers, heads, heads)
+    del sizes["num_key_value_heads"]
+    positions = {"max_position_embeddings": 514, "type_vocab_size": 1}
+    return {"model_type": "roberta", "vocab_size": 50265} | positions | sizes
+
+
+_DEBERTA_V3_BASE: dict[str, Any] = {
+    "model_type": "deberta-v2",
+    "vocab_size": 128100,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "layer_norm_eps": 1e-7,
+}
+
+_MINILM_L6: dict[str, Any] = {
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
+
+KNOWN_SHAPES: dict[str, dict[str, Any]] = {
+    "embedded:smollm2-135m-instruct": _SMOLLM2_135M | _sizes(576, 1536, 30, 9, 3),
+    "llama-2-7b-hf": _LLAMA_2_7B,
+    "llama-2-7b-chat-hf": _LLAMA_2_7B,
+    "llama-2-13b-hf": _LLAMA_2_13B,
+    "llama-2-13b-chat-hf": _LLAMA_2_13B,
+    "llama-2-70b-hf": _LLAMA_2_70B,
+    "llama-2-70b-chat-hf": _LLAMA_2_70B,
+    "meta-llama-3-8b": _LLAMA_3_8B,
+    "meta-llama-3-8b-instruct": _LLAMA_3_8B,
+    "meta-llama-3-70b": _LLAMA_3_70B,
+    "meta-llama-3-70b-instruct": _LLAMA_3_70B,
+    "llama-3.1-8b": _LLAMA_3_1_8B,
+    "llama-3.1-8b-instruct": _LLAMA_3_1_8B,
+    "llama-3.1-70b": _LLAMA_3_1_70B,
+    "llama-3.1-70b-instruct": _LLAMA_3_1_70B,
+    "mistral-7b-v0.1": _MISTRAL_7B,
+    "gemma-7b": _GEMMA_7B,
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "roberta-base": _roberta(768, 3072, 12, 12),
+    "roberta-large": _roberta(1024, 4096, 24, 16),
+    "deberta-v3-base": _DEBERTA_V3_BASE,
+    "embedded:all-minilm-l6-v2": _MINILM_L6,
+}
+
+
+_OWNERS = ("meta-llama/", "mistralai/", "google/", "openai-community/", "facebookai/", "microsoft/")
+
+
+def model_config(model: str, revision: str | None = None, folder: Path | None = None) -> PretrainedConfig | None:
+    """The base model's configuration, found without weights and without network; None where it cannot be known.
+
+    Looked for in this order: `folder` (or `model`, where that is a folder), the hub cache of this machine, the built-in
+    shapes. Built-in names are hub ids or the part after the owner, in any case; no published revision of them differs
+    in shape, so `revision` only picks among cached files.
+
+    Raises:
+        BaseModelError: a folder without a readable config.json, a model type that transformers does not know, or an
+            `embedded:` name that does not exist.
+    """
+    local = folder or (Path(model) if Path(model).is_dir() else None)
+    cached = local or _cached_folder(model, revision)
+    if cached is not None:
+        return _read_config(cached)
+    name = model.lower()
+    for owner in _OWNERS:
+        name = name.removeprefix(owner)
+    if name in KNOWN_SHAPES:
+        return AutoConfig.for_model(**KNOWN_SHAPES[name])
+    if name.startswith("embedded:"):
+        embedded = [known for known in KNOWN_SHAPES if known.startswith("embedded:")]
+        hint = nearest(name, embedded) or f"; there is {', '.join(embedded)}"
+        raise BaseModelError(f"base.model {model!r} is not embedded here{hint}")
+    return None
+
+
+def built_in_names() -> list[str]:
+    """The models whose shape is known without any file."""
+    return list(KNOWN_SHAPES)
+
+
+def meta_model(config: PretrainedConfig, head: HeadKind = "language-model") -> nn.Module:
+    """The model of `config` on torch's meta device: every module and parameter shape, no memory.
+
+    A new head is made for the classes that the configuration names, which need not be those of the data.
+
+    Raises:
+        BaseModelError: transformers has no model with such a head for this configuration.
+    """
+    models: Any = AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification
+    try:
+        with torch.device("meta"):
+            model: nn.Module = models.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        remedy = (
+            "is no causal language model that transformers can build ({}); choose a decoder such as llama, mistral, qwen2 or gpt2"
+            if head == "language-model"
+            else "cannot be given a head for labels by transformers ({}); choose an encoder such as roberta, deberta-v2 or bert"
+        )
+        raise BaseModelError(f"base.model of type {config.model_type!r} {remedy.format(_one_line(error))}") from None
+    return model
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The names of the modules beside the body: the new head of a model for labels."""
+    body = str(model.base_model_prefix)
+    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
+
+
+def base_outline(model: nn.Module, head: HeadKind) -> Outline:
+    """Which modules of a model with this head can carry an adapter; a new head is trained whole and carries none."""
+    return outline_of(model, head_modules(model) if head != "language-model" else ())
+
+
+def _cached_folder(model: str, revision: str | None) -> Path | None:
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BaseModelError(f"base.model folder {folder} holds no config.json; give a folder saved by save_pretrained")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"base.model: {file} cannot be used: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

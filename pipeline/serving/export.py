@@ -1,0 +1,268 @@
+"""Adapters for other programs: a plain LoRA, a merged Hugging Face folder, PEFT's KaSA folder; and the last one back.
+
+The work is the method library's (`kasa.lora_export`, `kasa.merging`, `kasa.peft_kasa`). Here adapters and bases are found by
+name, and a merged model is compared with what it was made from.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kasa import KasaError, export_lora, merge, read_adapter, save_adapter
+from kasa.adapter_file import ADAPTER_JSON, SavedAdapter, check_base
+from kasa.errors import InterchangeError
+from kasa.interchange import new_folder
+from kasa.lora_export import lora_rank, vllm_rank
+from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
+from pipeline.artifacts.store import ADAPTER
+from pipeline.config.settings import BaseSettings
+from pipeline.core.errors import BaseModelError, ModelError
+from pipeline.models.base import find_base
+from pipeline.models.loading import DTYPES
+from pipeline.models.prompting import FILE_NAME as PROMPTING
+from pipeline.models.prompting import Prompting
+from pipeline.registry.store import open_registry
+from pipeline.serving.answer import REGISTRY
+from pipeline.serving.logit_difference import LogitDifference, coarse, logit_difference, too_large
+
+Format = Literal["lora", "merged", "peft-kasa"]
+Dtype = Literal["fp32", "bf16", "stored"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        out: the folder.
+        format: its format; `kasa` for an import.
+        base: where the base is; its recorded name, if it is not on this machine.
+        size: bytes of all files in `out`.
+        rank: of the adapter in `out`; None for a merged model.
+        dtypes: storage types of the weights that carry the adapter.
+        logits: merged against base and adapter, both in fp32; None where that was not compared.
+        command: what to type next.
+        notes: what one should know of this export.
+    """
+
+    out: Path
+    format: str
+    base: str
+    size: int
+    rank: int | None
+    dtypes: tuple[str, ...]
+    logits: LogitDifference | None
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """An adapter, its files, and its base where that is on this machine and is the right one.
+
+    Attributes:
+        base_name: how other programs find the base: its hub id, or a folder.
+    """
+
+    folder: Path
+    adapter: SavedAdapter
+    base: Path | None
+    base_name: str
+
+    @property
+    def prompting(self) -> Path:
+        return self.folder / PROMPTING
+
+
+def export(
+    model: str, out: Path, format_: Format, workspace: Path, base: Path | None, pad_rank: bool, dtype: Dtype
+) -> Exported:
+    """Export an adapter folder or a registered model (`models:/NAME@ALIAS`, `models:/NAME/VERSION`).
+
+    Args:
+        model: which adapter.
+        out: a folder that does not exist yet.
+        format_: the format.
+        workspace: the workspace of the run, for the registry and the recorded base.
+        base: the base's folder, where it is not the recorded one.
+        pad_rank: for `lora`: pad with zeros to a rank vLLM accepts.
+        dtype: storage type; `stored` is the base's for `merged`, the adapter's fp32 for the others.
+
+    Raises:
+        KasaError: the adapter, its base or `out` is not what it should be; nothing is written then.
+    """
+    if pad_rank and format_ != "lora":
+        raise InterchangeError(f"--pad-rank belongs to --format lora; leave it out for {format_}")
+    if format_ == "peft-kasa" and dtype == "bf16":
+        raise InterchangeError("--format peft-kasa is written in fp32, as it was trained; leave out --dtype bf16")
+    with model_source(model, workspace, base, needs_base=format_ == "merged") as source:
+        if format_ == "merged":
+            return _merged(source, out, dtype)
+        if format_ == "lora":
+            return _lora(source, out, pad_rank, dtype)
+        return _peft_kasa(source, out)
+
+
+def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
+    """Take over a KaSA folder of PEFT's as an adapter folder.
+
+    Raises:
+        KasaError: the folder is no plain KaSA adapter, does not fit the base, or `out` exists.
+    """
+    base = _folder_of(str(base.absolute()), base)
+    notes: tuple[str, ...] = ()
+    with new_folder(out) as folder:
+        adapter = import_peft_kasa(peft_folder, base)
+        save_adapter(folder, adapter)
+        if (peft_folder / PROMPTING).is_file():
+            Prompting.load(peft_folder).save(folder)
+        else:
+            Prompting().save(folder)
+            notes = (
+                f"prompts go to the model as they are; if it was trained with a template, put it into {PROMPTING}",
+            )
+    return Exported(
+        out,
+        "kasa",
+        str(base),
+        _size(out),
+        adapter.config.rank,
+        ("float32",),
+        None,
+        f'kasa generate {shlex.quote(str(out))} "..."',
+        notes,
+    )
+
+
+def _merged(source: ModelSource, out: Path, dtype: Dtype) -> Exported:
+    assert source.base is not None
+    written = merge(source.adapter, source.base, out, DTYPES.get(dtype), source.prompting)
+    logits, note = None, too_large(written.parameters)
+    if note is None:
+        logits = logit_difference(source.base, source.adapter, out)
+        note = coarse(logits, written.dtypes)
+    command = f"vllm serve {shlex.quote(str(out))}"
+    return Exported(
+        out, "merged", source.base_name, _size(out), None, written.dtypes, logits, command, (note,) if note else ()
+    )
+
+
+def _lora(source: ModelSource, out: Path, pad_rank: bool, dtype: Dtype) -> Exported:
+    needed = lora_rank(source.adapter)
+    stored = DTYPES["bf16"] if dtype == "bf16" else DTYPES["fp32"]
+    rank = export_lora(
+        source.adapter, out, vllm_rank(needed) if pad_rank else None, source.base_name, stored, source.prompting
+    )
+    command = _serve_lora(source, out, rank)
+    name = str(stored).removeprefix("torch.")
+    return Exported(out, "lora", source.base_name, _size(out), rank, (name,), None, command)
+
+
+def _serve_lora(source: ModelSource, out: Path, rank: int) -> str:
+    if any(target.transposed for target in source.adapter.targets):
+        return _load_with_peft(source, out)
+    try:
+        limit = vllm_rank(rank)
+    except InterchangeError:
+        return _load_with_peft(source, out)
+    module = shlex.quote(f"{out.name}={out}")
+    return f"vllm serve {shlex.quote(source.base_name)} --enable-lora --max-lora-rank {limit} --lora-modules {module}"
+
+
+def _peft_kasa(source: ModelSource, out: Path) -> Exported:
+    export_peft_kasa(source.adapter, out, source.base_name, source.prompting)
+    config = source.adapter.config
+    notes = ["PEFT computes the truncation anew, by an SVD of every weight, whenever it loads this folder"]
+    if config.regulariser == "authors":
+        notes.append("trained with the authors' regularisers; in PEFT the same beta and gamma pull much harder")
+    return Exported(
+        out=out,
+        format="peft-kasa",
+        base=source.base_name,
+        size=_size(out),
+        rank=config.rank,
+        dtypes=("float32",),
+        logits=None,
+        command=_load_with_peft(source, out),
+        notes=tuple(notes),
+    )
+
+
+def _load_with_peft(source: ModelSource, out: Path) -> str:
+    return (
+        'python -c "from peft import PeftModel; from transformers import AutoModelForCausalLM; '
+        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{source.base_name}'), '{out}')\""
+    )
+
+
+@contextmanager
+def model_source(model: str, workspace: Path, base: Path | None, needs_base: bool) -> Iterator[ModelSource]:
+    if not model.startswith(REGISTRY):
+        folder = Path(model)
+        if not (folder / ADAPTER_JSON).exists():
+            raise ModelError(
+                f"{model} is neither a registry URI ({REGISTRY}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
+            )
+        yield _with_base(folder, workspace, base, None, needs_base)
+        return
+    with tempfile.TemporaryDirectory(prefix="kasa-export-") as temporary:
+        files, config = open_registry(workspace).fetch_files(model, Path(temporary))
+        folder = files / "artifacts" / ADAPTER
+        if not (folder / ADAPTER_JSON).exists():
+            raise ModelError(f"{model} is no KaSA model: it was registered without an adapter")
+        yield _with_base(folder, workspace, base, Path(config.get("base_folder", "")), needs_base)
+
+
+def _with_base(
+    folder: Path, workspace: Path, base: Path | None, recorded: Path | None, needs_base: bool
+) -> ModelSource:
+    adapter = read_adapter(folder)
+    given = base or _environment_base()
+    chosen = given or (recorded if recorded and (recorded / "config.json").exists() else None)
+    found: Path | None
+    if chosen:
+        found = _folder_of(str(chosen.absolute()), chosen)
+    elif needs_base:
+        found = find_base(BaseSettings(model=adapter.base), workspace).folder  # type: ignore[union-attr]
+    else:
+        found = _base_if_here(adapter.base, workspace)
+    if found and not needs_base:  # merging compares every weight itself
+        check_base(adapter, found)
+    keeps_name = found is None or (given is None and _is_hub_id(adapter.base))
+    return ModelSource(folder, adapter, found, adapter.base if keeps_name else str(found))
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).is_dir()
+
+
+def _environment_base() -> Path | None:
+    named = os.environ.get("KASA_BASE_MODEL")
+    return Path(named) if named else None
+
+
+def _folder_of(name: str, given: Path) -> Path:
+    if not given.is_dir():
+        raise BaseModelError(f"--base {given} is no folder; name the Hugging Face folder of the base model")
+    found = find_base(BaseSettings(model=name), given)
+    assert found is not None
+    return found.folder
+
+
+def _base_if_here(name: str, workspace: Path) -> Path | None:
+    try:
+        found = find_base(BaseSettings(model=name), workspace, fetch=False)
+    except KasaError:
+        return None
+    return found.folder if found else None
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

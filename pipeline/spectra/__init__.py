@@ -1,0 +1,1 @@
+"""What the spectra and audit stages run on the cluster."""

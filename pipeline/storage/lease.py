@@ -1,0 +1,217 @@
+"""One at a time, on any number of hosts: a lease with an owner and an expiry, renewed while the owner lives.
+
+A holder that crashed on this machine is noticed at once, since its process is gone; one on another machine when the lease
+expires. So the clocks of the hosts must agree to within `CLOCKS_APART_S`. A holder that slept through its expiry may find
+another in its place: it asks (`Lease.confirm`) before it does what only one may do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pipeline.core.errors import LeaseLostError
+from pipeline.storage.lease_stores import Entry, LeaseStore
+
+DURATION_S = 120.0
+RENEWALS = 6  # in that time
+CLOCKS_APART_S = 30.0
+
+Verdict = Literal["free", "held", "take over"]
+Pulse = Literal["alive", "gone", "unknown"]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease.
+
+    Attributes:
+        id: random, new with every acquisition.
+        host: for people to read.
+        machine: which process table `pid` belongs to; see `this_machine`.
+        started: when the process was started, in the kernel's ticks: process ids are used again.
+        since, expires: Unix time in seconds.
+    """
+
+    id: str
+    host: str
+    machine: str
+    pid: int
+    started: int
+    since: float
+    expires: float
+
+    def __str__(self) -> str:
+        since = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"process {self.pid} on {self.host}, since {since}"
+
+
+def decide(holder: Holder | None, pulse: Pulse, now: float) -> Verdict:
+    """Whether a lease may be taken.
+
+    Args:
+        holder: what is recorded; None where nobody holds it, or the record is unreadable.
+        pulse: of the holder's process; `unknown` where it runs on another machine.
+        now: Unix time in seconds.
+    """
+    if holder is None:
+        return "free"
+    if pulse == "gone":
+        return "take over"
+    # A process of ours that lives and has not renewed hangs or was stopped; on this machine there is but one clock.
+    allowance = 0.0 if pulse == "alive" else CLOCKS_APART_S
+    return "take over" if now > holder.expires + allowance else "held"
+
+
+class Lease:
+    """A lease that this process holds; a thread renews it. Made by `acquire`."""
+
+    def __init__(self, store: LeaseStore, holder: Holder, version: str, duration_s: float) -> None:
+        self.holder = holder
+        self._store = store
+        self._version: str | None = version
+        self._duration_s = duration_s
+        self._turn = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process is known to have taken it over."""
+        return self._version is None
+
+    def confirm(self) -> None:
+        """Renew now: from here on nobody else takes the lease for `duration_s`.
+
+        Raises:
+            LeaseLostError: another process has taken it over.
+            OSError: the store cannot be reached.
+        """
+        with self._turn:
+            if self._version is not None:
+                renewed = replace(self.holder, expires=time.time() + self._duration_s)
+                self._version = self._store.write(_encoded(renewed), self._version)
+            if self._version is None:
+                self._stop.set()
+                new = _decoded(self._store.read())
+                raise LeaseLostError(
+                    f"this process ({self.holder}) did not renew its lock in time, and it "
+                    + (f"was taken over by {new}" if new else "is no longer its own")
+                )
+
+    def release(self) -> None:
+        """Stop renewing, and let the next one in; nothing happens if the lease was lost."""
+        self._stop.set()
+        self._thread.join()
+        with self._turn:
+            if self._version is not None:
+                self._store.write(None, self._version)
+                self._version = None
+
+    def _keep_renewing(self) -> None:
+        while not self._stop.wait(self._duration_s / RENEWALS):
+            try:
+                self.confirm()
+            except LeaseLostError:
+                return
+            except Exception:  # the store is away for a moment; whoever asks `confirm` hears of it
+                continue
+
+
+def acquire(store: LeaseStore, duration_s: float = DURATION_S) -> Lease | Holder:
+    """Take the lease if it is free or its holder is gone; otherwise who holds it.
+
+    Raises:
+        WorkspaceError: the store cannot be written.
+    """
+    while True:
+        entry = store.read()
+        holder = _decoded(entry)
+        now = time.time()
+        if holder is not None and decide(holder, pulse_of(holder), now) == "held":
+            return holder
+        mine = Holder(
+            id=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=this_machine(),
+            pid=os.getpid(),
+            started=_start_ticks(os.getpid()) or 0,
+            since=now,
+            expires=now + duration_s,
+        )
+        version = store.write(_encoded(mine), entry.version)
+        if version is not None:
+            return Lease(store, mine, version, duration_s)
+
+
+@contextmanager
+def released_after(lease: Lease) -> Iterator[None]:
+    """Release the lease when the block ends, however it ends."""
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def pulse_of(holder: Holder) -> Pulse:
+    """Whether the holder's process lives, as far as this machine can see."""
+    if holder.machine != this_machine():
+        return "unknown"
+    started = _start_ticks(holder.pid)
+    if started is None:
+        return "unknown" if _is_hidden(holder.pid) else "gone"
+    return "alive" if started == holder.started else "gone"
+
+
+def this_machine() -> str:
+    """The boot of this kernel and its process namespace: process ids mean the same where this is equal. Host names are no
+    use here, as containers may share one, or have one each on one machine."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux: nobody's process is seen from here, and expiry decides alone
+        return f"{socket.gethostname()} {uuid.uuid4().hex}"
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process was started, in ticks since boot; None where it is gone, or a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The second field, the program's name in parentheses, may hold anything.
+    state, *fields = text.rpartition(")")[2].split()
+    return None if state in "ZX" else int(fields[18])
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it is a process of another user, of which `/proc` is mounted to tell nothing."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _encoded(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode()
+
+
+def _decoded(entry: Entry) -> Holder | None:
+    try:
+        return Holder(**json.loads(entry.content)) if entry.content else None
+    except (ValueError, TypeError):
+        return None
