@@ -12,8 +12,6 @@ from pipeline.core.errors import ModelError
 from pipeline.core.provenance import user_name
 from pipeline.metrics.intervals import Interval
 from pipeline.registry.alias_changes import (
-    CHAMPION,
-    PREVIOUS,
     after_promotion,
     after_rollback,
     change_aliases,
@@ -21,7 +19,7 @@ from pipeline.registry.alias_changes import (
     finish_interrupted_change,
     history,
 )
-from pipeline.registry.store import ModelVersion, Registry, open_registry
+from pipeline.registry.store import CHAMPION, PREVIOUS, ModelVersion, Registry, open_registry
 
 _NO_REASON = "no reason given"
 

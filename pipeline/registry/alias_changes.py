@@ -17,9 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.core.errors import ModelError
-from pipeline.registry.store import ModelVersion, Registry
-
-CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+from pipeline.registry.store import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, Registry
 
 # Alias -> version; None takes the alias away. In the order in which they are to be written: whoever dies in between
 # leaves a champion.

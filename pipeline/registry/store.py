@@ -14,10 +14,10 @@ from typing import Any
 
 from kasa.errors import nearest
 from pipeline.core.errors import ModelError
-from pipeline.registry.alias_changes import CHAMPION
 from pipeline.tracking.server import connect, has_store, tracking_uri
 
 SCHEME = "models:/"
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 # What MLflow's databases hold of a version's description.
 _DESCRIPTION_LENGTH = 5000
 

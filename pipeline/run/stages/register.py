@@ -19,8 +19,6 @@ from pipeline.core.errors import ModelError
 from pipeline.data.sources import DataSources
 from pipeline.models.base import BaseModel
 from pipeline.registry.alias_changes import (
-    CHAMPION,
-    PREVIOUS,
     after_keeping_out,
     after_promotion,
     change_aliases,
@@ -28,7 +26,7 @@ from pipeline.registry.alias_changes import (
     finish_interrupted_change,
     history,
 )
-from pipeline.registry.store import ModelVersion, Registry
+from pipeline.registry.store import CHAMPION, PREVIOUS, ModelVersion, Registry
 from pipeline.run.context import RunContext
 from pipeline.run.graph import REGISTER, register_key
 from pipeline.run.model_package import KEPT_OUT, PARENT_TAG, PROMOTED, gate_of, package_of, version_tags, write_report
