@@ -6,7 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from typing import Any
 
 import pytest
-from tiny_run import Bench, make_bench
+
+from tests.support.tiny_run import Bench, make_bench
 
 
 @pytest.fixture(scope="session")

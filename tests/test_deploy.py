@@ -20,14 +20,14 @@ import kubernetes_validate
 import pytest
 import typer.main
 import yaml
-from kuberay import SCHEMAS
 
 from pipeline.cli.main import app
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.run.flow import needed_resources
+from tests.support import ROOT
+from tests.support.kuberay import SCHEMAS
 
-ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 MANIFESTS = {path.stem: yaml.safe_load(path.read_text()) for path in (DEPLOY / "kubernetes").glob("*.yaml")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

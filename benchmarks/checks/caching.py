@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.core import Measurement, Setting, check
-from benchmarks.processes import beneath, end_all, start_kasa, wait_for
-from benchmarks.tiny_inputs import write_tiny_inputs
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.run.graph import STAGES
 from pipeline.run.lineage import stored_artifacts
+from tests.support.processes import beneath, end_all, start_kasa, wait_for
+from tests.support.tiny_inputs import write_tiny_inputs
 
 PATIENCE_S = 600.0
 EVERYTHING = frozenset(STAGES)

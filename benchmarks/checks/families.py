@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
-from benchmarks.processes import start_kasa
+from tests.support.processes import start_kasa
 
 DATA = ROOT.parent / "shared" / "data"
 KASA = ("kasa:loss", "kasa:activation", "kasa:weight", "kasa:authors", "kasa:none")

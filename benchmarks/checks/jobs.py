@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.core import Measurement, Setting, check
-from benchmarks.job_scenarios import SCENARIOS, Findings, Jobs
-from benchmarks.ray_head import ray_head
-from benchmarks.tiny_inputs import write_tiny_inputs
+from tests.support.job_scenarios import SCENARIOS, Findings, Jobs
+from tests.support.ray_head import ray_head
+from tests.support.tiny_inputs import write_tiny_inputs
 
 
 @check(bar=0, direction="at most", unit="expectations that fail")

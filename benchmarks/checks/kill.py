@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from benchmarks.checks.base_kept import different_bits
 from benchmarks.checks.demo import copy_sources
 from benchmarks.core import CannotRunError, Measurement, Setting, check
-from benchmarks.processes import beneath, end_all, start_kasa, wait_for
 from kasa.errors import KasaError
 from pipeline.config.recipe import parse_recipe
 from pipeline.core.journal import read_journal
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import find_base
 from pipeline.training.checkpoints import newest_step
+from tests.support.processes import beneath, end_all, start_kasa, wait_for
 
 STEPS, CHECKPOINT_EVERY = 60, 5
 WORKER_KILLS, LATEST_KILL_S = 10, 25.0

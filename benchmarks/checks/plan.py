@@ -20,7 +20,6 @@ import yaml
 from torch import nn
 
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
-from benchmarks.ranks import process_group, shape_of, stand_in_spectra, start_ranks, training_job, write_inputs
 from kasa import KasaConfig, KasaError, adapted_layers, attach, find_targets, penalty
 from pipeline.apps.planning.memory import GIB
 from pipeline.apps.planning.plan import DataFacts, Estimate, checked_targets, estimate
@@ -29,6 +28,7 @@ from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.config.settings import BaseSettings
 from pipeline.models.base import find_base
 from pipeline.models.loading import DTYPES
+from tests.support.ranks import process_group, shape_of, stand_in_spectra, start_ranks, training_job, write_inputs
 
 LLAMAS = (
     "meta-llama/Llama-2-7b-hf",

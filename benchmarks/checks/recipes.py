@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from benchmarks.core import Measurement, Setting, check
-from benchmarks.processes import start_kasa
 from pipeline.config.recipe import named_recipes
+from tests.support.processes import start_kasa
 
 PATIENCE_S = 120.0
 # A hub without models, and a proxy that leads nowhere, for whatever asks the network none the less.

@@ -11,14 +11,14 @@ import yaml
 
 from benchmarks.checks.demo import copy_sources
 from benchmarks.core import CannotRunError, Measurement, Setting, check
-from benchmarks.letters import write_task
-from benchmarks.processes import start_kasa
-from benchmarks.serving import adapter_logits, apart, ask, load_as_stranger, served
 from kasa.errors import KasaError
 from pipeline.config.recipe import parse_recipe
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import find_base
 from pipeline.serving.logit_difference import text_sequences
+from tests.support.letters import write_task
+from tests.support.processes import start_kasa
+from tests.support.serving import adapter_logits, apart, ask, load_as_stranger, served
 
 STEPS, MORE_STEPS = 100, 400
 PATIENCE_S = 900.0

@@ -9,11 +9,11 @@ import yaml
 
 from benchmarks.checks.demo import copy_sources
 from benchmarks.core import CannotRunError, Measurement, Setting, check
-from benchmarks.retraining import Retraining
 from kasa.errors import KasaError
 from pipeline.config.recipe import parse_recipe
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import find_base
+from tests.support.retraining import Retraining
 
 ROWS, NEW_ROWS = 400, 200
 RECIPE = {

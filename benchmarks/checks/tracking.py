@@ -11,14 +11,14 @@ import yaml
 
 from benchmarks.checks.demo import copy_sources
 from benchmarks.core import CannotRunError, Measurement, Setting, check
-from benchmarks.processes import start_kasa
-from benchmarks.tracking_server import TrackingServer, curve_faults, outage, tracking_server
 from kasa.errors import KasaError
 from pipeline.config.recipe import parse_recipe
 from pipeline.core.journal import read_journal
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import find_base
 from pipeline.run.graph import STAGES
+from tests.support.processes import start_kasa
+from tests.support.tracking_server import TrackingServer, curve_faults, outage, tracking_server
 
 STEPS, KILL_AFTER, OUTAGE_S, PATIENCE_S = 120, 10, 30.0, 1200.0
 RECIPE = {

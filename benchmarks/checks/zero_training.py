@@ -16,27 +16,6 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.core import CannotRunError, Measurement, Setting, check
-from benchmarks.ranks import (
-    count_bytes,
-    process_group,
-    shape_of,
-    stand_in_spectra,
-    start_ranks,
-    training_job,
-)
-from benchmarks.small_training import (
-    BATCH,
-    RANK,
-    STEPS,
-    Sample,
-    outcome,
-    prepare_run,
-    small_base,
-    small_recipe,
-    small_samples,
-    train_run,
-    write_recipe,
-)
 from kasa import KasaConfig, KasaError, attach, find_targets
 from kasa.adapter import trainable_parameters
 from kasa.spectra import Triplets
@@ -49,6 +28,27 @@ from pipeline.models.base import find_base
 from pipeline.models.loading import load_base
 from pipeline.training import worker, zero
 from pipeline.training.batches import BatchPlan, learning_rate
+from tests.support.ranks import (
+    count_bytes,
+    process_group,
+    shape_of,
+    stand_in_spectra,
+    start_ranks,
+    training_job,
+)
+from tests.support.small_training import (
+    BATCH,
+    RANK,
+    STEPS,
+    Sample,
+    outcome,
+    prepare_run,
+    small_base,
+    small_recipe,
+    small_samples,
+    train_run,
+    write_recipe,
+)
 
 WORLDS = (1, 2)
 KILLED_AFTER = (10, 19)

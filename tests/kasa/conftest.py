@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from shapes import Shapes, weight_of
 
 from kasa import KasaConfig, find_targets
 from kasa.spectra import bottom_triplets
+from tests.kasa.shapes import Shapes, weight_of
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from shapes import WIDTHS, weight_of
 from torch.nn import functional
 
 from kasa import KasaConfig, adapted_layers, attach, detach, disabled, find_targets
 from kasa.adapter import frozen_factors, load_tensors, trainable_parameters
 from kasa.errors import SpectrumError, TargetError
 from kasa.spectra import bottom_triplets
+from tests.kasa.shapes import WIDTHS, weight_of
 
 NAMES = tuple(WIDTHS)
 

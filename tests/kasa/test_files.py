@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from shapes import Shapes
 
 from kasa import (
     CheckpointWeights,
@@ -24,6 +23,7 @@ from kasa.adapter_file import SavedAdapter, check_base
 from kasa.checkpoint import weight_digest
 from kasa.errors import AdapterFileError, SpectrumError
 from kasa.targets import Target
+from tests.kasa.shapes import Shapes
 
 
 @pytest.fixture

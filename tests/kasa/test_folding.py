@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from shapes import WIDTHS, Shapes, randomise, weight_of
 
 from kasa import KasaConfig, KasaError, activate, attach, detach, disabled, find_targets, fold, unfold
+from tests.kasa.shapes import WIDTHS, Shapes, randomise, weight_of
 
 CONFIG = KasaConfig(rank=6, alpha=9.0, dropped_rank=4)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -14,6 +13,7 @@ from kasa import KasaConfig, export_lora, interchange
 from kasa.adapter_file import SavedAdapter
 from kasa.errors import InterchangeError
 from kasa.lora_export import lora_rank, vllm_rank
+from tests.kasa import tiny
 
 CONFIG = KasaConfig(rank=4, alpha=6.0, dropped_rank=3)
 

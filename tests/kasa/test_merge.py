@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +12,7 @@ from kasa import KasaConfig, merge
 from kasa.adapter_file import SavedAdapter
 from kasa.errors import InterchangeError, SpectrumError
 from kasa.interchange import update_factors
+from tests.kasa import tiny
 
 CONFIG = KasaConfig(rank=4, alpha=6.0, dropped_rank=3)
 INDEX = "model.safetensors.index.json"

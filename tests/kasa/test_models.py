@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from shapes import randomise
-from tiny import TOKENS, load, logits, save_gpt2, save_llama
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -27,6 +25,8 @@ from kasa.adapter_file import SavedAdapter
 from kasa.errors import TargetError
 from kasa.spectra import bottom_triplets
 from kasa.targets import as_target
+from tests.kasa.shapes import randomise
+from tests.kasa.tiny import TOKENS, load, logits, save_gpt2, save_llama
 
 CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=3)
 LABELS = torch.tensor([0, 2, 1])

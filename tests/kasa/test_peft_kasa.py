@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from peft import KasaConfig as PeftKasaConfig
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from kasa import KasaConfig
 from kasa.errors import InterchangeError
 from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
+from tests.kasa import tiny
 
 CONFIG = KasaConfig(
     rank=4, alpha=6.0, dropped_rank=4, regulariser="paper", singular_value_weight=0.25, orthogonality_weight=0.5

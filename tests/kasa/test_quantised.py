@@ -5,8 +5,6 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from shapes import randomise
-from tiny import TOKENS, load, logits, save_llama
 from torch import nn
 
 from kasa import KasaConfig, KasaError, adapted_layers, attach, attach_saved, disabled, find_targets, fold, penalty
@@ -15,6 +13,8 @@ from kasa.adapter_file import SavedAdapter
 from kasa.errors import AdapterFileError
 from kasa.spectra import bottom_triplets
 from kasa.targets import Target
+from tests.kasa.shapes import randomise
+from tests.kasa.tiny import TOKENS, load, logits, save_llama
 
 CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=3)
 KINDS = ["4bit", "8bit"]

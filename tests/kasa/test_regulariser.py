@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from shapes import weight_of
 
 from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty
 from kasa.adapter import trainable_parameters
 from kasa.update import product_singular_values
+from tests.kasa.shapes import weight_of
 
 
 def plain_reference(tensors: dict[str, torch.Tensor], names: list[str], convention: str):

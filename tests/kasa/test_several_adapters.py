@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from shapes import WIDTHS, Shapes, randomise
 
 from kasa import KasaConfig, activate, adapted_layers, attach, detach, disabled, find_targets, penalty
 from kasa.adapter import adapter_names, frozen_factors, trainable_parameters
 from kasa.errors import TargetError
 from kasa.layer import KasaLayer
+from tests.kasa.shapes import WIDTHS, Shapes, randomise
 
 FIRST = KasaConfig(rank=6, alpha=9.0, dropped_rank=4)
 SECOND = KasaConfig(rank=3, alpha=6.0, dropped_rank=2)

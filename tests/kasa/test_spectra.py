@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from matrices import SHAPES, spectrum, weight_with_values
 
 from kasa import bottom, spectra
 from kasa.errors import SpectrumError
 from kasa.spectra import bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
 from kasa.weighting import Weighting
+from tests.kasa.matrices import SHAPES, spectrum, weight_with_values
 
 KINDS = ("random", "rank deficient", "zero", "constant", "clustered", "badly scaled")
 

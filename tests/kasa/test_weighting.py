@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from matrices import SHAPES, spectrum, weight_with_values
 
 from kasa.errors import SpectrumError
 from kasa.spectra import bottom_triplets
 from kasa.weighting import SHRINKAGE, Weighting
+from tests.kasa.matrices import SHAPES, spectrum, weight_with_values
 
 
 def covariance_of(tokens_TI: torch.Tensor) -> torch.Tensor:

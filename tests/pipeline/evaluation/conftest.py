@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tiny_inputs import write_tiny_inputs
 from pipeline.config.settings import DataSettings
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.sources import DataSources, SourceFile
+from tests.support.tiny_inputs import write_tiny_inputs
 
 
 @pytest.fixture(scope="session")

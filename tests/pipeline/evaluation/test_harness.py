@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness_tasks import write_harness_tasks
 
 from pipeline.config.settings import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError
 from pipeline.evaluation.results import HarnessResult, check_harness, harness_rows, read_harness
+from tests.support.harness_tasks import write_harness_tasks
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from benchmarks.ranks import process_group, training_job, write_inputs  # noqa: E402
-from benchmarks.small_training import small_base, small_recipe, small_samples  # noqa: E402
 from pipeline.artifacts.store import ADAPTER  # noqa: E402
 from pipeline.config.recipe import Recipe  # noqa: E402
 from pipeline.core.journal import read_journal  # noqa: E402
@@ -28,6 +26,8 @@ from pipeline.models.language_model import collate, label_losses  # noqa: E402
 from pipeline.models.loading import load_base  # noqa: E402
 from pipeline.training.job import ATTACHED, JOURNAL  # noqa: E402
 from pipeline.training.worker import train_worker  # noqa: E402
+from tests.support.ranks import process_group, training_job, write_inputs  # noqa: E402
+from tests.support.small_training import small_base, small_recipe, small_samples  # noqa: E402
 
 STEPS, STOP_IN = 10, 7
 # Rates at which ten steps leave a trace: the spread is the methods' own.

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.encoders import write_encoder
 from kasa import ModelWeights, find_targets, observe_layers
 from kasa.spectra_file import save_spectra
 from pipeline.methods.full import FullMethod
@@ -21,6 +20,7 @@ from pipeline.models.heads import Head
 from pipeline.models.loading import load_base
 from pipeline.models.shapes import head_modules
 from pipeline.serving.prediction import load_predictor
+from tests.support.encoders import write_encoder
 
 HEAD = Head("classification", ("bad", "good"))
 RANK = 4

@@ -15,18 +15,19 @@ from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.ranks import start_ranks
 from kasa import find_targets
 from kasa.weighting import Weighting
 from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import check_method, check_registrable
 from pipeline.methods.loading import attach_folder
 from pipeline.methods.residual import initial_factors, leading_triplets
+from tests.support import ROOT
+from tests.support.ranks import start_ranks
 
 # Each group is trained once, not once in every test process.
 pytestmark = pytest.mark.xdist_group("methods")
 
-ROOT = Path(__file__).parents[3]
+
 # Stage, precision, processes, methods.
 GROUPS = {
     "0 fp32": ("0", "fp32", 1, ["adalora", "lora"]),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.label_metrics import CORRELATIONS, NAMES, class_results, compared
 from pipeline.metrics.intervals import measure, paired_differences
 from pipeline.metrics.scores import metrics_for_classes
+from tests.support.label_metrics import CORRELATIONS, NAMES, class_results, compared
 
 
 def test_all_values_are_those_of_scikit_learn_and_scipy() -> None:

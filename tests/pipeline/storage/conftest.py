@@ -2,9 +2,9 @@ from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
-from s3_server import S3Server, serving
 
 from pipeline.storage.objects import ObjectStore
+from tests.support.s3_server import S3Server, serving
 
 
 @pytest.fixture(scope="package")

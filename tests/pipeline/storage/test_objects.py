@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from s3_server import S3Server, serving
 
-from benchmarks.tracking_server import free_port
 from pipeline.core.errors import StorageError, WorkspaceError
 from pipeline.storage.lease import Holder, Lease, acquire
 from pipeline.storage.lease_stores import ObjectLeaseStore
 from pipeline.storage.objects import ObjectStore
+from tests.support.s3_server import S3Server, serving
+from tests.support.tracking_server import free_port
 
 
 def test_objects_come_back_as_they_were_written(store: ObjectStore, tmp_path: Path) -> None:

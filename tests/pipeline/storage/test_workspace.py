@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from s3_server import S3Server
 
 from pipeline.core.errors import LeaseLostError, WorkspaceError
 from pipeline.core.places import is_remote, local_folder
 from pipeline.storage.workspace import Workspace, open_workspace, replace_paths
+from tests.support.s3_server import S3Server
 
 Nodes = Callable[[str], Workspace]
 

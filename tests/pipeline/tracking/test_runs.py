@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from postgres import Postgres, postgres
 
-from benchmarks.tracking_server import curve_faults, tracking_server
 from pipeline.core.errors import TrackingAwayError, WorkspaceError
 from pipeline.core.journal import Record
 from pipeline.registry.store import Registry
 from pipeline.tracking.delivery import Delivery, delivering
 from pipeline.tracking.runs import Tracking, _batches
+from tests.support.postgres import Postgres, postgres
+from tests.support.tracking_server import curve_faults, tracking_server
 
 # One database, made once.
 pytestmark = pytest.mark.xdist_group("tracking")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.small_training import prepare_run, small_base, small_recipe, train_run
 from pipeline.config.recipe import parse_recipe
 from pipeline.core.journal import read_journal
 from pipeline.training.job import JOURNAL, journalled_error
 from pipeline.training.objective import TokenObjective
 from pipeline.training.validation import what_went_wrong
+from tests.support.small_training import prepare_run, small_base, small_recipe, train_run
 
 NAN, INFINITE = float("nan"), float("inf")
 WELL = {"loss": 3.0, "task_loss": 2.9, "gradient_norm": 100.0}

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support import ROOT
+
 SCRIPT = Path(__file__).with_name("partitioned_script.py")
-ROOT = Path(__file__).parents[3]
 
 
 def test_two_ranks_load_a_half_each_and_compute_in_one_type(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.small_training import outcome, prepare_run, small_base, small_recipe, train_run
 from pipeline.config.recipe import parse_recipe
+from tests.support.small_training import outcome, prepare_run, small_base, small_recipe, train_run
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.small_training import STEPS, outcome, prepare_run, small_base, small_recipe, train_run
 from kasa import read_adapter, save_adapter
 from pipeline.config.recipe import parse_recipe
+from tests.support.small_training import STEPS, outcome, prepare_run, small_base, small_recipe, train_run
 
 # The champion is trained once, not once in every test process.
 pytestmark = pytest.mark.xdist_group("warm-start")

@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.encoders import write_encoder
-from benchmarks.ranks import write_inputs
-from benchmarks.small_training import outcome, train_run
 from kasa import attach_saved, compute_spectra, read_adapter
 from kasa.model_spectra import ModelWeights
 from pipeline.config.recipe import Recipe, parse_recipe
@@ -21,6 +18,9 @@ from pipeline.models.heads import Head
 from pipeline.models.loading import load_base
 from pipeline.models.sequence_classification import collate_labelled, head_outputs, padding_token
 from pipeline.training.objective import LabelObjective
+from tests.support.encoders import write_encoder
+from tests.support.ranks import write_inputs
+from tests.support.small_training import outcome, train_run
 
 STEPS, SAMPLES, PERSISTENT_ELEMENTS = 12, 48, 100
 HEADS = {

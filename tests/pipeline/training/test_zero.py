@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.support import ROOT
+
 SCRIPT = Path(__file__).with_name("zero_script.py")
-ROOT = Path(__file__).parents[3]
+
 # Each number of processes is trained once, not once in every test process.
 pytestmark = pytest.mark.xdist_group("zero")
 # Stage 3 both with every parameter partitioned and with the small ones kept whole on every rank.

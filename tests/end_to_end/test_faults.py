@@ -1,0 +1,93 @@
+"""Real runs with real faults: whatever dies or hangs, the run or the same command again ends with the same adapter."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import socket
+from typing import Any
+
+import pytest
+
+from pipeline.run.graph import STAGES
+from tests.support.processes import beneath, end_all
+from tests.support.tiny_run import Bench, adapter_bytes, assert_recorded_once, mid_training, parents
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("faults")]
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest, bench: Bench, first: dict[str, Any]) -> str:
+    """A workspace with all that training begins with: the faults come later."""
+    name = "-".join(request.node.name.split("_")[2:5])
+    bench.copy_beginning(first["artifacts"], name)
+    return name
+
+
+def test_a_killed_worker_changes_nothing_in_the_result(bench: Bench, first: dict[str, Any], name: str) -> None:
+    process = bench.start(name)
+    mid_training(bench, name, process)[1].send_signal(signal.SIGKILL)
+    result, said = bench.finish_saying(process)
+    assert "was killed" in said
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+    assert_recorded_once(bench, name, result)
+
+
+def test_a_worker_that_hangs_is_named_and_replaced(bench: Bench, first: dict[str, Any], name: str) -> None:
+    process = bench.start(name, "train.collective_timeout_s=10")
+    worker = mid_training(bench, name, process)[1]
+    worker.suspend()
+    result, said = bench.finish_saying(process)
+    assert f"train: training worker 1 (process {worker.pid} on {socket.gethostname()}) hangs: the others" in said
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+
+
+def test_a_worker_without_memory_says_what_to_do(bench: Bench, first: dict[str, Any], name: str) -> None:
+    # Every tensor is asked of the system anew, not of what freed ones left: a step cannot do without it.
+    process = bench.start(name, environment={"MALLOC_MMAP_THRESHOLD_": "8192"})
+    worker = mid_training(bench, name, process)[1]
+    # Less than the process has already: whatever it asks for from now on, it does not get.
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (2**30, 2**30))
+    result, said = bench.finish_saying(process)
+    assert "train: training worker 1 ran out of memory; lower train.micro_batch_size" in said
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+
+
+def test_a_killed_driver_is_resumed_in_the_same_mlflow_runs(bench: Bench, first: dict[str, Any], name: str) -> None:
+    process = bench.start(name)
+    mid_training(bench, name, process)
+    ray_processes = beneath(process)
+    process.kill()
+    process.wait()
+    (interrupted,) = parents(bench.mlflow(name))
+    # Ray's own processes notice the driver's death by themselves; the next run must not depend on how fast.
+    try:
+        result = bench.run(name)
+    finally:
+        end_all(ray_processes)
+    assert result["run_id"] == interrupted.info.run_id
+    assert len(parents(bench.mlflow(name))) == 1
+    assert_recorded_once(bench, name, result)
+    assert result["stages"] == dict.fromkeys(STAGES, "computed") | {
+        "prepare": "reused",
+        "spectra": "reused",
+        "audit": "reused",
+    }
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
+
+
+def test_a_killed_head_ends_the_run_soon_and_the_next_goes_on(bench: Bench, first: dict[str, Any], name: str) -> None:
+    process = bench.start(name)
+    mid_training(bench, name, process)
+    ray_processes = beneath(process)
+    (head,) = beneath(process, "gcs_server")
+    head.kill()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "failed: Ray's head process died; the same command goes on from here" in said.splitlines()
+    try:
+        result = bench.run(name)
+    finally:
+        end_all(ray_processes)
+    assert_recorded_once(bench, name, result)
+    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)

@@ -1,0 +1,76 @@
+"""A `kasa` command in a process of its own, and the processes beneath it: to be watched and killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from tests.support import ROOT
+
+Found = TypeVar("Found")
+
+
+def start_kasa(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """`kasa ARGUMENTS` in `folder`; its output can be read at the end.
+
+    Of the surroundings' settings of Ray and MLflow it sees those in `environment` alone.
+    """
+    surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "KASA_"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli.main", *arguments],
+        cwd=folder,
+        env=surroundings
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        | {**(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], Found], process: subprocess.Popen[str], patience_s: float) -> Found:
+    """What `condition` returns once that is true.
+
+    Raises:
+        RuntimeError: the process ended before; with the end of what it said.
+        TimeoutError: it took longer than `patience_s`.
+    """
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        if process.poll() is not None:
+            raise RuntimeError(f"ended with {process.returncode}: {process.communicate()[1][-3000:]}")
+        time.sleep(0.02)
+    raise TimeoutError(f"nothing seen within {patience_s:g} s")
+
+
+def beneath(process: subprocess.Popen[str], mark: str = "") -> list[psutil.Process]:
+    """Living descendants with `mark` in their command line: `RayTrainWorker`, or `gcs_server`, which is Ray's head."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if child.status() != psutil.STATUS_ZOMBIE and any(mark in part for part in child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def end_all(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL to whatever of them is left."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
