@@ -48,7 +48,7 @@ _TRAIN_MECHANICS = {
     "start",
 }
 _METHOD_CODE = {"kasa": ["pipeline.methods.kasa", "pipeline.training.layers"], "full": ["pipeline.methods.full"]}
-_PEFT_CODE = [f"pipeline.methods.{part}" for part in ("peft_methods", "residual_base", "adalora")]
+_PEFT_CODE = [f"pipeline.methods.{part}" for part in ("peft", "residual")]
 _EVALUATE_MECHANICS: Any = {
     **dict.fromkeys(("workers", "batch_size", "metric"), True),
     # What it holds is an input.

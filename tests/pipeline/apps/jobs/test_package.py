@@ -69,7 +69,7 @@ def test_the_code_comes_along_and_is_not_shadowed(tmp_path: Path) -> None:
     write(tmp_path, "pipeline/notes.txt")
     assert "pipeline/notes.txt" in make_package(tmp_path, [], tmp_path / "workspace").files
     write(tmp_path, "pipeline/cli/main.py")
-    with pytest.raises(JobError, match=r"stands where a job needs the pipeline's own pipeline/cli\.py"):
+    with pytest.raises(JobError, match=r"stands where a job needs the pipeline's own pipeline/cli/main\.py"):
         make_package(tmp_path, [], tmp_path / "workspace")
 
 
