@@ -45,7 +45,6 @@ DOORS = {
         "pipeline/tracking/system_metrics.py",
         "pipeline/registry/store.py",
         "pipeline/serving/served_model.py",
-        "pipeline/serving/served_labels.py",
     },
     "fsspec": {"pipeline/storage/objects.py"},
     "deepspeed": {"pipeline/training/zero.py"},

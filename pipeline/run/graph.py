@@ -212,9 +212,8 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
                 [
                     "pipeline.evaluation",
                     "pipeline.metrics",
-                    "pipeline.serving.generation",
+                    "pipeline.serving.inference",
                     "pipeline.models.language_model",
-                    "pipeline.serving.prediction",
                     "pipeline.models.sequence_classification",
                     "pipeline.methods.loading",
                     "kasa.layer",
@@ -259,8 +258,7 @@ def register_key(recipe: Recipe, trained: str, evaluated: str, registry: str) ->
             "code": code_digests(
                 [
                     "pipeline.serving.served_model",
-                    "pipeline.serving.served_labels",
-                    "pipeline.serving.served_base",
+                    "pipeline.serving.registered",
                     "pipeline.run.promotion",
                 ]
             ),

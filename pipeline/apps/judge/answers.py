@@ -15,8 +15,9 @@ from kasa.file_digest import file_digest
 from pipeline.core.errors import DataError
 from pipeline.core.journal import JournalWriter, Record, read_journal
 from pipeline.data.readers import RawRow, read_rows
+from pipeline.models.heads import LANGUAGE_MODEL
 from pipeline.models.prompting import Message, Prompting
-from pipeline.serving.generation import Answerer, greedy_answers, load_answerer
+from pipeline.serving.inference import LoadedModel, load_model
 
 
 @dataclass(frozen=True)
@@ -101,30 +102,28 @@ def answer_shard(shard: AnswerShard) -> list[Record]:
     done = {record["question"] for record in journal.kept}
     open_ = [question for question in shard.questions[shard.index :: shard.count] if question.id not in done]
     if open_:
-        answerer = load_answerer(shard.base_folder, shard.adapter, shard.precision, shard.prompting)
+        loaded = load_model(shard.base_folder, shard.adapter, shard.precision, LANGUAGE_MODEL, shard.prompting)
         open_.sort(key=lambda question: -len(question.turns[0]))
         for start in range(0, len(open_), shard.batch_size):
             chosen = open_[start : start + shard.batch_size]
-            answers = _converse(answerer, chosen, shard.max_new_tokens)
+            answers = _converse(loaded, chosen, shard.max_new_tokens)
             journal.append([{"question": q.id, "answers": a} for q, a in zip(chosen, answers, strict=True)])
     return read_journal(shard.journal)
 
 
-def _converse(answerer: Answerer, questions: Sequence[Question], max_new_tokens: int) -> list[list[str]]:
+def _converse(loaded: LoadedModel, questions: Sequence[Question], max_new_tokens: int) -> list[list[str]]:
     """Each question's answers; all that have a further turn are asked it together."""
     answers: list[list[str]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [index for index, question in enumerate(questions) if turn < len(question.turns)]
-        prompts = [_prompt_ids(answerer, questions[index].turns[: turn + 1], answers[index]) for index in asked]
-        for index, text in zip(
-            asked, greedy_answers(answerer.model, answerer.tokenizer, prompts, max_new_tokens), strict=True
-        ):
+        prompts = [_prompt_ids(loaded, questions[index].turns[: turn + 1], answers[index]) for index in asked]
+        for index, text in zip(asked, loaded.generate(prompts, max_new_tokens), strict=True):
             answers[index].append(text)
     return answers
 
 
-def _prompt_ids(answerer: Answerer, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+def _prompt_ids(loaded: LoadedModel, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
     said = [Message("user", turns[0])]
     for answer, turn in zip(answers, turns[1:], strict=True):
         said += [Message("assistant", answer), Message("user", turn)]
-    return answerer.prompting.conversation_ids(answerer.tokenizer, said)
+    return loaded.prompting.conversation_ids(loaded.tokenizer, said)
