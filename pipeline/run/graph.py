@@ -106,7 +106,7 @@ def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], pre
         code += [
             "kasa.calibration",
             "kasa.weighting",
-            "pipeline.spectra.calibration_jobs",
+            "pipeline.spectra.calibration",
             "pipeline.models.sequence_classification",
         ]
     if recipe.adapter.method == "corda":
@@ -140,7 +140,8 @@ def audit_key(recipe: Recipe, prepared: str, spectra: str) -> StageKey:
                     "kasa.audit",
                     "kasa.layer",
                     "kasa.truncation",
-                    "pipeline.spectra.calibration_jobs",
+                    "pipeline.spectra.audit",
+                    "pipeline.spectra.calibration",
                     "pipeline.models.sequence_classification",
                 ]
             ),

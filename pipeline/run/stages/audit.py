@@ -17,6 +17,7 @@ from pipeline.models.base import BaseModel
 from pipeline.run.context import RunContext
 from pipeline.run.graph import audit_key
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
+from pipeline.spectra.tasks import AuditJob
 
 AUDIT_JSON = "audit.json"
 
@@ -31,7 +32,7 @@ def audit(
     recipe = context.recipe
 
     def make(folder: Path) -> dict[str, Any]:
-        from pipeline.spectra.calibration_jobs import WORST_LAYERS, AuditJob, audit_truncation  # torch
+        from pipeline.spectra.audit import WORST_LAYERS, audit_truncation  # torch
 
         journal = folder / "progress.jsonl"
         rewrite_journal(journal, keep=lambda record: False)

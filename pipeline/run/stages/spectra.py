@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kasa.targets import Target
 from pipeline.artifacts.store import Artifact
@@ -23,10 +23,7 @@ from pipeline.models.base import BaseModel
 from pipeline.run.context import RunContext
 from pipeline.run.graph import SPECTRA, inherited_spectra_key
 from pipeline.run.warm_start import WarmStart, chosen_spectra_key, start_adapter
-from pipeline.spectra.memory import decomposition_bytes
-
-if TYPE_CHECKING:
-    from pipeline.spectra.decomposition import SpectrumTask
+from pipeline.spectra.tasks import CalibrationShard, SpectrumTask, decomposition_bytes
 
 FOLDER = "spectra"
 
@@ -46,7 +43,7 @@ def spectra(
     def make(folder: Path) -> dict[str, Any]:
         from kasa import read_adapter  # torch
         from kasa.spectra_file import SPECTRA_JSON
-        from pipeline.spectra.decomposition import SpectrumTask, combine, decompose, inherited_factors
+        from pipeline.spectra.decomposition import combine, decompose, inherited_factors
 
         calibration = _calibrate(context, base, targets, prepared, folder) if prepared else ()
         inherited = inherited_factors(read_adapter(start_adapter(context, start))) if start else {}
@@ -96,7 +93,7 @@ def _calibrate(
 ) -> tuple[Path, ...]:
     """Run the calibration text through the base, shared out over the training workers; the folders of their sums."""
     from kasa.calibration import CALIBRATION_JSON  # torch
-    from pipeline.spectra.calibration_jobs import CalibrationShard, calibrate_shard, first_rows
+    from pipeline.spectra.calibration import calibrate_shard, first_rows
 
     recipe = context.recipe
     count = recipe.train.workers

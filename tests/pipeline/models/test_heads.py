@@ -34,7 +34,9 @@ from pipeline.models.shapes import base_outline, head_modules
 from pipeline.serving import served_model
 from pipeline.serving.answer import answer
 from pipeline.serving.inference import load_model
-from pipeline.spectra.calibration_jobs import AuditJob, CalibrationShard, audit_truncation, calibrate_shard
+from pipeline.spectra.audit import audit_truncation
+from pipeline.spectra.calibration import calibrate_shard
+from pipeline.spectra.tasks import AuditJob, CalibrationShard
 from tests.support.encoders import write_encoder
 
 CLASSES = Head("classification", ("bad", "good", "mixed"))
