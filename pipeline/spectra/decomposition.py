@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kasa import CheckpointWeights
-from kasa.adapter_file import SavedAdapter
 from kasa.calibration import StoredCalibration
 from kasa.checkpoint import weight_digest
 from kasa.spectra import Triplets, bottom_triplets, inherited_triplets
 from kasa.spectra_file import load_spectra, save_spectra
 from kasa.targets import Target
 from pipeline.methods.residual import leading_triplets
+
+if TYPE_CHECKING:
+    from kasa.adapter_file import SavedAdapter
 
 
 @dataclass(frozen=True)
