@@ -25,6 +25,9 @@ from typing import Any
 
 from kasa.file_digest import file_digest
 
+# Folder of the adapter in a training's artifact and in a registered model.
+ADAPTER = "adapter"
+
 
 def atomic_write(file: Path, content: str | bytes) -> None:
     """Write a file in one step, making its folder where there is none. Several may do so at once: the last one stays."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from kasa.targets import is_within
 from pipeline.models.heads import LANGUAGE_MODEL, Head
-from pipeline.models.shapes import head_modules
+from pipeline.models.loading import head_modules
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kasa.errors import KasaError
-from pipeline.artifacts.store import ADAPTER, Artifact
+from pipeline.artifacts.store import Artifact
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import package_versions
+from pipeline.core.files import ADAPTER
 from pipeline.core.provenance import code_tags
 from pipeline.data.prepare import load_prepared
 from pipeline.data.sources import DataSources

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from kasa.adapter_file import ADAPTER_JSON
-from pipeline.artifacts.store import ADAPTER
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
+from pipeline.core.files import ADAPTER
 from pipeline.core.machine import fast_precision
 from pipeline.methods.loading import base_name, check_saved_base, is_adapter
 from pipeline.models.base import find_base

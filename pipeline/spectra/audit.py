@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +22,36 @@ from pipeline.core.journal import append_journal
 from pipeline.data.prepare import load_prepared
 from pipeline.models.sequence_classification import Sample, changed_share, features
 from pipeline.spectra.calibration import equal_length_batches, first_rows, language_loss, load_on_device, token_count
-from pipeline.spectra.tasks import AuditJob
 
 # The layers that lose the largest share of their output are truncated one at a time, to see what each costs alone.
 WORST_LAYERS = 5
+
+
+@dataclass(frozen=True)
+class AuditJob:
+    """The comparison of the base with the truncated base, on the first `tokens` held-out tokens.
+
+    Attributes:
+        base_folder: the base model.
+        prepared: folder of the prepared data.
+        precision: `fp32` or `bf16`.
+        spectra: folder of the spectra.
+        targets: the layers that are truncated.
+        config: how they are truncated.
+        tokens: length of the text.
+        out: JSON file for the result.
+        journal: file for the progress.
+    """
+
+    base_folder: Path
+    prepared: Path
+    precision: str
+    spectra: Path
+    targets: tuple[Target, ...]
+    config: KasaConfig
+    tokens: int
+    out: Path
+    journal: Path
 
 
 def audit_truncation(job: AuditJob) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,18 +16,47 @@ from torch import nn
 
 from kasa import observe_layers
 from kasa.calibration import save_sums
+from kasa.targets import Target
 from pipeline.core.journal import append_journal, rewrite_journal
 from pipeline.data.prepare import load_prepared
 from pipeline.models.heads import Head
 from pipeline.models.language_model import collate, label_losses
 from pipeline.models.loading import load_base
 from pipeline.models.sequence_classification import Sample, read_samples
-from pipeline.spectra.tasks import CalibrationShard
 
 TOKENS_PER_BATCH = 1024
 
 TokenIds = Sequence[int]
 Text = TypeVar("Text")
+
+
+@dataclass(frozen=True)
+class CalibrationShard:
+    """One worker's share of the calibration text: the rows `index`, `index + count`, ... of the first `tokens` tokens.
+
+    Attributes:
+        base_folder: the base model.
+        prepared: folder of the prepared data.
+        precision: `fp32` or `bf16`.
+        targets: the layers to observe.
+        tokens: length of the calibration text.
+        gradients: whether the second moments of output gradients are summed up too, beside those of the inputs.
+        index: number of this shard.
+        count: how many shards there are.
+        out: file for the sums.
+        journal: file for the progress.
+    """
+
+    base_folder: Path
+    prepared: Path
+    precision: str
+    targets: tuple[Target, ...]
+    tokens: int
+    gradients: bool
+    index: int
+    count: int
+    out: Path
+    journal: Path
 
 
 def calibrate_shard(shard: CalibrationShard) -> None:

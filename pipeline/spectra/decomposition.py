@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kasa import CheckpointWeights
-from kasa.adapter_file import SavedAdapter
 from kasa.calibration import StoredCalibration
 from kasa.checkpoint import weight_digest
 from kasa.spectra import Triplets, bottom_triplets, inherited_triplets
 from kasa.spectra_file import load_spectra, save_spectra
+from kasa.targets import Target
 from pipeline.methods.residual import leading_triplets
-from pipeline.spectra.tasks import SpectrumTask
+
+if TYPE_CHECKING:
+    from kasa.adapter_file import SavedAdapter
+
+
+@dataclass(frozen=True)
+class SpectrumTask:
+    """The decomposition of one weight.
+
+    Attributes:
+        base: folder of the base model.
+        target: the weight.
+        rank: number of singular triplets.
+        calibration: the folders with the layer's second moments; empty for an unweighted decomposition.
+        out: folder to write.
+        inherited: factors to take over from an adapter; nothing is decomposed then.
+        leading: whether CorDA's largest components are wanted instead of the smallest; needs `calibration`.
+    """
+
+    base: Path
+    target: Target
+    rank: int
+    calibration: tuple[Path, ...]
+    out: Path
+    inherited: tuple[torch.Tensor, torch.Tensor] | None = None
+    leading: bool = False
 
 
 def decompose(task: SpectrumTask) -> None:

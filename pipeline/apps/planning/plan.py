@@ -32,7 +32,8 @@ from pipeline.apps.planning.memory import (
 from pipeline.config.deepspeed import complete_config, config_names, load_deepspeed_config
 from pipeline.config.recipe import Recipe, parse_recipe, recipe_values
 from pipeline.core.errors import BaseModelError, RecipeError
-from pipeline.models.shapes import base_outline, built_in_names, head_modules, meta_model, model_config
+from pipeline.models.loading import head_modules
+from pipeline.models.shapes import base_outline, built_in_names, meta_model, model_config
 from pipeline.training.batches import optimizer_steps
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}

@@ -17,8 +17,8 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from pipeline.artifacts.store import ADAPTER  # noqa: E402
 from pipeline.config.recipe import Recipe  # noqa: E402
+from pipeline.core.files import ADAPTER  # noqa: E402
 from pipeline.core.journal import read_journal  # noqa: E402
 from pipeline.methods.loading import attach_folder  # noqa: E402
 from pipeline.methods.residual import leading_triplets  # noqa: E402

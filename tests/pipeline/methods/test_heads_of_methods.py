@@ -17,8 +17,7 @@ from pipeline.methods.method import Method, norm_names
 from pipeline.methods.peft import PeftMethod
 from pipeline.methods.residual import leading_triplets
 from pipeline.models.heads import Head
-from pipeline.models.loading import load_base
-from pipeline.models.shapes import head_modules
+from pipeline.models.loading import head_modules, load_base
 from pipeline.serving.inference import load_model
 from tests.support.encoders import write_encoder
 

@@ -27,16 +27,15 @@ from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.metrics.intervals import measure
 from pipeline.models.base import BaseModel
 from pipeline.models.heads import Head
-from pipeline.models.loading import load_base
+from pipeline.models.loading import head_modules, load_base
 from pipeline.models.prompting import Prompting
 from pipeline.models.sequence_classification import changed_share, features, probe
-from pipeline.models.shapes import base_outline, head_modules
+from pipeline.models.shapes import base_outline
 from pipeline.serving import served_model
 from pipeline.serving.answer import answer
 from pipeline.serving.inference import load_model
-from pipeline.spectra.audit import audit_truncation
-from pipeline.spectra.calibration import calibrate_shard
-from pipeline.spectra.tasks import AuditJob, CalibrationShard
+from pipeline.spectra.audit import AuditJob, audit_truncation
+from pipeline.spectra.calibration import CalibrationShard, calibrate_shard
 from tests.support.encoders import write_encoder
 
 CLASSES = Head("classification", ("bad", "good", "mixed"))

@@ -3,16 +3,16 @@
 import pytest
 
 from pipeline.artifacts.store import ArtifactStore, StageKey
-from pipeline.run import graph as keys
+from pipeline.run.dependencies import KeyInputs
+from pipeline.run.graph import stage_keys
 from pipeline.run.lineage import ingredients_by_name, stored_artifacts, why_made
 
 BASE, DATA = "b" * 64, "d" * 64
 
 
 def chain(recipe, data: str = DATA, base: str = BASE) -> list[StageKey]:
-    prepare = keys.prepare_key(recipe, data, base)
-    spectra = keys.spectra_key(recipe, base, [], prepare.key)
-    return [prepare, spectra, keys.train_key(recipe, prepare.key, spectra.key)]
+    made = stage_keys(KeyInputs(recipe, base, data))
+    return [made[stage] for stage in ("prepare", "spectra", "train")]
 
 
 def known(*chains: list[StageKey]) -> dict:
@@ -53,7 +53,9 @@ def test_the_most_similar_is_compared_with(recipe) -> None:
 
 
 def test_the_base_alone_is_not_compared_with(recipe) -> None:
-    of_base, of_adapter = (keys.evaluation_key(recipe(), "p", BASE, adapter) for adapter in (None, "t"))
+    of_base, of_adapter = (
+        stage_keys(KeyInputs(recipe(), BASE, until="evaluate", trains=trains))["evaluate"] for trains in (False, True)
+    )
     assert why_made(of_adapter, known([of_base])) == []
 
 

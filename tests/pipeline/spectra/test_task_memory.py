@@ -12,7 +12,7 @@ import pytest
 
 from kasa.targets import Target
 from pipeline.config.recipe import Weighted
-from pipeline.spectra.tasks import decomposition_bytes
+from pipeline.spectra.memory import decomposition_bytes
 from tests.support import ROOT
 from tests.support.ray_head import plain_environment
 

@@ -18,6 +18,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import method_of
 from pipeline.methods.shapes import FIXED
 from pipeline.run import graph as keys
+from pipeline.run.dependencies import KeyInputs
 
 Build = Callable[..., Recipe]
 CONFIG = LlamaConfig(
@@ -103,7 +104,7 @@ def test_a_trial_needs_the_spectra_that_its_method_begins_with(recipe: Build) ->
 
 def test_the_spectra_of_corda_are_its_own_and_know_no_gradients(recipe: Build) -> None:
     def made(**changes: Any) -> tuple[str, dict[str, Any]]:
-        key = keys.spectra_key(recipe(changes), "b", [], "p")
+        key = keys.stage_keys(KeyInputs(recipe(changes)))["spectra"]
         return key.key, key.ingredients["settings"]
 
     corda, activation = {"adapter.method": "corda"}, {"adapter.truncation": "activation"}
@@ -114,7 +115,8 @@ def test_the_spectra_of_corda_are_its_own_and_know_no_gradients(recipe: Build) -
 
 def test_methods_seeds_and_rates_train_anew_and_what_a_method_has_no_use_for_does_not(recipe: Build) -> None:
     def key(changes: dict[str, Any]) -> str:
-        return keys.train_key(recipe({"adapter.method": "lora"} | changes), "p", None).key
+        given = recipe({"adapter.method": "lora"} | changes)
+        return keys.stage_keys(KeyInputs(given, until="train"))["train"].key
 
     assert key({}) == key({"adapter.truncation": "weight"}) == key({"adapter.regulariser": "paper"})
     assert len({key({}), key({"adapter.method": "dora"}), key({"adapter.rank": 4}), key({"train.seed": 1})}) == 4
