@@ -43,6 +43,10 @@ class Interval:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        """`ESTIMATE [LOW, HIGH]`, each number in the given format."""
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
 
 def measure(results: Sequence[SampleResult], metrics: Sequence[str], seed: int = 0) -> dict[str, Interval]:
     """The named metrics of one model's results."""
