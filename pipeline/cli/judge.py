@@ -16,6 +16,8 @@ from pipeline.core.console import ProgressBars
 if TYPE_CHECKING:
     from pipeline.apps.judge.judgement import Judgement
 
+_TWO_DECIMALS = "{:.2f}".format
+
 
 def judge(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter folder.")],
@@ -54,10 +56,14 @@ def _show_judgement(judgement: Judgement) -> None:
         table.add_column(escape(who), justify="right")
     for category, of in judgement.by_category.items():
         table.add_row(escape(category), *(f"{of[who]:.2f}" if who in of else "" for who in judgement.grades))
-    table.add_row(f"all {judgement.questions} questions", *(f"{grade:.2f}" for grade in judgement.grades.values()))
+    table.add_row(
+        f"all {judgement.questions} questions", *(grade.text(_TWO_DECIMALS) for grade in judgement.grades.values())
+    )
     out.print(table)
-    out.print(f"difference  {judgement.difference:+.2f}")
-    out.print(f"win rate    {judgement.win_rate:.2f} of the comparisons, in both orders; a draw counts half")
+    out.print(f"difference  {judgement.difference.text('{:+.2f}'.format)}")
+    out.print(
+        f"win rate    {judgement.win_rate.text(_TWO_DECIMALS)} of the comparisons, in both orders; a draw counts half"
+    )
     low, high = judgement.win_rate.low, judgement.win_rate.high
     verdict = (
         "the judge prefers"

@@ -115,4 +115,4 @@ def _show_change(change: Change) -> None:
 
 
 def _difference(row: ModelRow) -> str:
-    return "-" if row.difference is None else escape(f"{row.difference:+.4f} against the {row.opponent}")
+    return "-" if row.difference is None else escape(f"{row.difference.text()} against the {row.opponent}")

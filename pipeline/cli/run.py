@@ -182,7 +182,7 @@ def _named(metric: str, lower_is_better: bool) -> str:
 
 
 def _change(difference: Interval | None) -> str:
-    return f"{difference:+.3f}" if difference else ""
+    return difference.text("{:+.3f}".format) if difference else ""
 
 
 def _ends(interval: Sequence[float]) -> str:

@@ -21,7 +21,7 @@ Legend: K = seeds, R = resamples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +43,9 @@ class Interval:
     low: float
     high: float
 
-    def __format__(self, spec: str) -> str:
-        """`ESTIMATE [LOW, HIGH]`, each number in the given format."""
-        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+    def text(self, number: Callable[[float], str] = "{:+.4f}".format) -> str:
+        """`estimate [low, high]`, each number as `number` writes it."""
+        return f"{number(self.estimate)} [{number(self.low)}, {number(self.high)}]"
 
 
 def measure(results: Sequence[SampleResult], metrics: Sequence[str], seed: int = 0) -> dict[str, Interval]:

@@ -94,7 +94,8 @@ def _gain_interval(metric: str, difference: Interval) -> tuple[float, float]:
 
 
 def _numbers(metric: str, opponent: str, difference: Interval) -> str:
-    return f"{metric} {difference:+.4f} against the {opponent}"
+    interval = f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    return f"{metric} {interval} against the {opponent}"
 
 
 _SHORT = 12
@@ -128,7 +129,7 @@ def model_card(
 
 
 def _interval(difference: Interval | None) -> str:
-    return "" if difference is None else f"{difference:+.4f}"
+    return "" if difference is None else f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
 def _shortened(value: str) -> str:

@@ -131,7 +131,3 @@ def test_a_gain_in_proportion_to_the_tokens_is_certain() -> None:
 def test_samples_must_be_the_same() -> None:
     with pytest.raises(ValueError, match="same samples"):
         paired_differences(results(0), results(0)[:-1])
-
-
-def test_an_interval_is_written_with_both_ends() -> None:
-    assert f"{Interval(0.5, -0.25, 1):+.2f}" == "+0.50 [-0.25, +1.00]"
