@@ -16,7 +16,8 @@ from pipeline.config.recipe import load_recipe
 from pipeline.core.console import ProgressBars
 
 if TYPE_CHECKING:
-    from pipeline.apps.compare.run import Compared, Plan, TrialPlan
+    from pipeline.apps.compare.plan import ComparisonPlan, TrialPlan
+    from pipeline.apps.compare.run import Compared
 
 # Columns of the paper's table that say how a method did. What it took is a table of its own here, for narrow terminals.
 _RESULTS = slice(3, 7)
@@ -49,12 +50,12 @@ def compare(
 ) -> None:
     """Compare methods on a recipe: the same data, steps and parameter budget; intervals, tests, costs, a plot."""
     resolved = load_recipe(recipe, overrides)
-    from pipeline.apps.compare.methods import entrant_names, tuned_rates
+    from pipeline.apps.compare.methods import method_names, tuned_rates
+    from pipeline.apps.compare.plan import plan_comparison, plan_trials
     from pipeline.apps.compare.run import compare as compare_methods
-    from pipeline.apps.compare.run import plan_comparison, plan_trials
 
     rates = tuned_rates(tune, resolved)
-    planned = plan_comparison(resolved, entrant_names(methods), seeds, seed_from, rates, against)
+    planned = plan_comparison(resolved, method_names(methods), seeds, seed_from, rates, against)
     if dry_run:
         trials = plan_trials(planned)
         print(json.dumps(_planned_json(planned, trials))) if as_json else _show_planned(planned, trials)
@@ -105,11 +106,11 @@ def _print_table(lines: Sequence[Sequence[str]]) -> None:
     out.print(shown)
 
 
-def _planned_json(plan: Plan, trials: Sequence[TrialPlan]) -> dict[str, Any]:
+def _planned_json(plan: ComparisonPlan, trials: Sequence[TrialPlan]) -> dict[str, Any]:
     return {"name": plan.name, "trials": [dataclasses.asdict(trial) for trial in trials]}
 
 
-def _show_planned(plan: Plan, trials: Sequence[TrialPlan]) -> None:
+def _show_planned(plan: ComparisonPlan, trials: Sequence[TrialPlan]) -> None:
     """Print a line for each trial, with what is there of it."""
     out.print(f"comparison {escape(plan.name)}, against {escape(plan.against)}")
     shown = plain_table("trial", "trains", "reuses", "makes")

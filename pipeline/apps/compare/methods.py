@@ -71,7 +71,7 @@ def choose_rate(rates: Sequence[float], losses: Mapping[float, float]) -> Chosen
 
 BASE = "base"
 # Changes of the recipe's `adapter`, beside the rank.
-ENTRANTS: Mapping[str, Mapping[str, Any]] = {
+COMPARABLE: Mapping[str, Mapping[str, Any]] = {
     **{method: {"method": method} for method in get_args(MethodName)},
     **{f"kasa:{rule}": {"method": "kasa", "truncation": rule} for rule in get_args(Truncation)},
     "kasa-without-d": {"method": "kasa", "singular_values": False},
@@ -95,7 +95,7 @@ class ComparedMethod:
     parameters: int
 
 
-def entrant_names(text: str) -> list[str]:
+def method_names(text: str) -> list[str]:
     """The names in `kasa,lora,...`, without the base, which every comparison shows.
 
     Raises:
@@ -103,8 +103,8 @@ def entrant_names(text: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in ENTRANTS and name != BASE:
-            known = (BASE, *ENTRANTS)
+        if name not in COMPARABLE and name != BASE:
+            known = (BASE, *COMPARABLE)
             hint = nearest(name, known) or f"; choose from {', '.join(known)}"
             raise RecipeError(f"--methods: there is no method {name!r}{hint}")
         if names.count(name) > 1:
@@ -114,7 +114,9 @@ def entrant_names(text: str) -> list[str]:
     return [name for name in names if name != BASE]
 
 
-def entrants(recipe: Recipe, names: Sequence[str], targets: Sequence[Target], model: nn.Module) -> list[ComparedMethod]:
+def compared_methods(
+    recipe: Recipe, names: Sequence[str], targets: Sequence[Target], model: nn.Module
+) -> list[ComparedMethod]:
     """The methods, each at the rank at which it trains as nearly as it can what KaSA trains by the recipe.
 
     alpha / rank stays that of the recipe. `model` may be on the meta device.
@@ -123,7 +125,7 @@ def entrants(recipe: Recipe, names: Sequence[str], targets: Sequence[Target], mo
         RecipeError: the recipe cannot be used with one of them.
     """
     budget = trainable_count(recipe.adapter.model_copy(update={"method": "kasa"}), targets, model)
-    return [_entrant(recipe, name, targets, model, budget) for name in names]
+    return [_compared_method(recipe, name, targets, model, budget) for name in names]
 
 
 def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
@@ -136,7 +138,7 @@ def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
         raise RecipeError(
             "train.start champion: a comparison starts every method from scratch; use train.start scratch"
         )
-    changes = dict(ENTRANTS[name])
+    changes = dict(COMPARABLE[name])
     if rank is not None:
         changes |= {"rank": rank, "alpha": recipe.adapter.alpha * rank / recipe.adapter.rank}
     values = recipe_values(recipe)
@@ -144,7 +146,9 @@ def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
     return parse_recipe(values, f"the recipe for {name}")
 
 
-def _entrant(recipe: Recipe, name: str, targets: Sequence[Target], model: nn.Module, budget: int) -> ComparedMethod:
+def _compared_method(
+    recipe: Recipe, name: str, targets: Sequence[Target], model: nn.Module, budget: int
+) -> ComparedMethod:
     made = recipe_for(recipe, name)
     if made.adapter.method != "kasa" and made.adapter.method not in FIXED:
         made = recipe_for(recipe, name, matching_rank(made.adapter, targets, model, budget))
