@@ -47,7 +47,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a recipe needs, from the model's configuration alone: memory by ZeRO stage, steps, FLOPs, time, disk."""
-    from pipeline.apps.planning.plan import hardware_of, plan_training
+    from pipeline.apps.planning.hardware import hardware_of
+    from pipeline.apps.planning.plan import plan_training
 
     resolved, hardware = hardware_of(
         load_recipe(recipe, overrides), gpus, nodes, gpu, gpu_memory_gib, peak_tflops, utilisation
