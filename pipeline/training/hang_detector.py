@@ -27,7 +27,7 @@ class HangDetector:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Start anew in `folder`, which all ranks can see; collective, before training."""
+        """Begin with an empty `folder`, which all ranks can see; collective, before training."""
         self._folder = folder
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         if self._rank == 0:

@@ -24,12 +24,7 @@ def optimizer_step(
     """Train on this rank's share of the global batch of one step; collective.
 
     Args:
-        adapted: the base with the method in it.
-        engine: the DeepSpeed engine of it.
-        plan: which samples the step has.
-        samples: the training samples.
         step: the step, counted from 0.
-        objective: what is minimised.
 
     Returns:
         `loss`, which is the sum of `task_loss` and the method's penalties, and `gradient_norm` where DeepSpeed computes it;
