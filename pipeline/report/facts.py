@@ -99,6 +99,8 @@ class ReportFacts:
         rejected_rows: rows of the data that were rejected, with the reason.
         interruptions: what interrupted the training.
         recipe_yaml: the resolved recipe.
+        versions: package -> version.
+        machine: what the run had of the machine.
         commands: caption -> shell command (use the model, open the MLflow UI).
     """
 
