@@ -100,7 +100,7 @@ class ReportFacts:
         interruptions: what interrupted the training.
         recipe_yaml: the resolved recipe.
         versions: package -> version.
-        machine: what the run had of the machine.
+        machine: hardware and operating system of the run.
         commands: caption -> shell command (use the model, open the MLflow UI).
     """
 
