@@ -302,9 +302,11 @@ def stages_to_recompute(named: Iterable[str], first: str | None) -> list[str]:
 
 
 def _values(section: Section, without: set[str]) -> dict[str, Any]:
-    """A section's settings and what it derives from them, so that a change of that derivation is seen too."""
-    derived = [name for name, value in vars(type(section)).items() if isinstance(value, property)]
-    values = {name: getattr(section, name) for name in derived if name not in without}
+    """A section's settings and what it derives from them, so that a change of that derivation is seen too; JSON values."""
+    derived = {name for name, value in vars(type(section)).items() if isinstance(value, property)} - without
+    values = {name: getattr(section, name) for name in derived}
+    # A manifest is read back with lists where there were tuples, and compared (`pipeline.run.lineage`).
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return section.model_dump(mode="json", exclude=without) | values
 
 
