@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
-from pipeline.config.settings import TrainSettings
+from pipeline.config.training import TrainSettings
 from pipeline.core.errors import RecipeError
 
 # What DeepSpeed 0.19.8 reads at the top level, apart from the two tables below; the test suite compares the list with

@@ -15,7 +15,6 @@ from kasa.errors import nearest
 from kasa.file_digest import file_digest
 from pipeline.artifacts.store import StageKey
 from pipeline.config.recipe import Recipe
-from pipeline.config.settings import METHOD_SETTINGS
 from pipeline.core.code import code_digests, package_versions
 from pipeline.core.errors import RecipeError
 from pipeline.metrics import caption_tools
@@ -47,8 +46,6 @@ _TRAIN_MECHANICS = {
     # What it comes to is an input.
     "start",
 }
-_METHOD_CODE = {"kasa": ["pipeline.methods.kasa", "pipeline.training.layers"], "full": ["pipeline.methods.full"]}
-_PEFT_CODE = [f"pipeline.methods.{part}" for part in ("peft", "residual")]
 _EVALUATE_MECHANICS: Any = {
     **dict.fromkeys(("workers", "batch_size", "metric"), True),
     # What it holds is an input.
@@ -109,9 +106,9 @@ def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], pre
             "pipeline.spectra.calibration_jobs",
             "pipeline.models.sequence_classification",
         ]
-    if recipe.adapter.method == "corda":
+    if recipe.adapter.spec.components == "leading":
         settings["of"] = "corda"
-        code.append("pipeline.methods.residual")
+        code.append("pipeline.spectra.decomposition")
     return StageKey(
         SPECTRA,
         {
@@ -165,8 +162,8 @@ def inherited_spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Ta
 def train_key(recipe: Recipe, prepared: str, spectra: str | None, start: str | None = None) -> StageKey:
     """The prepared data, every hyperparameter of the method, and the spectra, where there are any, or the training that is
     gone on from, which has them."""
-    method = recipe.adapter.method
-    adapter = recipe.adapter.model_dump(mode="json", include={"method", *METHOD_SETTINGS[method]})
+    spec = recipe.adapter.spec
+    adapter = recipe.adapter.model_dump(mode="json", include={"method", *spec.settings})
     origin = {"champion": start} if start else {} if spectra is None else {"spectra": spectra}
     code = [
         "kasa",
@@ -175,8 +172,8 @@ def train_key(recipe: Recipe, prepared: str, spectra: str | None, start: str | N
         "pipeline.models.sequence_classification",
         "pipeline.models.loading",
     ]
-    code += _METHOD_CODE.get(method, _PEFT_CODE)
-    versions = ["torch", "transformers", "deepspeed", *([] if method in _METHOD_CODE else ["peft"])]
+    code += [spec.module, "pipeline.methods.peft", "pipeline.training.layers"]
+    versions = ["torch", "transformers", "deepspeed", "peft"]
     return StageKey(
         TRAIN,
         {

@@ -26,7 +26,7 @@ from kasa.errors import KasaError
 from kasa.targets import is_within
 from pipeline.artifacts.store import ADAPTER
 from pipeline.config.deepspeed import with_passes
-from pipeline.config.settings import TrainSettings
+from pipeline.config.training import TrainSettings
 from pipeline.core.errors import TrainingError
 from pipeline.core.journal import JournalWriter, append_journal, read_journal
 from pipeline.data.prepare import load_prepared

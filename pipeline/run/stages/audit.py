@@ -12,7 +12,6 @@ from pipeline.cluster.connection import Resources
 from pipeline.config.recipe import Recipe
 from pipeline.core.console import console
 from pipeline.core.journal import JournalTail, rewrite_journal
-from pipeline.methods.choice import kasa_config
 from pipeline.models.base import BaseModel
 from pipeline.run.context import RunContext
 from pipeline.run.graph import audit_key
@@ -41,7 +40,7 @@ def audit(
             precision=recipe.train.precision,
             spectra=(spectra.folder / SPECTRA).resolve(),
             targets=tuple(targets),
-            config=kasa_config(recipe),
+            config=recipe.kasa_config,
             tokens=recipe.spectra.audit_tokens,
             out=(folder / AUDIT_JSON).resolve(),
             journal=journal.resolve(),

@@ -58,7 +58,7 @@ def spectra(
                 calibration,
                 folder / "pieces" / target.name,
                 inherited.get(target.name),
-                recipe.adapter.method == "corda",
+                recipe.adapter.spec.components == "leading",
             )
             for target in targets
         ]

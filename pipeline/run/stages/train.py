@@ -15,7 +15,7 @@ from pipeline.artifacts.store import ADAPTER, Artifact
 from pipeline.cluster.connection import Resources, WorkerGroup
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe
-from pipeline.config.settings import TrainSettings
+from pipeline.config.training import TrainSettings
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import TrainingError, WorkerError
 from pipeline.core.journal import JournalTail, Record, read_journal
@@ -99,7 +99,7 @@ def train(
         records = read_journal(folder / JOURNAL)
         shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
         Head.load(prepared.folder).save(folder / ADAPTER)
-        if spectra and recipe.adapter.method == "kasa":
+        if spectra and recipe.adapter.spec.components == "dropped":
             write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
         attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
         for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
