@@ -8,22 +8,7 @@ from pydantic import Field, model_validator
 
 from kasa.errors import nearest
 from pipeline.config.settings import Section, StrList
-
-# Of generated text, in the order people read them, and those of them that take no effort.
-_TEXT_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "chrf")
-
-
-_ALWAYS = frozenset(["bleu", "rouge_l", "chrf"])
-
-
-_DECIDING = {
-    "text": "rouge_l",
-    "answer": "exact_match",
-    "choice": "accuracy",
-    "loss": "loss",
-    "classification": "accuracy",
-    "regression": "pearson",
-}
+from pipeline.metrics import catalogue
 
 
 class HarnessSettings(Section):
@@ -42,14 +27,13 @@ class EvaluateSettings(Section):
 
     kind: Literal["text", "answer", "choice", "loss", "classification", "regression"] = Field(
         "text",
-        description="`text`: generated prose, scored by BLEU, ROUGE-L and chrF; `answer`: generated answers, right or "
+        description=f"`text`: generated prose, scored by {catalogue.labels_of_text()}; `answer`: generated answers, right or "
         "wrong; `choice`: one of several given answers; `loss`: loss and perplexity alone, of any data. With a new "
         "`base.head` it is that head's kind.",
     )
     metrics: StrList = Field(
         default_factory=list,
-        description="For `text`, what is measured beside: `nist`, `meteor`, `cider` (the last two need the extra `e2e`, "
-        "METEOR Java as well).",
+        description=f"For `text`, what is measured beside: {catalogue.optional_of_text()}.",
     )
     choices: list[str] = Field(
         default_factory=list,
@@ -63,8 +47,8 @@ class EvaluateSettings(Section):
     )
     metric: str | None = Field(
         None,
-        description="What promotion is decided on, of the metrics that are measured. Default: `rouge_l`, `exact_match`, "
-        "`accuracy`, `pearson` or `loss`, as the kind has it.",
+        description="What promotion is decided on, of the metrics that are measured. Default: "
+        f"{catalogue.deciding_names()}, as the kind has it.",
     )
     workers: int = Field(1, ge=1, description="Evaluation processes; the samples are shared out among them.")
     batch_size: int = Field(16, ge=1, description="Samples per forward pass or generated batch.")
@@ -77,22 +61,12 @@ class EvaluateSettings(Section):
     @property
     def measured(self) -> tuple[str, ...]:
         """The metrics that are compared, in the order people read them."""
-        text = tuple(name for name in _TEXT_METRICS if name in _ALWAYS or name in self.metrics)
-        own = {
-            "text": (*text, "exact_match"),
-            "answer": ("exact_match",),
-            "choice": ("accuracy", "accuracy_norm", *(("accuracy_generated",) if self.extract else ())),
-            "loss": (),
-            "classification": ("accuracy", "f1", "f1_macro", "matthews"),
-            "regression": ("pearson", "spearman"),
-        }
-        of_labels = self.kind in ("classification", "regression")
-        return (*own[self.kind], "loss", *(() if of_labels else ("perplexity",)))
+        return catalogue.measured(self.kind, {*self.metrics, *(["accuracy_generated"] if self.extract else [])})
 
     @property
     def gate_metric(self) -> str:
         """The metric that decides promotion."""
-        return self.metric or _DECIDING[self.kind]
+        return self.metric or catalogue.deciding(self.kind)
 
     @property
     def generates(self) -> bool:
@@ -102,8 +76,9 @@ class EvaluateSettings(Section):
     @model_validator(mode="after")
     def _settings_suit_the_kind(self) -> EvaluateSettings:
         for name in self.metrics:
-            if name not in _TEXT_METRICS:
-                hint = nearest(name, _TEXT_METRICS) or f"; choose from {', '.join(_TEXT_METRICS)}"
+            if name not in catalogue.OF_TEXT_ALONE:
+                known = catalogue.OF_TEXT_ALONE
+                hint = nearest(name, known) or f"; choose from {', '.join(known)}"
                 raise ValueError(f"metrics: there is no {name!r} of generated text{hint}")
         for setting, kind in (("metrics", "text"), ("choices", "choice"), ("extract", "choice")):
             if getattr(self, setting) and self.kind != kind:
@@ -130,8 +105,7 @@ class PromotionSettings(Section):
         0.0,
         ge=0,
         description="The gain in `evaluate.metric` that the whole 95% interval must lie above, in the metric's unit: "
-        "accuracies and `exact_match` run from 0 to 1, `bleu`, `rouge_l`, `meteor` and `chrf` from 0 to 100, `loss` is in "
-        "nats (of a regression: the mean squared error).",
+        f"{catalogue.scales()}, `loss` is in nats (of a regression: the mean squared error).",
     )
     guards: dict[str, float] = Field(
         default_factory=dict,

@@ -17,7 +17,7 @@ from pipeline.artifacts.store import StageKey
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_digests, package_versions
 from pipeline.core.errors import RecipeError
-from pipeline.metrics import caption_tools
+from pipeline.metrics.catalogue import optional_packages
 
 if TYPE_CHECKING:
     from kasa.targets import Target
@@ -225,9 +225,8 @@ def evaluation_key(recipe: Recipe, prepared: str, base_digest: str, adapter: str
 
 
 def _optional_packages(recipe: Recipe) -> list[str]:
-    needed = not {"meteor", "cider"}.isdisjoint(recipe.evaluate.measured)
     # A dry run may be asked for where they are not installed.
-    packages = [caption_tools.PACKAGE] if needed and caption_tools.lacks_package() is None else []
+    packages = optional_packages(recipe.evaluate.measured)
     return packages + (["lm_eval"] if recipe.evaluate.harness.tasks and find_spec("lm_eval") else [])
 
 

@@ -16,7 +16,7 @@ from pipeline.core.journal import JournalTail, append_journal
 from pipeline.data.prepare import load_prepared, prepare_dataset
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.choices import check_suitable
-from pipeline.metrics.scores import metrics_for_classes
+from pipeline.metrics.catalogue import metrics_for_classes
 from pipeline.models.base import BaseModel
 from pipeline.models.heads import Head
 from pipeline.run.context import RunContext
