@@ -30,7 +30,7 @@ from pipeline.config.settings import (
     TrainSettings,
 )
 from pipeline.core.errors import RecipeError
-from pipeline.core.places import local_folder
+from pipeline.core.files import local_folder
 
 
 def named_recipes() -> dict[str, Path]:
