@@ -45,9 +45,14 @@ def test_a_folder_is_replaced_with_all_that_it_held(tmp_path: Path) -> None:
 def test_what_fails_leaves_the_old_one_and_nothing_else(is_folder: bool, tmp_path: Path) -> None:
     path = tmp_path / "path"
     path.write_text("old")
-    with pytest.raises(ValueError, match="no"), replacing(path) as new:
-        new.mkdir() if is_folder else new.touch()
-        raise ValueError("no")
+
+    def fail() -> None:
+        with replacing(path) as new:
+            new.mkdir() if is_folder else new.touch()
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["path"]
 
