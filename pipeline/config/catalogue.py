@@ -1,9 +1,10 @@
-"""The recipes that come along, with what each needs: for `kasa recipes` and docs/recipes.md.
+"""The shipped recipes, as `kasa recipes` lists them, and the two generated pages of documentation.
 
-`docs/recipe.md`, from the recipe's models, and `docs/recipes.md`, from the recipes that come along:
-`python -m pipeline.config.catalogue [--check]`.
+`docs/recipes.md` describes the shipped recipes, `docs/recipe.md` every key of a recipe. Both are written by
 
-With `--check` nothing is written; exit code 1 when a page is out of date.
+    python -m pipeline.config.catalogue [--check]
+
+With `--check` nothing is written, and the exit code is 1 if a page is out of date.
 """
 
 from __future__ import annotations
@@ -26,79 +27,6 @@ from rich.table import Table
 
 from pipeline.config.recipe import Recipe, load_recipe, named_recipes
 from pipeline.config.settings import StrList
-
-_out = Console(highlight=False, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class NamedRecipe:
-    """A recipe that comes along."""
-
-    name: str
-    file: Path
-    recipe: Recipe
-
-    @property
-    def family(self) -> str:
-        """The folder it is kept in."""
-        return self.file.parent.name
-
-    @property
-    def fetched(self) -> list[str]:
-        """What comes from the hub or from other addresses, if it is not named as local files."""
-        model = [] if self.recipe.base.model.startswith("embedded:") else [self.recipe.base.model]
-        sources = [*self.recipe.data.train, *self.recipe.data.heldout]
-        return model + [source for source in sources if source.startswith(("hub:", "http"))]
-
-    @property
-    def hardware(self) -> str:
-        """What it trains on as it stands."""
-        workers = self.recipe.train.workers
-        if not self.recipe.train.gpu:
-            return f"{workers} CPU core{'s' if workers > 1 else ''}"
-        return f"{workers} GPU{'s' if workers > 1 else ''}"
-
-    @property
-    def published(self) -> str:
-        """The published result; empty where there is none."""
-        return ", ".join(f"{metric} {value:g}" for metric, value in self.recipe.about.published.items())
-
-
-def catalogue() -> Iterator[NamedRecipe]:
-    """All of them, those at the top first, then family by family."""
-    for name, file in named_recipes().items():
-        yield NamedRecipe(name, file, load_recipe(file))
-
-
-def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
-    """The catalogue as JSON objects."""
-    return [
-        {
-            "name": one.name,
-            "family": one.family,
-            **one.recipe.about.model_dump(mode="json"),
-            "base": one.recipe.base.model,
-            "hardware": one.hardware,
-            "fetched": one.fetched,
-        }
-        for one in named
-    ]
-
-
-def show_recipes(named: Sequence[NamedRecipe]) -> None:
-    """The catalogue as a table."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("recipe", no_wrap=True)
-    for heading in ("what", "settings", "trains on"):
-        table.add_column(heading)
-    for one in named:
-        about = one.recipe.about
-        table.add_row(one.name, about.summary, about.settings, one.hardware)
-    _out.print(table)
-    _out.print(
-        "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
-    )
-
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -165,9 +93,87 @@ _FAMILIES = {
 _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
 _LIST_FROM_TEXT = get_args(StrList)[1]
 
+_out = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A shipped recipe.
+
+    Attributes:
+        name: The name that commands take in place of a file.
+        file: Its YAML file.
+        recipe: Its content, validated.
+    """
+
+    name: str
+    file: Path
+    recipe: Recipe
+
+    @property
+    def family(self) -> str:
+        """The name of the folder that holds it."""
+        return self.file.parent.name
+
+    @property
+    def fetched(self) -> list[str]:
+        """The base model and data sources that a run would download, unless they are replaced by local files."""
+        model = [] if self.recipe.base.model.startswith("embedded:") else [self.recipe.base.model]
+        sources = [*self.recipe.data.train, *self.recipe.data.heldout]
+        return model + [source for source in sources if source.startswith(("hub:", "http"))]
+
+    @property
+    def hardware(self) -> str:
+        """The hardware that it asks for, such as `4 GPUs`."""
+        workers = self.recipe.train.workers
+        if not self.recipe.train.gpu:
+            return f"{workers} CPU core{'s' if workers > 1 else ''}"
+        return f"{workers} GPU{'s' if workers > 1 else ''}"
+
+    @property
+    def published(self) -> str:
+        """The published result, such as `accuracy 95.2`; empty if there is none."""
+        return ", ".join(f"{metric} {value:g}" for metric, value in self.recipe.about.published.items())
+
+
+def catalogue() -> Iterator[NamedRecipe]:
+    """All shipped recipes in the order of `named_recipes`."""
+    for name, file in named_recipes().items():
+        yield NamedRecipe(name, file, load_recipe(file))
+
+
+def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
+    """The recipes as JSON objects, for `kasa recipes --json`."""
+    return [
+        {
+            "name": one.name,
+            "family": one.family,
+            **one.recipe.about.model_dump(mode="json"),
+            "base": one.recipe.base.model,
+            "hardware": one.hardware,
+            "fetched": one.fetched,
+        }
+        for one in named
+    ]
+
+
+def show_recipes(named: Sequence[NamedRecipe]) -> None:
+    """Print the recipes as a table."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("what", "settings", "trains on"):
+        table.add_column(heading)
+    for one in named:
+        about = one.recipe.about
+        table.add_row(one.name, about.summary, about.settings, one.hardware)
+    _out.print(table)
+    _out.print(
+        "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
+    )
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page, or only compare it."""
+    """Write both pages, or only compare them with what the code says now. Returns the exit code."""
     parser = argparse.ArgumentParser("python -m pipeline.config.catalogue", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
     parser.add_argument("--docs", type=Path, default=DOCS)
@@ -184,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def catalogue_page() -> str:
-    """The recipes that come along as Markdown, a table for each family."""
+    """The content of `docs/recipes.md`: a Markdown table for each family of shipped recipes."""
     parts = [_CATALOGUE]
     for family, named in groupby(catalogue(), key=lambda one: one.family):
         parts += [
@@ -203,7 +209,7 @@ def catalogue_page() -> str:
 
 
 def recipe_page() -> str:
-    """The whole page as Markdown."""
+    """The content of `docs/recipe.md`: a Markdown table for each section of a recipe."""
     top = [(key, field) for key, field in keys_of(Recipe) if section_of(field) is None]
     parts = [_INTRODUCTION, f"## Top level\n\n{_table(top)}"]
     for key, field in keys_of(Recipe):
@@ -214,12 +220,12 @@ def recipe_page() -> str:
 
 
 def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """A model's keys as a recipe spells them, with their fields."""
+    """The keys of a pydantic model as a recipe spells them (aliases count), with their fields."""
     return ((field.alias or name, field) for name, field in model.model_fields.items())
 
 
 def flat_keys_of(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """A section's keys, with the keys of blocks within as `block.key`."""
+    """The keys of a section. The keys of a nested block are spelled `block.key`."""
     for key, field in keys_of(section):
         if inner := section_of(field):
             yield from ((f"{key}.{name}", one) for name, one in flat_keys_of(inner))
@@ -228,7 +234,7 @@ def flat_keys_of(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a key that holds a block of keys."""
+    """The pydantic model of a key that holds a block of keys; None for a plain value."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
@@ -243,7 +249,7 @@ def type_text(field: FieldInfo) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """A field's default as YAML has it; `unset` for None."""
+    """A field's default in YAML; `unset` for None."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})

@@ -1,9 +1,8 @@
-"""Where recipes are: files of the user's, or those that come along, by name (`kasa run glue-roberta-base-sst2`).
+"""Recipes: the one place where a run is described.
 
-Recipes: the one place where a run is described.
-
-A recipe is a YAML file of the sections in `pipeline.config.settings`. Nothing unknown is accepted; the error names the file, the
-dotted key, the value and the nearest valid key.
+A recipe is a YAML file of the sections in `pipeline.config.settings`: a file of the user, or a shipped one by its name
+(`kasa run glue-roberta-base-sst2`). An unknown key is an error, which names the file, the dotted key, the value and the
+nearest valid key.
 """
 
 from __future__ import annotations
@@ -30,33 +29,10 @@ from pipeline.config.settings import (
 )
 from pipeline.config.training import TrainSettings
 from pipeline.core.errors import RecipeError
-from pipeline.core.places import local_folder
+from pipeline.core.files import local_folder
 
-
-def named_recipes() -> dict[str, Path]:
-    """The files of the recipes that come along, by name: those at the top first, then family by family."""
-    package = find_spec("recipes")  # no part of what goes along with a registered model
-    if package is None or package.origin is None:
-        return {}
-    folder = Path(package.origin).parent
-    files = sorted(folder.rglob("*.yaml"), key=lambda file: (file.parent != folder, file))
-    return {file.stem: file for file in files}
-
-
-def find_recipe(path: Path) -> Path:
-    """The recipe's file: `path` where there is one, else the recipe of that name.
-
-    Raises:
-        RecipeError: there is neither.
-    """
-    if path.exists():
-        return path
-    named = named_recipes()
-    if str(path) in named:
-        return named[str(path)]
-    raise RecipeError(
-        f"recipe {path} does not exist; give a YAML file, or a name that `kasa recipes` lists{nearest(str(path), named)}"
-    )
+# What text tells of a layer's inputs and outputs that the spectra depend on.
+Weighted = Literal["no", "inputs", "both"]
 
 
 class Recipe(Section):
@@ -85,12 +61,12 @@ class Recipe(Section):
 
     @property
     def workspace(self) -> Path:
-        """The workspace's folder on this node."""
+        """The folder of the workspace on this node."""
         return local_folder(self.place)
 
     @property
     def registered_name(self) -> str:
-        """The name under which versions are registered."""
+        """The name of the registered model."""
         return self.register_.model or self.name
 
     @property
@@ -146,7 +122,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _evaluation_follows_the_head(cls, values: Any) -> Any:
-        """A new head leaves one kind of evaluation, which need not be named."""
+        """Fill in `evaluate.kind`, since a new head leaves only one."""
         blocks = values if isinstance(values, dict) else {}
         base, evaluate = blocks.get("base"), blocks.get("evaluate") or {}
         head = base.get("head") if isinstance(base, dict) else None
@@ -222,16 +198,43 @@ class Recipe(Section):
         return self
 
 
+def named_recipes() -> dict[str, Path]:
+    """The files of the shipped recipes by name: those at the top of `recipes/` first, then folder by folder."""
+    package = find_spec("recipes")  # absent where a registered model is served: it does not carry the recipes
+    if package is None or package.origin is None:
+        return {}
+    folder = Path(package.origin).parent
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (file.parent != folder, file))
+    return {file.stem: file for file in files}
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe's file: `path` if it exists, else the shipped recipe of that name.
+
+    Raises:
+        RecipeError: There is neither.
+    """
+    if path.exists():
+        return path
+    named = named_recipes()
+    if str(path) in named:
+        return named[str(path)]
+    raise RecipeError(
+        f"recipe {path} does not exist; give a YAML file, or a name that `kasa recipes` lists{nearest(str(path), named)}"
+    )
+
+
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file, apply `section.key=value` overrides, and validate.
+    """Read a recipe file, apply the overrides, and validate the result.
 
     Paths in `base.model`, `data.train`, `data.heldout` and `workspace` are relative to the working directory.
 
     Args:
-        path: A file, or the name of a recipe that comes along.
+        path: A file, or the name of a shipped recipe.
+        overrides: Each of the form `section.key=value`, with a YAML value.
 
     Raises:
-        RecipeError: the file is missing or no YAML mapping, an override is malformed, or a value is invalid.
+        RecipeError: The file is missing or no YAML mapping, an override is malformed, or a value is invalid.
     """
     path = find_recipe(path)
     try:
@@ -253,7 +256,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe given as a mapping; `where` names its origin in errors.
 
     Raises:
-        RecipeError: the first problems found, one line each, with the dotted key, the value and the nearest valid key.
+        RecipeError: Up to five problems, one line each, with the dotted key, the value and the nearest valid key.
     """
     try:
         return Recipe.model_validate(values)
@@ -263,7 +266,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as plain YAML-ready values, the form stored with every run."""
+    """The resolved recipe as YAML-ready values, in the form that is stored with every run."""
     return recipe.model_dump(mode="json", by_alias=True)
 
 
@@ -307,6 +310,3 @@ def _keys_of(location: list[str]) -> list[str]:
             return []
         model = field.annotation
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-Weighted = Literal["no", "inputs", "both"]

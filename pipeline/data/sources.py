@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kasa.errors import nearest
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
 from pipeline.data.readers import SUFFIXES

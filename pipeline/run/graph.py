@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kasa.errors import nearest
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from pipeline.artifacts.store import StageKey
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_digests, package_versions
@@ -94,7 +94,7 @@ def spectra_key(recipe: Recipe, base_digest: str, targets: Sequence[Target], pre
         "kasa.spectra_file",
         "kasa.checkpoint",
         "kasa.folders",
-        "kasa.file_digest",
+        "kasa.files",
     ]
     if recipe.calibrated:
         settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
