@@ -76,8 +76,7 @@ class EvaluateSettings(Section):
     @model_validator(mode="after")
     def _settings_suit_the_kind(self) -> EvaluateSettings:
         for name in self.metrics:
-            if name not in catalogue.OF_TEXT_ALONE:
-                known = catalogue.OF_TEXT_ALONE
+            if name not in (known := catalogue.of_text_alone()):
                 hint = nearest(name, known) or f"; choose from {', '.join(known)}"
                 raise ValueError(f"metrics: there is no {name!r} of generated text{hint}")
         for setting, kind in (("metrics", "text"), ("choices", "choice"), ("extract", "choice")):

@@ -16,7 +16,7 @@ from typing import Any
 from kasa.errors import nearest
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import DataError
-from pipeline.data.forms import Rejection, Sample
+from pipeline.data.samples import Rejection, Sample
 from pipeline.models.heads import Head
 from pipeline.models.prompting import Message
 

@@ -15,8 +15,11 @@ METRICS = {
 }
 LOWER_IS_BETTER = frozenset(name for name, metric in METRICS.items() if metric.lower_is_better)
 SHARES = frozenset(name for name, metric in METRICS.items() if metric.best == 1)
-# What `evaluate.metrics` can ask for.
-OF_TEXT_ALONE = tuple(name for name, metric in METRICS.items() if metric.kinds == ("text",))
+
+
+def of_text_alone() -> tuple[str, ...]:
+    """The metrics of generated text, which `evaluate.metrics` can ask for."""
+    return tuple(name for name, metric in METRICS.items() if metric.kinds == ("text",))
 
 
 def measured(kind: str, asked: Collection[str] = ()) -> tuple[str, ...]:
@@ -55,14 +58,14 @@ def check_measurable(names: Iterable[str]) -> None:
 
 def labels_of_text() -> str:
     """What is always measured of generated text, such as `BLEU, ROUGE-L and chrF`."""
-    return _listed([METRICS[name].label for name in OF_TEXT_ALONE if METRICS[name].by_default])
+    return _listed([METRICS[name].label for name in of_text_alone() if METRICS[name].by_default])
 
 
 def optional_of_text() -> str:
     """What can be measured of generated text beside, with what it needs."""
     return ", ".join(
         f"`{name}`{f' (needs {_needs(name)})' if _needs(name) else ''}"
-        for name in OF_TEXT_ALONE
+        for name in of_text_alone()
         if not METRICS[name].by_default
     )
 

@@ -32,6 +32,7 @@ from pipeline.apps.planning.memory import (
 from pipeline.config.deepspeed import complete_config, config_names, load_deepspeed_config
 from pipeline.config.recipe import Recipe, parse_recipe, recipe_values
 from pipeline.core.errors import BaseModelError, RecipeError
+from pipeline.data.forms import check_form
 from pipeline.methods.choice import check_ranks
 from pipeline.models.shapes import base_outline, built_in_names, head_modules, meta_model, model_config
 from pipeline.training.batches import optimizer_steps
@@ -170,6 +171,7 @@ def plan_training(recipe: Recipe, hardware: Hardware) -> Estimate:
     """
     if not recipe.adapter.spec.registrable:
         raise RecipeError(f"adapter.method {recipe.adapter.method}: what other methods than kasa need is not planned")
+    check_form(recipe.data)
     config = model_config(recipe.base.model, recipe.base.revision)
     if config is None:
         raise BaseModelError(

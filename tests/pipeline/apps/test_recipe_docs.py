@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from pipeline.config.catalogue import (
+from pipeline.apps.recipe_docs import (
     DOCS,
     catalogue_page,
     default_text,
@@ -55,7 +55,7 @@ def test_sections_go_by_the_names_a_recipe_uses() -> None:
 
 
 def test_the_committed_pages_are_current() -> None:
-    assert main(["--check"]) == 0, "run python -m pipeline.config.catalogue"
+    assert main(["--check"]) == 0, "run python -m pipeline.apps.recipe_docs"
     assert (DOCS / "recipe.md").read_text(encoding="utf-8") == recipe_page()
     assert (DOCS / "recipes.md").read_text(encoding="utf-8") == catalogue_page()
 
