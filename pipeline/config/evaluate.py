@@ -23,7 +23,7 @@ class HarnessSettings(Section):
 
 
 class EvaluateSettings(Section):
-    """The held-out comparison of base, adapter and champion."""
+    """The comparison of base, adapter and champion on held-out samples."""
 
     kind: Literal["text", "answer", "choice", "loss", "classification", "regression"] = Field(
         "text",

@@ -19,15 +19,8 @@ from kasa.errors import nearest
 from kasa.truncation import CALIBRATED
 from pipeline.config.evaluate import EvaluateSettings, PromotionSettings
 from pipeline.config.methods import AdapterSettings
-from pipeline.config.settings import (
-    AboutSettings,
-    BaseSettings,
-    DataSettings,
-    RegisterSettings,
-    Section,
-    SpectraSettings,
-)
-from pipeline.config.training import TrainSettings
+from pipeline.config.settings import AboutSettings, BaseSettings, DataSettings, RegisterSettings, Section
+from pipeline.config.training import SpectraSettings, TrainSettings
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import local_folder
 
@@ -184,7 +177,7 @@ class Recipe(Section):
             raise ValueError("train.patience needs validation samples; set data.validation_rows, such as 200")
         if train.start == "champion" and not self.adapter.spec.registrable:
             raise ValueError(
-                f"train.start champion goes on from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
+                f"train.start champion warm-starts from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
                 "train.start scratch"
             )
         if train.batch_size < train.workers:

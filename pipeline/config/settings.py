@@ -1,6 +1,6 @@
-"""The sections of a recipe that say where things come from and go to: what people should know of it, base, data, spectra, registry.
+"""The sections of a recipe that say what it is of and where it leads: `about`, `base`, `data` and `register`.
 
-The other sections have modules of their own: `pipeline.config.methods` (`adapter`), `training` and `evaluate` (with
+The other sections have modules of their own: `methods` (`adapter`), `training` (`spectra` and `train`) and `evaluate` (with
 `promotion`). The `description` of every field is its documentation: `docs/recipe.md` is generated from it (`make docs`).
 """
 
@@ -88,7 +88,7 @@ class BaseSettings(Section):
     head: HeadKind = Field(
         "language-model",
         description="`classification` and `regression` give the base, an encoder such as RoBERTa or a causal model, a new head "
-        "with as many classes as the data has; it is trained whole beside the adapter and saved with it.",
+        "with as many classes as the data has; all of it is trained beside the adapter and saved with it.",
     )
 
 
@@ -164,28 +164,6 @@ class DataSettings(Section):
         if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
             raise ValueError("labels need at least two different names")
         return self
-
-
-class SpectraSettings(Section):
-    """The singular triplets computed from the base weights, and what dropping them costs."""
-
-    rank: int | None = Field(
-        None,
-        ge=1,
-        description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops.",
-    )
-    calibration_tokens: int = Field(
-        8192, ge=1, description="How much of the calibration text the rules `loss` and `activation` look at."
-    )
-    audit_tokens: int = Field(
-        2048, ge=1, description="How much held-out text the loss of the truncated base is measured on."
-    )
-    warn_above: float = Field(
-        0.1,
-        ge=0,
-        description="Warn when truncation costs the base more than this many nats per token, or, with a new `base.head`, "
-        "changes more than this share of what the head reads.",
-    )
 
 
 class RegisterSettings(Section):

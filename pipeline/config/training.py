@@ -1,4 +1,4 @@
-"""The `train` section of a recipe: how the adapter is trained, and on how many workers."""
+"""The `spectra` and `train` sections of a recipe: what is computed of the base weights first, and how the adapter is trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ from pipeline.config.settings import Section
 from pipeline.core.machine import fast_precision
 
 
+class SpectraSettings(Section):
+    """The singular triplets computed from the base weights, and what dropping them costs."""
+
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops.",
+    )
+    calibration_tokens: int = Field(
+        8192, ge=1, description="How much of the calibration text the rules `loss` and `activation` look at."
+    )
+    audit_tokens: int = Field(
+        2048, ge=1, description="How much held-out text the loss of the truncated base is measured on."
+    )
+    warn_above: float = Field(
+        0.1,
+        ge=0,
+        description="Warn when truncation costs the base more than this many nats per token, or, with a new `base.head`, "
+        "changes more than this share of what the head reads.",
+    )
+
+
 class TrainSettings(Section):
     """The training stage: DeepSpeed ZeRO under Ray Train."""
 
@@ -17,7 +39,7 @@ class TrainSettings(Section):
     min_workers: int | None = Field(
         None,
         ge=1,
-        description="While the cluster has no room for `workers`, train with at least so many. Default: `workers`.",
+        description="While the cluster has no room for `workers`, train with fewer, but at least so many. Default: `workers`.",
     )
     gpu: bool = Field(False, description="Give every training and evaluation worker a GPU.")
     cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved for each training worker.")
@@ -53,15 +75,15 @@ class TrainSettings(Section):
     validate_every: int = Field(
         50,
         ge=1,
-        description="With `data.validation_rows`: optimizer steps between looks at the validation loss. The adapter with "
+        description="With `data.validation_rows`: optimizer steps between measurements of the validation loss. The adapter with "
         "the lowest is kept.",
     )
     patience: int | None = Field(
-        None, ge=1, description="Stop after so many looks in a row without a lower validation loss."
+        None, ge=1, description="Stop after so many measurements in a row without a lower validation loss."
     )
     start: Literal["scratch", "champion"] = Field(
         "scratch",
-        description="`champion`: go on from the adapter of the registered champion, beside what that one drops from the base; "
+        description="`champion`: warm-start from the adapter of the registered champion and keep what that one drops from the base; "
         "from scratch, and said so, where there is none or its base, rank, alpha, targets or truncation differ.",
     )
     seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
@@ -75,13 +97,13 @@ class TrainSettings(Section):
     @model_validator(mode="after")
     def _fast_precision(self) -> TrainSettings:
         if self.precision == "auto":
-            # Before anyone has seen it: what a stage's key says must be what was computed.
+            # The settings are frozen, and the value must be set before anyone reads it: a stage's key says what was computed.
             object.__setattr__(self, "precision", fast_precision(self.gpu))
-            # A plan for other hardware asks whether anyone has set it.
+            # A plan for other hardware asks whether the user has chosen a precision.
             self.model_fields_set.discard("precision")
         return self
 
     @property
     def fewest_workers(self) -> int:
-        """The least number of training processes."""
+        """The smallest number of training processes that will do."""
         return self.workers if self.min_workers is None else self.min_workers

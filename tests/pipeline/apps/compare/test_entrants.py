@@ -143,7 +143,7 @@ def test_what_a_method_cannot_do_is_said_before_anything_is_fetched(recipe: Buil
 def test_starting_from_a_champion_is_refused(recipe: Build) -> None:
     with pytest.raises(RecipeError, match="starts every method from scratch"):
         plan_comparison(recipe({"train.start": "champion"}), ["kasa", "lora"], 1, None, (), None)
-    with pytest.raises(RecipeError, match=r"goes on from a KaSA adapter, and adapter\.method is lora"):
+    with pytest.raises(RecipeError, match=r"warm-starts from a KaSA adapter, and adapter\.method is lora"):
         recipe({"train.start": "champion", "adapter.method": "lora"})
 
 
