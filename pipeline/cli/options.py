@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.core.places import local_folder
+from pipeline.core.files import local_folder
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; docs/recipe.md lists its keys.")

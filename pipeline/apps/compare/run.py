@@ -18,8 +18,8 @@ from pipeline.apps.compare.paper import write_comparison
 from pipeline.apps.compare.trials import Trial, costs, made_already, run_trial, trial, trial_keys
 from pipeline.artifacts.store import Artifact, ArtifactStore
 from pipeline.cluster.connection import cluster_capacity, ray_cluster
+from pipeline.config.evaluate import HarnessSettings
 from pipeline.config.recipe import Recipe, recipe_values
-from pipeline.config.settings import HarnessSettings
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import RecipeError, TrainingError
 from pipeline.core.files import content_digest
@@ -27,7 +27,6 @@ from pipeline.core.journal import append_journal, read_journal
 from pipeline.core.provenance import code_tags
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
-from pipeline.methods.shapes import FIXED
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.shapes import meta_model, model_config
@@ -272,7 +271,7 @@ class _ComparisonRunner:
     def _gathered(
         self, entrant: ComparedMethod, chosen: ChosenRate | None, outcomes: Sequence[_Outcome]
     ) -> MethodResult:
-        rank = None if entrant.recipe.adapter.method in FIXED else entrant.recipe.adapter.rank
+        rank = None if entrant.recipe.adapter.spec.parameters is None else entrant.recipe.adapter.rank
         if chosen is None:
             return MethodResult(entrant.name, [], rank=rank, failure="training diverged at every learning rate tried")
         tuned = chosen if chosen.losses else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from pathspec import GitIgnoreSpec
 
 import pipeline
-from kasa.folders import file_digest
+from kasa.files import file_digest
 from pipeline.core.errors import JobError
 
 # Ray stores the package in one message to its head; a little room for the message's other parts.
