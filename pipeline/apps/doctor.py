@@ -17,7 +17,8 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from pipeline.core.connectivity import answers, connects, host_and_port, package_index, side_by_side, without_login
+from pipeline.core.concurrency import side_by_side
+from pipeline.core.connectivity import answers, connects, host_and_port, package_index, without_login
 from pipeline.core.machine import GIB, cpu_cores, existing_parent, memory_gib
 
 Status = Literal["ok", "warn", "fail"]

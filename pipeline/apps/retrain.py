@@ -7,7 +7,6 @@ torch nor Ray nor MLflow (a test checks that), and files that have not changed a
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.recipe import Recipe, recipe_values
 from pipeline.core.console import ProgressBars, console
 from pipeline.core.errors import WorkspaceError
-from pipeline.core.files import content_digest, read_digests
+from pipeline.core.files import atomic_write, content_digest, read_digests
 from pipeline.data.remote import look_for_newest
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import find_folder, folder_digest
@@ -202,9 +201,7 @@ def _run(recipe: Recipe, storage: Workspace, inputs: Inputs, why: str, confirm: 
         reason=decision.reason,
     )
     file = _record(recipe)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(finished), indent=1), encoding="utf-8")
-    os.replace(temporary, file)
+    atomic_write(file, json.dumps(asdict(finished), indent=1))
     storage.save(file)
     return Outcome("retrained", why, finished, result)
 

@@ -23,8 +23,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.core.console import console
 from pipeline.core.errors import WorkspaceError
-from pipeline.core.files import content_digest
-from pipeline.core.places import PARTIAL
+from pipeline.core.files import PARTIAL, content_digest
 from pipeline.storage.mirror import MANIFEST
 from pipeline.storage.workspace import Workspace
 

@@ -56,9 +56,8 @@ def _show_judgement(judgement: Judgement) -> None:
         table.add_column(escape(who), justify="right")
     for category, of in judgement.by_category.items():
         table.add_row(escape(category), *(f"{of[who]:.2f}" if who in of else "" for who in judgement.grades))
-    table.add_row(
-        f"all {judgement.questions} questions", *(grade.text(_TWO_DECIMALS) for grade in judgement.grades.values())
-    )
+    grades = (grade.text(_TWO_DECIMALS) for grade in judgement.grades.values())
+    table.add_row(f"all {judgement.questions} questions", *grades)
     out.print(table)
     out.print(f"difference  {judgement.difference.text('{:+.2f}'.format)}")
     out.print(

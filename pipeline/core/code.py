@@ -22,7 +22,9 @@ CANNOT_MATTER: Mapping[str, str] = {
     "kasa.errors": "texts of errors; whoever meets one has no result",
     "pipeline.core.errors": "texts of errors; whoever meets one has no result",
     "pipeline.core.code": "makes the keys, no results: with another digest a key differs anyway",
+    "pipeline.config.evaluate": "checks the recipe; its values, derived ones included, are in the keys",
     "pipeline.config.settings": "checks the recipe; its values, derived ones included, are in the keys",
+    "pipeline.config.training": "checks the recipe; its values, derived ones included, are in the keys",
     "pipeline.data.sources": "finds and fetches files, which are in the keys by their bytes",
     "pipeline.models.embedded": "makes bases and data, which are in the keys by their bytes",
 }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.config.settings import EvaluateSettings
+from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.journal import Record
 from pipeline.evaluation.choices import choices_of, continuation_ids, named_choice, right_choice, score_choices
 from pipeline.models.language_model import IGNORED, Sample, collate, label_losses, limits_logits

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
-from pipeline.config.settings import EvaluateSettings, HarnessSettings
+from pipeline.config.evaluate import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError
 from pipeline.data.prepare import PreparedDataset
 from pipeline.evaluation.choices import choices_of, right_choice

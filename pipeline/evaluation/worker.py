@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.settings import EvaluateSettings
+from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.journal import JournalWriter, Record, read_journal
 from pipeline.data.prepare import PreparedDataset, load_prepared
 from pipeline.evaluation.scoring import score_labels, score_texts

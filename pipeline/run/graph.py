@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from pipeline.artifacts.store import StageKey
 from pipeline.config.deepspeed import load_deepspeed_config
 from pipeline.config.recipe import Recipe
-from pipeline.config.settings import METHOD_SETTINGS, Section
+from pipeline.config.settings import Section
 from pipeline.core.code import code_digests, package_versions
 from pipeline.core.errors import RecipeError
-from pipeline.methods.choice import kasa_config
-from pipeline.metrics import caption_tools
+from pipeline.metrics.catalogue import optional_packages
 from pipeline.run.dependencies import REGISTER, Dependencies, KeyInputs, Stage
 
 PREPARE, SPECTRA, AUDIT, TRAIN, EVALUATE = "prepare", "spectra", "audit", "train", "evaluate"
@@ -58,9 +57,6 @@ _EVALUATE_MECHANICS = {
     "gate_metric",
     "harness",  # but for where its files lie: see `_harness_files`
 }
-# The module of a method, where it is not that of the methods of PEFT.
-_METHOD_MODULES = {"kasa": "pipeline.methods.kasa", "full": "pipeline.methods.full"}
-_PEFT_MODULE = "pipeline.methods.peft"
 
 
 def _prepare(known: KeyInputs) -> Dependencies:
@@ -91,7 +87,7 @@ def _spectra(known: KeyInputs) -> Dependencies | None:
         )
     settings: dict[str, Any] = {"rank": recipe.spectra_rank, "targets": known.target_names}
     code = ["pipeline.spectra.decomposition"]
-    if recipe.adapter.method == "corda":  # the largest triplets, not the smallest
+    if recipe.adapter.spec.components == "leading":  # the largest triplets, not the smallest
         settings["of"] = "corda"
     if recipe.calibrated:
         settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
@@ -119,7 +115,6 @@ def _audit(known: KeyInputs) -> Dependencies | None:
             "precision": recipe.train.precision,
         },
         code=["pipeline.spectra.audit"],
-        driver=["pipeline.methods.choice"],
         packages=["torch", "transformers"],
         stages=[PREPARE, SPECTRA],
     )
@@ -130,27 +125,38 @@ def _train(known: KeyInputs) -> Dependencies | None:
     this one starts from, which has them."""
     if not known.trains:
         return None
-    recipe, method = known.recipe, known.recipe.adapter.method
-    adapter = recipe.adapter.model_dump(mode="json", include={"method", *METHOD_SETTINGS[method]})
-    if method == "kasa":
-        # In the terms of the method library: what the recipe comes to counts, not how it says so.
-        adapter = {"method": method} | asdict(kasa_config(recipe))
-    if "targets" in METHOD_SETTINGS[method]:
-        adapter["targets"] = known.target_names
-    code = ["pipeline.training.worker", _METHOD_MODULES.get(method, _PEFT_MODULE)]
-    if method == "kasa":
+    recipe, spec = known.recipe, known.recipe.adapter.spec
+    code = ["pipeline.training.worker", spec.module]
+    if spec.components == "dropped":
         code.append("pipeline.training.layers")
     has_spectra = _spectra(known) is not None
     return Dependencies(
-        settings={"adapter": adapter, "train": _values(recipe.train, _TRAIN_MECHANICS), **_inexact_settings(recipe)},
+        settings={
+            "adapter": _adapter(known),
+            "train": _values(recipe.train, _TRAIN_MECHANICS),
+            **_inexact_settings(recipe),
+        },
         code=code,
         # Builds the method from the recipe.
         driver=["pipeline.methods.choice"],
-        packages=["torch", "transformers", "deepspeed", *([] if method in _METHOD_MODULES else ["peft"])],
+        packages=["torch", "transformers", "deepspeed", *([] if spec.components == "dropped" else ["peft"])],
         stages=[PREPARE, *([SPECTRA] if has_spectra and not known.champion else [])],
         digests={"champion": known.champion} if known.champion else {},
         beside=[SPECTRA] if has_spectra and known.champion else [],
     )
+
+
+def _adapter(known: KeyInputs) -> dict[str, Any]:
+    """What the method has a use for of the adapter's settings."""
+    recipe, spec = known.recipe, known.recipe.adapter.spec
+    if spec.components == "dropped":
+        # In the terms of the method library: what the recipe comes to counts, not how it says so.
+        adapter = {"method": spec.name} | asdict(recipe.kasa_config)
+    else:
+        # What is derived is derived from the rank.
+        derived = _derived(recipe.adapter) if "rank" in spec.settings else {}
+        adapter = recipe.adapter.model_dump(mode="json", include={"method", *spec.settings}) | derived
+    return adapter | ({"targets": known.target_names} if "targets" in spec.settings else {})
 
 
 def _evaluate(known: KeyInputs) -> Dependencies | None:
@@ -302,10 +308,18 @@ def stages_to_recompute(named: Iterable[str], first: str | None) -> list[str]:
 
 
 def _values(section: Section, without: set[str]) -> dict[str, Any]:
-    """A section's settings and what it derives from them, so that a change of that derivation is seen too."""
-    derived = [name for name, value in vars(type(section)).items() if isinstance(value, property)]
-    values = {name: getattr(section, name) for name in derived if name not in without}
-    return section.model_dump(mode="json", exclude=without) | values
+    """A section's settings and what it derives from them."""
+    derived = {name: value for name, value in _derived(section).items() if name not in without}
+    return section.model_dump(mode="json", exclude=without) | derived
+
+
+def _derived(section: Section) -> dict[str, Any]:
+    """The JSON values that a section derives from its settings: with them in a key, a change of that derivation is seen."""
+    names = [name for name, value in vars(type(section)).items() if isinstance(value, property)]
+    values = {name: getattr(section, name) for name in names}
+    # A manifest is read back with lists where there were tuples, and compared (`pipeline.run.lineage`).
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str, list))}
 
 
 def _inexact_settings(recipe: Recipe) -> dict[str, Any]:
@@ -320,9 +334,8 @@ def _inexact_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _optional_packages(recipe: Recipe) -> list[str]:
-    needed = not {"meteor", "cider"}.isdisjoint(recipe.evaluate.measured)
     # A dry run may be asked for where they are not installed.
-    packages = [caption_tools.PACKAGE] if needed and caption_tools.lacks_package() is None else []
+    packages = optional_packages(recipe.evaluate.measured)
     return packages + (["lm_eval"] if recipe.evaluate.harness.tasks and find_spec("lm_eval") else [])
 
 

@@ -14,6 +14,8 @@ from pipeline.run.graph import STAGE_OF_INPUT, STAGES
 
 Ingredients = Mapping[str, Any]
 
+_MODULES_NAMED = 4
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -107,11 +109,16 @@ def _given(ingredients: Ingredients) -> set[str]:
 
 
 def _in_words(old: Ingredients, new: Ingredients, known: Mapping[str, Ingredients]) -> Iterator[str]:
-    for (section, *path), (before, after) in _differences(old, new).items():
+    differences = _differences(old, new)
+    if modules := [".".join(path) for section, *path in differences if section == "code"]:
+        # After a release it may be most of them, and MLflow's tags hold 5,000 characters.
+        more = f" and {len(modules) - _MODULES_NAMED} more" if len(modules) > _MODULES_NAMED else ""
+        yield f"the code of {', '.join(modules[:_MODULES_NAMED])}{more} changed"
+    for (section, *path), (before, after) in differences.items():
         name = ".".join(path)
         if section == "code":
-            yield f"the code of {name} changed"
-        elif section != "inputs":
+            continue
+        if section != "inputs":
             yield f"{name} {before} -> {after}"
         elif name in STAGE_OF_INPUT:
             stage = STAGE_OF_INPUT[name]

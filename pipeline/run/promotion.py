@@ -94,8 +94,7 @@ def _gain_interval(metric: str, difference: Interval) -> tuple[float, float]:
 
 
 def _numbers(metric: str, opponent: str, difference: Interval) -> str:
-    interval = f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-    return f"{metric} {interval} against the {opponent}"
+    return f"{metric} {difference.text()} against the {opponent}"
 
 
 _SHORT = 12
@@ -129,7 +128,7 @@ def model_card(
 
 
 def _interval(difference: Interval | None) -> str:
-    return "" if difference is None else f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    return "" if difference is None else difference.text()
 
 
 def _shortened(value: str) -> str:

@@ -58,9 +58,9 @@ def run_stages(work: Work) -> dict[str, Any]:
             running = {stage.name: threads.submit(_run, stage, work, keys, results) for stage in others}
             found = {last.name: _run(last, work, keys, results)}
         found |= {name: future.result() for name, future in running.items()}
-        for name, result in found.items():
-            results[name] = result
-            work.made[name] = result if isinstance(result, Artifact) else result.artifact
+        for stage in (*others, last):
+            result = results[stage.name] = found[stage.name]
+            work.made[stage.name] = result if isinstance(result, Artifact) else result.artifact
     return results
 
 

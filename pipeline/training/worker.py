@@ -23,8 +23,8 @@ from torch import nn
 
 from kasa.errors import KasaError
 from kasa.targets import is_within
-from pipeline.config.deepspeed import with_passes
-from pipeline.config.settings import TrainSettings
+from pipeline.config.deepspeed import with_accumulation
+from pipeline.config.training import TrainSettings
 from pipeline.core.errors import TrainingError
 from pipeline.core.files import ADAPTER
 from pipeline.core.journal import JournalWriter, append_journal, read_journal
@@ -198,7 +198,7 @@ def _start(job: TrainJob) -> _Training:
         seed=settings.seed,
         pack_tokens=settings.pack_tokens,
     )
-    deepspeed = with_passes(job.deepspeed, plan.workers, plan.accumulation_steps)
+    deepspeed = with_accumulation(job.deepspeed, plan.workers, plan.accumulation_steps)
     # Stage 3 has to be announced before the base is loaded, so that no rank ever holds all of it.
     with zero.partitioned_loading(deepspeed):
         model = load_base(job.base_folder, settings.precision, prepared.head, settings.seed)

@@ -9,8 +9,8 @@ from kasa.errors import nearest
 from pipeline.apps.compare.methods import BASE, compared_methods, recipe_for
 from pipeline.apps.compare.trials import Trial, made_already, trial, trial_keys
 from pipeline.artifacts.store import ArtifactStore
+from pipeline.config.evaluate import HarnessSettings
 from pipeline.config.recipe import Recipe, recipe_values
-from pipeline.config.settings import HarnessSettings
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import content_digest
 from pipeline.data.sources import resolve_sources

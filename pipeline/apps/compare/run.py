@@ -25,7 +25,6 @@ from pipeline.core.journal import append_journal, read_journal
 from pipeline.core.provenance import code_tags
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
-from pipeline.methods.shapes import FIXED
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.shapes import meta_model
@@ -178,7 +177,7 @@ class _ComparisonRunner:
         return {name: choose_rate(plan.rates, found) for name, found in losses.items()}
 
     def _result(self, method: ComparedMethod, chosen: ChosenRate | None, outcomes: Sequence[_Outcome]) -> MethodResult:
-        rank = None if method.recipe.adapter.method in FIXED else method.recipe.adapter.rank
+        rank = None if method.recipe.adapter.spec.parameters is None else method.recipe.adapter.rank
         if chosen is None:
             return MethodResult(method.name, [], rank=rank, failure="training diverged at every learning rate tried")
         tuned = chosen if chosen.losses else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.apps.jobs.attempts import ENDED
-from pipeline.core.errors import ClusterError, ConnectionLostError, first_line
+from pipeline.core.errors import ClusterError, ConnectionLostError, cause_line
 
 Result = TypeVar("Result")
 
@@ -72,7 +72,7 @@ class Dashboard:
             ) from None
         except Exception as error:  # requests, JSON and Ray raise unrelated types
             raise ClusterError(
-                f"no Ray dashboard answers at {self.address}: {first_line(error)}; is the head running, and was it started "
+                f"no Ray dashboard answers at {self.address}: {cause_line(error)}; is the head running, and was it started "
                 "with the dashboard (`ray start --head`, port 8265)?"
             ) from None
 
@@ -96,9 +96,9 @@ class Dashboard:
         except RuntimeError as error:  # what Ray raises for any refusal
             if submission_id in self.statuses():
                 return False
-            raise ClusterError(f"the cluster at {self.address} refuses the job: {first_line(error)}") from error
+            raise ClusterError(f"the cluster at {self.address} refuses the job: {cause_line(error)}") from error
         except Exception as error:  # requests and urllib3
-            raise ConnectionLostError(first_line(error)) from error
+            raise ConnectionLostError(cause_line(error)) from error
         return True
 
     def state(self, submission_id: str) -> JobState:
@@ -120,13 +120,13 @@ class Dashboard:
             async for piece in self._client.tail_job_logs(submission_id):
                 yield piece
         except Exception as error:  # aiohttp's and Ray's own
-            raise ConnectionLostError(first_line(error)) from error
+            raise ConnectionLostError(cause_line(error)) from error
 
     def _ask(self, call: Callable[[], Result]) -> Result:
         try:
             return _within(_ANSWER_S, call)
         except Exception as error:  # Ray's, requests' and urllib3's
-            raise ConnectionLostError(first_line(error)) from error
+            raise ConnectionLostError(cause_line(error)) from error
 
 
 def _within(patience_s: float, call: Callable[[], Result]) -> Result:

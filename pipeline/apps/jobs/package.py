@@ -15,7 +15,7 @@ from pathlib import Path
 from pathspec import GitIgnoreSpec
 
 import pipeline
-from kasa.folders import file_digest
+from kasa.files import file_digest
 from pipeline.core.errors import JobError
 
 # Ray stores a package in one message of at most 512 MiB to its head; 1 MiB is left for the message's other parts.

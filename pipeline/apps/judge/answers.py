@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from pipeline.core.errors import DataError
 from pipeline.core.journal import JournalWriter, Record, read_journal
 from pipeline.data.readers import RawRow, read_rows

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from pipeline.apps.judge.answers import AnswerShard, PromptSet, Question, answer_shard, read_prompt_set
 from pipeline.apps.judge.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
 from pipeline.cluster.connection import Resources, ray_cluster, run_tasks

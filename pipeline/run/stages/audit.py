@@ -11,7 +11,6 @@ from pipeline.cluster.journalled import counting, run_journalled_tasks
 from pipeline.config.recipe import Recipe
 from pipeline.core.console import console
 from pipeline.core.journal import rewrite_journal
-from pipeline.methods.choice import kasa_config
 from pipeline.run.stage_runs import log_artifact, run_stage
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
 from pipeline.run.work import Work
@@ -37,7 +36,7 @@ def audit(work: Work, key: StageKey, prepared: Artifact, spectra: Artifact) -> A
             precision=recipe.train.precision,
             spectra=(spectra.folder / SPECTRA).resolve(),
             targets=tuple(targets),
-            config=kasa_config(recipe),
+            config=recipe.kasa_config,
             tokens=recipe.spectra.audit_tokens,
             out=(folder / AUDIT_JSON).resolve(),
             journal=journal.resolve(),

@@ -27,8 +27,8 @@ from pipeline.evaluation.results import (
     read_samples,
     write_samples,
 )
+from pipeline.metrics.catalogue import metrics_for_classes
 from pipeline.metrics.intervals import Interval, measure, paired_differences
-from pipeline.metrics.scores import metrics_for_classes
 from pipeline.models.heads import Head
 from pipeline.registry.alias_changes import finish_interrupted_change
 from pipeline.registry.store import ModelVersion

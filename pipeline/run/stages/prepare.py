@@ -17,7 +17,7 @@ from pipeline.core.journal import Record, append_journal
 from pipeline.data.prepare import load_prepared, prepare_dataset
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.suitability import check_suitable
-from pipeline.metrics.scores import metrics_for_classes
+from pipeline.metrics.catalogue import metrics_for_classes
 from pipeline.models.heads import Head
 from pipeline.run.stage_runs import SPLITS, log_artifact, log_datasets, run_stage
 from pipeline.run.work import Work

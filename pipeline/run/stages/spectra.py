@@ -73,7 +73,7 @@ def _pieces(work: Work, folder: Path, calibration: tuple[Path, ...]) -> list[Spe
             calibration,
             folder / "pieces" / target.name,
             inherited.get(target.name),
-            recipe.adapter.method == "corda",
+            recipe.adapter.spec.components == "leading",
         )
         for target in work.inputs.targets
     ]

@@ -12,7 +12,7 @@ from pipeline.artifacts.store import Artifact, StageKey
 from pipeline.cluster.connection import Resources, WorkerGroup
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe
-from pipeline.config.settings import TrainSettings
+from pipeline.config.training import TrainSettings
 from pipeline.core.errors import TrainingError, WorkerError
 from pipeline.core.files import ADAPTER
 from pipeline.core.journal import Record, read_journal
@@ -101,7 +101,7 @@ def _finished(work: Work, job: TrainJob, prepared: Artifact, spectra: Artifact |
     folder = job.work
     shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
     Head.load(prepared.folder).save(folder / ADAPTER)
-    if spectra and work.recipe.adapter.method == "kasa":
+    if spectra and work.recipe.adapter.spec.components == "dropped":
         write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
     attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
     for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):

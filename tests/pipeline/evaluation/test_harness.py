@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.settings import EvaluateSettings, HarnessSettings
+from pipeline.config.evaluate import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError
 from pipeline.evaluation.results import HarnessResult, harness_rows, read_harness
 from pipeline.evaluation.suitability import check_harness

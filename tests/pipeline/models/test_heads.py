@@ -12,7 +12,7 @@ import torch
 
 from kasa import KasaConfig, attach, capture_adapter, compute_spectra, save_adapter
 from kasa.calibration import StoredCalibration
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from kasa.model_spectra import ModelWeights
 from kasa.spectra_file import save_spectra
 from kasa.targets import select_targets

@@ -130,8 +130,14 @@ def test_what_the_recipe_comes_to_counts_not_how_it_says_so(recipe) -> None:
 
 def test_the_metrics_that_are_measured_count_by_name(recipe) -> None:
     evaluate = keys.stage_keys(KeyInputs(recipe()))["evaluate"].ingredients["settings"]["evaluate"]
-    assert evaluate["measured"] == recipe().evaluate.measured
+    assert evaluate["measured"] == list(recipe().evaluate.measured)
     assert evaluate["generates"] is True
+
+
+def test_what_a_manifest_keeps_of_a_key_is_read_back_as_it_was(recipe) -> None:
+    for changes in ({}, {"adapter.method": "lora"}, {"base.head": "classification"}):
+        for key in keys.stage_keys(KeyInputs(recipe(changes), "b", "s", TARGETS, "r")).values():
+            assert json.loads(json.dumps(key.ingredients)) == key.ingredients
 
 
 def test_of_a_deepspeed_file_only_what_is_inexact_counts(recipe, tmp_path) -> None:

@@ -45,6 +45,11 @@ def test_changed_code_and_versions_are_named() -> None:
     assert why_made(new, known([old])) == ["the code of kasa changed", "torch 1 -> 2"]
 
 
+def test_of_many_changed_modules_some_are_named() -> None:
+    old, new = (StageKey("train", {"code": {f"kasa.{n}": version for n in "abcdef"}}) for version in "12")
+    assert why_made(new, known([old])) == ["the code of kasa.a, kasa.b, kasa.c, kasa.d and 2 more changed"]
+
+
 def test_the_most_similar_is_compared_with(recipe) -> None:
     far = chain(recipe({"train.seed": 1, "train.batch_size": 4, "adapter.alpha": 1}))
     near = chain(recipe({"train.seed": 1}))

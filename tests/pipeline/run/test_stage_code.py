@@ -23,7 +23,7 @@ COMPUTING = ("kasa", "pipeline.data", "pipeline.metrics", "pipeline.models", "pi
 # What a stage's own module imports of them without its result depending on it.
 NO_RESULT = {
     ("prepare", "pipeline.evaluation.suitability"): "refuses data that the evaluation could not use",
-    ("prepare", "pipeline.metrics.scores"): "refuses a metric that the classes do not allow",
+    ("prepare", "pipeline.metrics.catalogue"): "refuses a metric that the classes do not allow",
     ("spectra", "pipeline.spectra.memory"): "what a task reserves on its node",
 }
 

@@ -22,7 +22,7 @@ from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty  # no
 from kasa.adapter import trainable_parameters  # noqa: E402
 from kasa.spectra import bottom_triplets  # noqa: E402
 from kasa.targets import is_within  # noqa: E402
-from pipeline.config.deepspeed import with_passes  # noqa: E402
+from pipeline.config.deepspeed import with_accumulation  # noqa: E402
 from pipeline.methods.method import Adapted  # noqa: E402
 from pipeline.models.heads import Head  # noqa: E402
 from pipeline.training import zero  # noqa: E402
@@ -123,7 +123,7 @@ def deepspeed_config(stage: int, dtype: torch.dtype, persistence: int, passes: i
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
-    return with_passes(config, dist.get_world_size(), passes)
+    return with_accumulation(config, dist.get_world_size(), passes)
 
 
 def start(

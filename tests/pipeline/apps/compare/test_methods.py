@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kasa import find_targets
 from pipeline.apps.compare.methods import (
-    COMPARABLE,
     DEFAULT_RATES,
     choose_rate,
+    comparable,
     compared_methods,
     method_names,
     tuned_rates,
@@ -23,7 +23,6 @@ from pipeline.apps.compare.trials import trial, trial_keys
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import method_of
-from pipeline.methods.shapes import FIXED
 from pipeline.run import graph as keys
 from pipeline.run.dependencies import KeyInputs
 
@@ -57,7 +56,7 @@ def test_names() -> None:
         method_names("base")
 
 
-@pytest.mark.parametrize("name", COMPARABLE)
+@pytest.mark.parametrize("name", comparable())
 def test_what_is_counted_is_what_is_trained(recipe: Build, name: str) -> None:
     model = meta()
     targets = find_targets(model, "all-linear")
@@ -82,11 +81,11 @@ def test_every_method_with_a_rank_comes_near_the_budget(recipe: Build, rank: int
     model = meta()
     targets = find_targets(model, "all-linear")
     given = recipe({"adapter.rank": rank, "adapter.truncation": "weight"})
-    found = {one.name: one for one in compared_methods(given, list(COMPARABLE), targets, model)}
+    found = {one.name: one for one in compared_methods(given, comparable(), targets, model)}
     budget = found["kasa"].parameters
     for name, one in found.items():
         adapter = one.recipe.adapter
-        if adapter.method in FIXED or (adapter.method, adapter.rank) in (("vera", 1024), ("fourierft", 2048)):
+        if adapter.spec.parameters is None or (adapter.method, adapter.rank) in (("vera", 1024), ("fourierft", 2048)):
             continue
         # One unit of rank: AdaLoRA goes from one and a half times 2 to one and a half times 3.
         assert abs(one.parameters - budget) <= 1.01 * budget / rank, name
@@ -153,7 +152,7 @@ def test_what_a_method_cannot_do_is_said_before_anything_is_fetched(recipe: Buil
 def test_starting_from_a_champion_is_refused(recipe: Build) -> None:
     with pytest.raises(RecipeError, match="starts every method from scratch"):
         plan_comparison(recipe({"train.start": "champion"}), ["kasa", "lora"], 1, None, (), None)
-    with pytest.raises(RecipeError, match=r"goes on from a KaSA adapter, and adapter\.method is lora"):
+    with pytest.raises(RecipeError, match=r"warm-starts from a KaSA adapter, and adapter\.method is lora"):
         recipe({"train.start": "champion", "adapter.method": "lora"})
 
 
