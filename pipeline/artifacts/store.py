@@ -1,8 +1,8 @@
 """Content-addressed artifacts: what a stage made, stored under a key of everything it was made from.
 
-`WORKSPACE/artifacts/STAGE/KEY/` exists if and only if the artifact is complete: a stage works in `KEY.partial/`, which an
-interrupted run leaves behind for the next one to go on from; the manifest is written last and the folder is then renamed.
-A lock beside it keeps two runs from doing the same work twice. Where the workspace is in a store, what is complete there
+`WORKSPACE/artifacts/STAGE/KEY/` exists if and only if the artifact is complete. A stage works in `KEY.partial/`, from which
+the next run resumes after an interruption; the manifest is written last, and the folder is then renamed. A lock beside it
+keeps two runs from doing the same work twice. Where the workspace is in a store, what is complete there
 counts, and the folder is this machine's copy (`pipeline.storage`).
 """
 

@@ -1,6 +1,6 @@
-"""Whether a new version becomes the champion: a pure decision over two models' measured numbers.
+"""Whether a new version becomes the champion, decided from measured numbers alone, and the model card that says so.
 
-What a person reads of a version in MLflow: its description, Markdown.
+The card is the version's description in MLflow, in Markdown.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS
 from pipeline.metrics.intervals import Interval
+
+# Digits that are shown of a digest.
+_SHORT = 12
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,6 @@ def _gain_interval(metric: str, difference: Interval) -> tuple[float, float]:
 
 def _numbers(metric: str, opponent: str, difference: Interval) -> str:
     return f"{metric} {difference.text()} against the {opponent}"
-
-
-_SHORT = 12
 
 
 def model_card(
