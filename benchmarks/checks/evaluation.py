@@ -17,7 +17,8 @@ from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows
 from kasa import KasaError
 from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
-from pipeline.config.settings import DataSettings, EvaluateSettings
+from pipeline.config.evaluate import EvaluateSettings
+from pipeline.config.settings import DataSettings
 from pipeline.core.journal import Record, read_journal
 from pipeline.data.prepare import load_prepared, prepare_dataset
 from pipeline.data.sources import DataSources, SourceFile

@@ -23,7 +23,7 @@ from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaConfig, KasaError, adapted_layers, attach, find_targets, penalty
 from pipeline.apps.planning.memory import GIB
 from pipeline.apps.planning.plan import DataFacts, Estimate, checked_targets, estimate
-from pipeline.config.deepspeed import with_passes
+from pipeline.config.deepspeed import with_accumulation
 from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.config.settings import BaseSettings
 from pipeline.models.base import find_base
@@ -191,7 +191,7 @@ def measure_worker(case: Case, folder: Path, base: Path) -> None:
     recipe = case.recipe(base)
     job = training_job(recipe, folder)
     toy = job.deepspeed | {"zero_optimization": {"stage": min(case.stage, 2)}}
-    _train_toy(case, zero.start_engine, with_passes(toy, case.workers, 1))
+    _train_toy(case, zero.start_engine, with_accumulation(toy, case.workers, 1))
     measured = {"process": _resident_gib("VmRSS")}
     _forget_peak()
 

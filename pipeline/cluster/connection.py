@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.cluster.failures import error_of, in_words
-from pipeline.core.errors import ClusterError, WorkerError, first_line
+from pipeline.core.errors import ClusterError, WorkerError, cause_line
 from pipeline.core.journal import append_journal
 
 Item = TypeVar("Item")
@@ -168,7 +168,7 @@ def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
             **({} if address else options),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"cannot use the Ray cluster at {address or 'this machine'}: {first_line(error)}") from error
+        raise ClusterError(f"cannot use the Ray cluster at {address or 'this machine'}: {cause_line(error)}") from error
     except Exception as error:  # for this Ray has no type
         if "timed out during startup" not in str(error):
             raise
@@ -313,7 +313,7 @@ def run_training_workers(
     except WorkerGroupError as error:
         raise error_of(error.worker_failures) from error
     except TrainingFailedError as error:
-        raise WorkerError(f"training failed: {first_line(error)}") from error
+        raise WorkerError(f"training failed: {cause_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kasa.errors import KasaError
-from pipeline.core.errors import WorkerError, first_line
+from pipeline.core.errors import WorkerError, cause_line
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "OutOfMemory", "low on memory")
 _REMEDY = "lower train.micro_batch_size, or set train.gradient_checkpointing or a higher ZeRO stage"
@@ -32,7 +32,7 @@ def in_words(failures: Mapping[int, Exception]) -> str:
         return f"training worker {rank} died: it was killed, or its node is gone"
     if _is_lost_connection(failure):
         return f"training worker {rank} lost the connection to another, which was killed, or its node is gone"
-    return f"training worker {rank} failed: {first_line(cause)}"
+    return f"training worker {rank} failed: {cause_line(cause)}"
 
 
 def _order(failure: Exception) -> int:

@@ -1,38 +1,29 @@
-"""The recipes that come along, with what each needs: for `kasa recipes` and docs/recipes.md.
-
-`docs/recipe.md`, from the recipe's models, and `docs/recipes.md`, from the recipes that come along:
-`python -m pipeline.config.catalogue [--check]`.
-
-With `--check` nothing is written; exit code 1 when a page is out of date.
-"""
+"""The shipped recipes, as `kasa recipes` lists them and `docs/recipes.md` describes them."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-import yaml
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config.recipe import Recipe, load_recipe, named_recipes
-from pipeline.config.settings import StrList
 
 _out = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class NamedRecipe:
-    """A recipe that comes along."""
+    """A shipped recipe.
+
+    Attributes:
+        name: The name that commands take in place of a file.
+        file: Its YAML file.
+        recipe: Its content, validated.
+    """
 
     name: str
     file: Path
@@ -40,19 +31,19 @@ class NamedRecipe:
 
     @property
     def family(self) -> str:
-        """The folder it is kept in."""
+        """The name of the folder that holds it."""
         return self.file.parent.name
 
     @property
     def fetched(self) -> list[str]:
-        """What comes from the hub or from other addresses, if it is not named as local files."""
+        """The base model and data sources that a run would download, unless they are replaced by local files."""
         model = [] if self.recipe.base.model.startswith("embedded:") else [self.recipe.base.model]
         sources = [*self.recipe.data.train, *self.recipe.data.heldout]
         return model + [source for source in sources if source.startswith(("hub:", "http"))]
 
     @property
     def hardware(self) -> str:
-        """What it trains on as it stands."""
+        """The hardware that it asks for, such as `4 GPUs`."""
         workers = self.recipe.train.workers
         if not self.recipe.train.gpu:
             return f"{workers} CPU core{'s' if workers > 1 else ''}"
@@ -60,18 +51,18 @@ class NamedRecipe:
 
     @property
     def published(self) -> str:
-        """The published result; empty where there is none."""
+        """The published result, such as `accuracy 95.2`; empty if there is none."""
         return ", ".join(f"{metric} {value:g}" for metric, value in self.recipe.about.published.items())
 
 
 def catalogue() -> Iterator[NamedRecipe]:
-    """All of them, those at the top first, then family by family."""
+    """All shipped recipes in the order of `named_recipes`."""
     for name, file in named_recipes().items():
         yield NamedRecipe(name, file, load_recipe(file))
 
 
 def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
-    """The catalogue as JSON objects."""
+    """The recipes as JSON objects, for `kasa recipes --json`."""
     return [
         {
             "name": one.name,
@@ -86,7 +77,7 @@ def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
 
 
 def show_recipes(named: Sequence[NamedRecipe]) -> None:
-    """The catalogue as a table."""
+    """Print the recipes as a table."""
     table = Table(box=None, header_style="bold")
     table.add_column("recipe", no_wrap=True)
     for heading in ("what", "settings", "trains on"):
@@ -98,206 +89,3 @@ def show_recipes(named: Sequence[NamedRecipe]) -> None:
     _out.print(
         "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
     )
-
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-_INTRODUCTION = """\
-# The recipe
-
-<!-- Generated from pipeline/config/settings.py by `python -m pipeline.config.catalogue`; change the descriptions there. -->
-
-A recipe is one YAML file that describes a run: `kasa run RECIPE.yaml`. This is a complete one, everything else has a
-default:
-
-```yaml
-name: my-task
-data:
-  train: my-task.jsonl
-```
-
-Any key can be changed on the command line: `kasa run RECIPE.yaml train.epochs=2 "adapter.targets=[q_proj, v_proj]"`.
-`kasa run RECIPE.yaml --dry-run` shows the resolved recipe and touches nothing. An unknown key or a value out of range is
-an error that names the file, the key and the nearest valid one. Paths are relative to the working directory.
-"""
-
-_RULES = """\
-## Rules that span keys
-
-- `train.workers` is at most `train.batch_size`, and `train.min_workers` at most `train.workers`.
-- `train.pack_tokens` is at least `data.max_tokens`: the longest sample fits.
-- `train.patience` needs `data.validation_rows`.
-- `spectra.rank` is at least the number of triplets that the adapter drops.
-- `evaluate.choices` and `evaluate.extract` belong to `evaluate.kind: choice`, and there are no choices or at least two
-  different ones; `evaluate.metrics` belong to `kind: text`.
-- `evaluate.metric` is one that is measured: `loss` and `perplexity` always; `exact_match` for `kind: answer`; `accuracy`,
-  `accuracy_norm` and with `extract` `accuracy_generated` for `kind: choice`; `bleu`, `rouge_l`, `chrf`, `exact_match` and what
-  `metrics` names for `kind: text`. For `kind: classification` they are `loss`, `accuracy`, `f1_macro`, `matthews` and, of two
-  classes, `f1`; for `kind: regression` `loss`, `pearson` and `spearman`.
-- A new `base.head` decides `evaluate.kind` and `data.form`, and has no use for `data.prompt_template`,
-  `data.chat_template`, `data.system_prompt`, `data.train_on_prompt` and `train.pack_tokens`. `train.head_learning_rate` and
-  `data.labels` need one.
-- `promotion.guards` names metrics that are measured, other than `evaluate.metric`.
-- `data.prompt_template` contains `{prompt}` exactly once.
-"""
-
-_CATALOGUE = """\
-# Recipes that come along
-
-<!-- Generated from recipes/ by `python -m pipeline.config.catalogue`. -->
-
-`kasa run NAME`, `kasa plan NAME` and every other command take these names as they take files. `--dry-run` needs neither
-network nor weights. Data and bases are fetched once; `data.train=FILE`, `data.heldout=FILE` and `base.model=FOLDER` name
-local copies instead, which are read in the same way. To change one, copy its file from `recipes/`.
-
-Settings are `published` (with the method's paper or code), `adapted` (another published work on the same task) or `ours`.
-Published results are the authors' single runs, in %; none has been repeated here.
-"""
-
-_FAMILIES = {
-    "recipes": "To start with",
-    "commonsense": "Commonsense reasoning",
-    "e2e": "Text from data",
-    "glue": "GLUE",
-    "instruct": "Instruction tuning",
-}
-
-_PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
-_LIST_FROM_TEXT = get_args(StrList)[1]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page, or only compare it."""
-    parser = argparse.ArgumentParser("python -m pipeline.config.catalogue", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
-    parser.add_argument("--docs", type=Path, default=DOCS)
-    options = parser.parse_args(argv)
-    pages = {options.docs / "recipe.md": recipe_page(), options.docs / "recipes.md": catalogue_page()}
-    outdated = [file for file, page in pages.items() if not file.exists() or file.read_text(encoding="utf-8") != page]
-    for file in outdated:
-        if options.check:
-            print(f"{file} is out of date: run python -m pipeline.config.catalogue", file=sys.stderr)
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(pages[file], encoding="utf-8")
-    return int(options.check and bool(outdated))
-
-
-def catalogue_page() -> str:
-    """The recipes that come along as Markdown, a table for each family."""
-    parts = [_CATALOGUE]
-    for family, named in groupby(catalogue(), key=lambda one: one.family):
-        parts += [
-            f"\n## {_FAMILIES[family]}\n\n",
-            "| recipe | what | settings | trains on | published |\n",
-            "|---|---|---|---|---|\n",
-        ]
-        notes: dict[str, None] = {}
-        for one in named:
-            about = one.recipe.about
-            cells = (f"`{one.name}`", about.summary, about.settings, one.hardware, one.published)
-            parts.append(f"| {' | '.join(map(_cell, cells))} |\n")
-            notes |= {about.differences: None} if about.differences else {}
-        parts += [f"\nNot as published: {note}.\n" for note in notes]
-    return "".join(parts)
-
-
-def recipe_page() -> str:
-    """The whole page as Markdown."""
-    top = [(key, field) for key, field in keys_of(Recipe) if section_of(field) is None]
-    parts = [_INTRODUCTION, f"## Top level\n\n{_table(top)}"]
-    for key, field in keys_of(Recipe):
-        if section := section_of(field):
-            summary = (section.__doc__ or "").strip().partition("\n")[0]
-            parts.append(f"## `{key}`\n\n{summary}\n\n{_table(flat_keys_of(section))}")
-    return "\n".join([*parts, _RULES])
-
-
-def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """A model's keys as a recipe spells them, with their fields."""
-    return ((field.alias or name, field) for name, field in model.model_fields.items())
-
-
-def flat_keys_of(section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """A section's keys, with the keys of blocks within as `block.key`."""
-    for key, field in keys_of(section):
-        if inner := section_of(field):
-            yield from ((f"{key}.{name}", one) for name, one in flat_keys_of(inner))
-        else:
-            yield key, field
-
-
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a key that holds a block of keys."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-def type_text(field: FieldInfo) -> str:
-    """A field's type and limits in words, such as `integer >= 1`."""
-    words = _words(field.annotation)
-    if _LIST_FROM_TEXT in field.metadata:
-        words += ", or a single one"
-    limits = " and ".join(filter(None, map(_limit, field.metadata)))
-    return f"{words} {limits}".strip()
-
-
-def default_text(field: FieldInfo) -> str:
-    """A field's default as YAML has it; `unset` for None."""
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    if value is None:
-        return "unset"
-    plain = str(value) if isinstance(value, Path) else value
-    # YAML ends a bare value with a document marker on a line of its own.
-    text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-    return f"`{text}`"
-
-
-def _table(keys: Iterator[tuple[str, FieldInfo]] | list[tuple[str, FieldInfo]]) -> str:
-    rows = [
-        ("key", "type", "default", "description"),
-        ("---",) * 4,
-        *((f"`{key}`", type_text(field), default_text(field), field.description or "") for key, field in keys),
-    ]
-    return "".join(f"| {' | '.join(_cell(cell) for cell in row)} |\n" for row in rows)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _words(kind: Any) -> str:
-    arguments = get_args(kind)
-    match get_origin(kind):
-        case None if kind in _PLAIN:
-            return _PLAIN[kind]
-        case origin if origin is Literal:
-            return "one of " + ", ".join(f"`{choice}`" for choice in arguments)
-        case origin if origin in (Union, UnionType):
-            # That None is allowed shows in the default: unset.
-            return " or ".join(_words(part) for part in arguments if part is not NoneType)
-        case origin if origin is list:
-            return f"list of {_words(arguments[0])}"
-        case origin if origin is dict:
-            return f"mapping of {_words(arguments[0])} to {_words(arguments[1])}"
-    raise TypeError(f"no words for the type {kind}; add them to pipeline/config/catalogue.py")
-
-
-def _limit(limit: Any) -> str:
-    match limit:
-        case Ge(ge=bound):
-            return f">= {bound}"
-        case Gt(gt=bound):
-            return f"> {bound}"
-        case Le(le=bound):
-            return f"<= {bound}"
-        case Lt(lt=bound):
-            return f"< {bound}"
-    pattern = getattr(limit, "pattern", None)
-    return f"matching `{pattern}`" if pattern else ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

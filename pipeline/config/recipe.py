@@ -1,9 +1,8 @@
-"""Where recipes are: files of the user's, or those that come along, by name (`kasa run glue-roberta-base-sst2`).
+"""Recipes: the one place where a run is described.
 
-Recipes: the one place where a run is described.
-
-A recipe is a YAML file of the sections in `pipeline.config.settings`. Nothing unknown is accepted; the error names the file, the
-dotted key, the value and the nearest valid key.
+A recipe is a YAML file of the sections in `pipeline.config.settings`: a file of the user, or a shipped one by its name
+(`kasa run glue-roberta-base-sst2`). An unknown key is an error, which names the file, the dotted key, the value and the
+nearest valid key.
 """
 
 from __future__ import annotations
@@ -15,48 +14,18 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kasa.config import KasaConfig
 from kasa.errors import nearest
 from kasa.truncation import CALIBRATED
-from pipeline.config.settings import (
-    AboutSettings,
-    AdapterSettings,
-    BaseSettings,
-    DataSettings,
-    EvaluateSettings,
-    PromotionSettings,
-    RegisterSettings,
-    Section,
-    SpectraSettings,
-    TrainSettings,
-)
+from pipeline.config.evaluate import EvaluateSettings, PromotionSettings
+from pipeline.config.methods import AdapterSettings
+from pipeline.config.settings import AboutSettings, BaseSettings, DataSettings, RegisterSettings, Section
+from pipeline.config.training import SpectraSettings, TrainSettings
 from pipeline.core.errors import RecipeError
-from pipeline.core.places import local_folder
+from pipeline.core.files import local_folder
 
-
-def named_recipes() -> dict[str, Path]:
-    """The files of the recipes that come along, by name: those at the top first, then family by family."""
-    package = find_spec("recipes")  # no part of what goes along with a registered model
-    if package is None or package.origin is None:
-        return {}
-    folder = Path(package.origin).parent
-    files = sorted(folder.rglob("*.yaml"), key=lambda file: (file.parent != folder, file))
-    return {file.stem: file for file in files}
-
-
-def find_recipe(path: Path) -> Path:
-    """The recipe's file: `path` where there is one, else the recipe of that name.
-
-    Raises:
-        RecipeError: there is neither.
-    """
-    if path.exists():
-        return path
-    named = named_recipes()
-    if str(path) in named:
-        return named[str(path)]
-    raise RecipeError(
-        f"recipe {path} does not exist; give a YAML file, or a name that `kasa recipes` lists{nearest(str(path), named)}"
-    )
+# What text tells of a layer's inputs and outputs that the spectra depend on.
+Weighted = Literal["no", "inputs", "both"]
 
 
 class Recipe(Section):
@@ -85,32 +54,49 @@ class Recipe(Section):
 
     @property
     def workspace(self) -> Path:
-        """The workspace's folder on this node."""
+        """The folder of the workspace on this node."""
         return local_folder(self.place)
 
     @property
     def registered_name(self) -> str:
-        """The name under which versions are registered."""
+        """The name of the registered model."""
         return self.register_.model or self.name
 
     @property
     def dropped_rank(self) -> int:
         """How many singular triplets each adapted weight loses (0 with `truncation: none`, and with another method)."""
-        if self.adapter.truncation == "none" or self.adapter.method != "kasa":
+        if self.adapter.truncation == "none" or self.adapter.spec.components != "dropped":
             return 0
         return self.adapter.truncation_rank or self.adapter.rank
 
     @property
+    def kasa_config(self) -> KasaConfig:
+        """The `adapter` section in the terms of the method library."""
+        adapter = self.adapter
+        return KasaConfig(
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            truncation=adapter.truncation,
+            dropped_rank=self.dropped_rank,
+            regulariser=adapter.regulariser,
+            singular_value_weight=adapter.singular_value_weight if adapter.singular_values else 0.0,
+            orthogonality_weight=adapter.orthogonality_weight,
+            singular_values=adapter.singular_values,
+        )
+
+    @property
     def decomposes(self) -> bool:
-        """Whether the method begins with a decomposition of the base weights that is worth keeping."""
-        return bool(self.dropped_rank) or self.adapter.method == "corda"
+        """Whether the method begins with components of the base weights, which the spectra stage computes and keeps."""
+        return bool(self.dropped_rank) or self.adapter.spec.components == "leading"
 
     @property
     def weighted(self) -> Weighted:
         """What text tells of a layer's inputs and outputs that the spectra depend on."""
-        if self.adapter.method == "corda":
+        components = self.adapter.spec.components
+        if components == "leading":
             return "inputs"
-        if self.adapter.method != "kasa" or self.adapter.truncation not in CALIBRATED:
+        if components == "none" or self.adapter.truncation not in CALIBRATED:
             return "no"
         return "both" if self.adapter.truncation == "loss" else "inputs"
 
@@ -122,14 +108,14 @@ class Recipe(Section):
     @property
     def spectra_rank(self) -> int:
         """How many singular triplets are computed per weight (at least one, so that the report can show them)."""
-        if self.adapter.method == "corda":
+        if self.adapter.spec.components == "leading":
             return self.adapter.rank
         return self.spectra.rank or max(self.dropped_rank, 1)
 
     @model_validator(mode="before")
     @classmethod
     def _evaluation_follows_the_head(cls, values: Any) -> Any:
-        """A new head leaves one kind of evaluation, which need not be named."""
+        """Fill in `evaluate.kind`, since a new head leaves only one."""
         blocks = values if isinstance(values, dict) else {}
         base, evaluate = blocks.get("base"), blocks.get("evaluate") or {}
         head = base.get("head") if isinstance(base, dict) else None
@@ -189,9 +175,9 @@ class Recipe(Section):
             )
         if train.patience is not None and self.data.validation_rows is None:
             raise ValueError("train.patience needs validation samples; set data.validation_rows, such as 200")
-        if train.start == "champion" and self.adapter.method != "kasa":
+        if train.start == "champion" and not self.adapter.spec.registrable:
             raise ValueError(
-                f"train.start champion goes on from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
+                f"train.start champion warm-starts from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
                 "train.start scratch"
             )
         if train.batch_size < train.workers:
@@ -205,16 +191,43 @@ class Recipe(Section):
         return self
 
 
+def named_recipes() -> dict[str, Path]:
+    """The files of the shipped recipes by name: those at the top of `recipes/` first, then folder by folder."""
+    package = find_spec("recipes")  # absent where a registered model is served: it does not carry the recipes
+    if package is None or package.origin is None:
+        return {}
+    folder = Path(package.origin).parent
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (file.parent != folder, file))
+    return {file.stem: file for file in files}
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe's file: `path` if it exists, else the shipped recipe of that name.
+
+    Raises:
+        RecipeError: There is neither.
+    """
+    if path.exists():
+        return path
+    named = named_recipes()
+    if str(path) in named:
+        return named[str(path)]
+    raise RecipeError(
+        f"recipe {path} does not exist; give a YAML file, or a name that `kasa recipes` lists{nearest(str(path), named)}"
+    )
+
+
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file, apply `section.key=value` overrides, and validate.
+    """Read a recipe file, apply the overrides, and validate the result.
 
     Paths in `base.model`, `data.train`, `data.heldout` and `workspace` are relative to the working directory.
 
     Args:
-        path: A file, or the name of a recipe that comes along.
+        path: A file, or the name of a shipped recipe.
+        overrides: Each of the form `section.key=value`, with a YAML value.
 
     Raises:
-        RecipeError: the file is missing or no YAML mapping, an override is malformed, or a value is invalid.
+        RecipeError: The file is missing or no YAML mapping, an override is malformed, or a value is invalid.
     """
     path = find_recipe(path)
     try:
@@ -236,7 +249,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe given as a mapping; `where` names its origin in errors.
 
     Raises:
-        RecipeError: the first problems found, one line each, with the dotted key, the value and the nearest valid key.
+        RecipeError: Up to five problems, one line each, with the dotted key, the value and the nearest valid key.
     """
     try:
         return Recipe.model_validate(values)
@@ -246,7 +259,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as plain YAML-ready values, the form stored with every run."""
+    """The resolved recipe as YAML-ready values, in the form that is stored with every run."""
     return recipe.model_dump(mode="json", by_alias=True)
 
 
@@ -290,6 +303,3 @@ def _keys_of(location: list[str]) -> list[str]:
             return []
         model = field.annotation
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-Weighted = Literal["no", "inputs", "both"]

@@ -1,4 +1,4 @@
-"""Whether a network service answers, within a second: small probes that send nothing but a connection or a GET."""
+"""Whether a network service answers, within a second. A probe opens a connection or sends a GET, and nothing more."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ import configparser
 import http.client
 import os
 import socket
-import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 1.0
 
 _PYPI = "https://pypi.org/simple"
 
-Result = TypeVar("Result")
-
 
 def host_and_port(address: str, default_port: int) -> tuple[str, int] | None:
-    """The host and port in `host:port` or `scheme://host:port/...`; None where there is no host or no such port."""
+    """The host and port of `host:port` or `scheme://host:port/...`; None if the host is missing or the port is no number."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         return (parts.hostname, parts.port or default_port) if parts.hostname else None
@@ -32,7 +26,7 @@ def host_and_port(address: str, default_port: int) -> tuple[str, int] | None:
 
 
 def connects(host: str, port: int, timeout_s: float = TIMEOUT_S) -> str | None:
-    """None where a TCP connection opens, else why not."""
+    """Open a TCP connection and close it again. Returns None on success, else the reason for the failure."""
     try:
         socket.create_connection((host, port), timeout=timeout_s).close()
     except OSError as error:
@@ -41,7 +35,11 @@ def connects(host: str, port: int, timeout_s: float = TIMEOUT_S) -> str | None:
 
 
 def answers(url: str, timeout_s: float = TIMEOUT_S) -> tuple[int | None, str]:
-    """(HTTP status, reason) of a GET; status None where nothing answered. Proxy variables apply."""
+    """Send a GET request; the environment's proxy variables apply.
+
+    Returns:
+        (HTTP status, reason). The status is None if nothing answered, and the reason then says why.
+    """
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response:
             return response.status, response.reason
@@ -52,7 +50,7 @@ def answers(url: str, timeout_s: float = TIMEOUT_S) -> tuple[int | None, str]:
 
 
 def package_index() -> str:
-    """The index that pip downloads from: PIP_INDEX_URL, pip's configuration files, else PyPI."""
+    """The URL of the index that pip downloads from: PIP_INDEX_URL, then pip's configuration files, then PyPI."""
     if os.environ.get("PIP_INDEX_URL"):
         return os.environ["PIP_INDEX_URL"]
     parser = configparser.RawConfigParser()
@@ -66,28 +64,9 @@ def package_index() -> str:
 
 
 def without_login(url: str) -> str:
-    """A URL fit for display: scheme, host, port and path, no user or password."""
+    """A URL that is safe to display: scheme, host, port and path, without user, password and query."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return "(a malformed URL)"
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-def side_by_side(checks: Sequence[Callable[[], Result]], deadline_s: float) -> list[Result | None]:
-    """Run slow checks at the same time; None for one that is not done by the deadline.
-
-    Name resolution knows no time-out, hence daemon threads: one that hangs must not keep the process alive.
-    """
-    results: list[Result | None] = [None] * len(checks)
-
-    def store(index: int, check: Callable[[], Result]) -> None:
-        results[index] = check()
-
-    threads = [threading.Thread(target=store, args=pair, daemon=True) for pair in enumerate(checks)]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + deadline_s
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    return list(results)

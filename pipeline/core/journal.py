@@ -1,8 +1,8 @@
-"""An append-only JSON-lines file: how a worker tells the driver what it has done, and how a restart knows it too.
+"""Journals: append-only files of JSON lines in which a worker records what it has done, for the driver and for a restart.
 
-One process writes, any process reads, on shared storage if need be. A torn last line (the writer was killed) is ignored
-by readers and cut off before the next append. A writer that outlives its driver, while a new one has taken the journal
-over, writes to a file that nobody reads any more (`JournalWriter`).
+One process writes a journal, any number of processes read it, also on shared storage. Readers ignore a torn last line
+(its writer was killed), and the next writer cuts it off. A writer that outlives its driver, while a new one has taken the
+journal over, writes to a file that nobody reads any more (`JournalWriter`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 def read_journal(path: Path) -> list[Record]:
-    """All complete records, oldest first; empty where the file does not exist."""
+    """All complete records, oldest first; an empty list if the file does not exist."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -28,43 +28,43 @@ def read_journal(path: Path) -> list[Record]:
 
 
 def rewrite_journal(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
-    """Keep the records for which `keep` holds, in one atomic step; returns them."""
+    """Reduce the journal to the records for which `keep` holds, in one atomic step, and return them."""
     records = [record for record in read_journal(path) if keep(record)]
     atomic_write(path, _lines(records))
     return records
 
 
 def append_journal(path: Path, records: list[Record]) -> None:
-    """Append records; durable against the death of this process once the call returns."""
+    """Append records. They survive the death of this process once the call has returned."""
     with path.open("ab") as file:
         file.write(_lines(records))
 
 
 class JournalWriter:
-    """Takes a journal over, keeping the records for which `keep` holds; whoever wrote it before is cut off.
+    """Takes a journal over and appends to it. Whoever wrote to it before reaches no reader any more.
 
     Attributes:
-        kept: the records that were kept.
+        kept: The earlier records for which `keep` held. All others are gone.
     """
 
     def __init__(self, path: Path, keep: Callable[[Record], bool]) -> None:
         self.kept = rewrite_journal(path, keep)
         self._path = path
-        # Held open: once another writer has replaced the file, this one goes on in the file that was.
+        # Held open: once another writer has replaced the file, this one keeps writing to the unlinked old file.
         self._file = path.open("ab")
 
     def append(self, records: list[Record]) -> None:
-        """As `append_journal`."""
+        """Append records, as `append_journal` does."""
         self._file.write(_lines(records))
         self._file.flush()
 
     def is_current(self) -> bool:
-        """Whether nobody else has taken the journal over."""
+        """Whether no other writer has taken the journal over."""
         return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
 
 
 class JournalTail:
-    """Reads what is new since the last call, also after the file was rewritten (then everything, from its start)."""
+    """Reads what was appended since the last call. After a rewrite of the journal it starts again from the first record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,7 +72,7 @@ class JournalTail:
         self._offset = 0
 
     def new_records(self) -> list[Record]:
-        """Complete records not returned before."""
+        """The complete records that were not returned before."""
         try:
             with self.path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino

@@ -1,4 +1,4 @@
-"""What this machine really gives a process: cores, memory and limits, those of a container included. Reads only."""
+"""What this machine offers a process: cores, memory and fast precision, within the limits of its container. Reads only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def cpu_cores(cgroup_root: Path = _CGROUP_ROOT) -> int:
-    """Cores this process may use: its affinity, cut by the cgroup quota (rounded down, at least 1)."""
+    """How many cores this process may use: its affinity, limited by the cgroup quota (rounded down, at least 1)."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota(cgroup_root)
     return max(1, min(affinity, math.floor(quota))) if quota else affinity
 
 
 def memory_gib(cgroup_root: Path = _CGROUP_ROOT, meminfo: Path = Path("/proc/meminfo")) -> tuple[float, float] | None:
-    """(total, available) memory in GiB, the smaller of machine and cgroup; None where the system does not tell."""
+    """(total, available) memory in GiB, the smaller of machine and cgroup; None if the system does not report it."""
     values = _meminfo_bytes(meminfo)
     if values is None:
         return None
@@ -32,9 +32,10 @@ def memory_gib(cgroup_root: Path = _CGROUP_ROOT, meminfo: Path = Path("/proc/mem
 
 
 def fast_precision(gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
-    """What this machine computes fast in: bf16 on GPUs and on processors that have it, else fp32.
+    """The precision that is fast on this machine: bf16 on GPUs and on processors with bf16 instructions, else fp32.
 
-    Without instructions for it a processor takes 6 times as long in bf16 forward, 40 times backward (AVX2, torch 2.13).
+    A processor without them takes 6 times as long in bf16 for a forward pass and 40 times for a backward pass (measured
+    with AVX2 and torch 2.13).
     """
     if gpu:
         return "bf16"
@@ -46,7 +47,7 @@ def fast_precision(gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal[
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself where it exists, else the nearest folder above it that does."""
+    """The path itself if it exists, else its nearest parent that does."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -64,7 +65,7 @@ def _cpu_quota(root: Path) -> float | None:
 
 
 def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
-    """(limit, use) in bytes: cgroup v2, then v1."""
+    """(limit, usage) in bytes; cgroup v2 is read first, then v1."""
     for limit, used in (
         (root / "memory.max", root / "memory.current"),
         (root / "memory" / "memory.limit_in_bytes", root / "memory" / "memory.usage_in_bytes"),

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.models.heads import Head
-from pipeline.models.shapes import head_modules
+from pipeline.models.loading import head_modules
 
 Sample = Mapping[str, Any]
 

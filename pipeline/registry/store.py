@@ -200,19 +200,6 @@ class Registry:
                 shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
-    def load_model(self, uri: str) -> Any:
-        """The Python model behind a registry URI.
-
-        Raises:
-            ModelError: no such model, or it cannot be loaded.
-        """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._mlflow.pyfunc.load_model(uri)
-        except MlflowException as error:
-            raise ModelError(f"{uri} cannot be loaded from {self.uri}: {str(error).splitlines()[0]}") from error
-
     def fetch_files(self, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Copy the files of a registered model into `folder`; returns where they lie and the model's configuration.
 

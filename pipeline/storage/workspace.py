@@ -27,8 +27,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from pipeline.core.errors import StorageError, WorkspaceError
-from pipeline.core.files import atomic_write
-from pipeline.core.places import ARTIFACTS, COMPLETE, INPUTS, PARTIAL, is_remote, local_folder
+from pipeline.core.files import ARTIFACTS, COMPLETE, INPUTS, PARTIAL, atomic_write, is_remote, local_folder
 from pipeline.storage.lease import Holder, Lease, acquire, released_after
 from pipeline.storage.lease_stores import ObjectLeaseStore
 from pipeline.storage.mirror import MANIFEST, Mirror, download, files_below, in_order

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from pipeline.core.errors import first_line
+from pipeline.core.errors import cause_line
 from pipeline.core.journal import Record
 from pipeline.tracking.runs import Tracking
 from pipeline.tracking.server import absence, pauses
@@ -55,7 +55,7 @@ class Delivery:
         if self._pauses is None:
             self._pauses = pauses()
             why = absence(error)
-            trouble = f"is away ({why})" if why else f"does not take metrics ({first_line(error)})"
+            trouble = f"is away ({why})" if why else f"does not take metrics ({cause_line(error)})"
             self._say(f"MLflow at {self._tracking.where} {trouble}; the work goes on, metrics are kept for later")
         return next(self._pauses)
 

@@ -31,7 +31,8 @@ from pipeline.apps.doctor import (
     pins,
 )
 from pipeline.core import connectivity as reach
-from pipeline.core.connectivity import answers, connects, host_and_port, package_index, side_by_side, without_login
+from pipeline.core.concurrency import side_by_side
+from pipeline.core.connectivity import answers, connects, host_and_port, package_index, without_login
 from pipeline.core.machine import existing_parent
 
 

@@ -10,14 +10,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kasa import find_targets
-from pipeline.apps.compare.methods import DEFAULT_RATES, ENTRANTS, choose_rate, entrant_names, entrants, tuned_rates
-from pipeline.apps.compare.run import plan_comparison
+from pipeline.apps.compare.methods import (
+    DEFAULT_RATES,
+    choose_rate,
+    comparable,
+    compared_methods,
+    method_names,
+    tuned_rates,
+)
+from pipeline.apps.compare.plan import plan_comparison
 from pipeline.apps.compare.trials import trial, trial_keys
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import method_of
-from pipeline.methods.shapes import FIXED
 from pipeline.run import graph as keys
+from pipeline.run.dependencies import KeyInputs
 
 Build = Callable[..., Recipe]
 CONFIG = LlamaConfig(
@@ -40,24 +47,24 @@ class Base:
 
 
 def test_names() -> None:
-    assert entrant_names("base, kasa:loss,lora") == ["kasa:loss", "lora"]
+    assert method_names("base, kasa:loss,lora") == ["kasa:loss", "lora"]
     with pytest.raises(RecipeError, match="no method 'lroa'; did you mean lora"):
-        entrant_names("kasa,lroa")
+        method_names("kasa,lroa")
     with pytest.raises(RecipeError, match="names lora twice"):
-        entrant_names("lora,lora")
+        method_names("lora,lora")
     with pytest.raises(RecipeError, match="names no method to train"):
-        entrant_names("base")
+        method_names("base")
 
 
-@pytest.mark.parametrize("name", ENTRANTS)
+@pytest.mark.parametrize("name", comparable())
 def test_what_is_counted_is_what_is_trained(recipe: Build, name: str) -> None:
     model = meta()
     targets = find_targets(model, "all-linear")
-    (entrant,) = entrants(recipe({"adapter.truncation": "none"}), [name], targets, model)
-    if entrant.recipe.decomposes:
+    (compared,) = compared_methods(recipe({"adapter.truncation": "none"}), [name], targets, model)
+    if compared.recipe.decomposes:
         pytest.skip("needs spectra; trains as many as kasa:none or lora")
     real = LlamaForCausalLM(CONFIG)
-    made = entrant.recipe
+    made = compared.recipe
     method = method_of(made, Base(), targets, None)  # type: ignore[arg-type]
     if made.adapter.method == "kasa":
         from kasa import attach
@@ -66,7 +73,7 @@ def test_what_is_counted_is_what_is_trained(recipe: Build, name: str) -> None:
         trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
     else:
         trained = sum(p.numel() for p in method.attach(real, 0, 100).parameters.values())
-    assert trained == entrant.parameters
+    assert trained == compared.parameters
 
 
 @pytest.mark.parametrize("rank", [4, 16])
@@ -74,11 +81,11 @@ def test_every_method_with_a_rank_comes_near_the_budget(recipe: Build, rank: int
     model = meta()
     targets = find_targets(model, "all-linear")
     given = recipe({"adapter.rank": rank, "adapter.truncation": "weight"})
-    found = {one.name: one for one in entrants(given, list(ENTRANTS), targets, model)}
+    found = {one.name: one for one in compared_methods(given, comparable(), targets, model)}
     budget = found["kasa"].parameters
     for name, one in found.items():
         adapter = one.recipe.adapter
-        if adapter.method in FIXED or (adapter.method, adapter.rank) in (("vera", 1024), ("fourierft", 2048)):
+        if adapter.spec.parameters is None or (adapter.method, adapter.rank) in (("vera", 1024), ("fourierft", 2048)):
             continue
         # One unit of rank: AdaLoRA goes from one and a half times 2 to one and a half times 3.
         assert abs(one.parameters - budget) <= 1.01 * budget / rank, name
@@ -96,14 +103,14 @@ def test_a_trial_needs_the_spectra_that_its_method_begins_with(recipe: Build) ->
         # Which drops nothing that would have to be audited.
         "corda": {"prepare", "spectra", "train", "evaluate"},
     }.items():
-        (one,) = entrants(recipe(), [name], targets, model)
+        (one,) = compared_methods(recipe(), [name], targets, model)
         assert set(trial_keys(trial(one, 0, 1e-3), "b", "s", targets)) == stages
         assert "evaluate" not in trial_keys(trial(one, 0, 1e-3, is_tuning=True), "b", "s", targets)
 
 
 def test_the_spectra_of_corda_are_its_own_and_know_no_gradients(recipe: Build) -> None:
     def made(**changes: Any) -> tuple[str, dict[str, Any]]:
-        key = keys.spectra_key(recipe(changes), "b", [], "p")
+        key = keys.stage_keys(KeyInputs(recipe(changes)))["spectra"]
         return key.key, key.ingredients["settings"]
 
     corda, activation = {"adapter.method": "corda"}, {"adapter.truncation": "activation"}
@@ -114,7 +121,8 @@ def test_the_spectra_of_corda_are_its_own_and_know_no_gradients(recipe: Build) -
 
 def test_methods_seeds_and_rates_train_anew_and_what_a_method_has_no_use_for_does_not(recipe: Build) -> None:
     def key(changes: dict[str, Any]) -> str:
-        return keys.train_key(recipe({"adapter.method": "lora"} | changes), "p", None).key
+        given = recipe({"adapter.method": "lora"} | changes)
+        return keys.stage_keys(KeyInputs(given, until="train"))["train"].key
 
     assert key({}) == key({"adapter.truncation": "weight"}) == key({"adapter.regulariser": "paper"})
     assert len({key({}), key({"adapter.method": "dora"}), key({"adapter.rank": 4}), key({"train.seed": 1})}) == 4
@@ -144,7 +152,7 @@ def test_what_a_method_cannot_do_is_said_before_anything_is_fetched(recipe: Buil
 def test_starting_from_a_champion_is_refused(recipe: Build) -> None:
     with pytest.raises(RecipeError, match="starts every method from scratch"):
         plan_comparison(recipe({"train.start": "champion"}), ["kasa", "lora"], 1, None, (), None)
-    with pytest.raises(RecipeError, match=r"goes on from a KaSA adapter, and adapter\.method is lora"):
+    with pytest.raises(RecipeError, match=r"warm-starts from a KaSA adapter, and adapter\.method is lora"):
         recipe({"train.start": "champion", "adapter.method": "lora"})
 
 
