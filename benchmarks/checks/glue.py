@@ -63,7 +63,7 @@ def glue(setting: Setting) -> Measurement:
 
 def _run(recipe: Recipe, metric: str, overrides: list[str], flaws: list[str]) -> dict[str, Any]:
     """Run the recipe; what was measured, after the saved head has been loaded again and asked the held-out texts."""
-    result = _command(["run", str(RECIPE), *overrides, f"workspace={recipe.place}", "--json"])
+    result = _command(["run", str(RECIPE), *overrides, f"workspace={recipe.location}", "--json"])
     folders = {stage: Path(folder) for stage, folder in result["artifacts"].items()}
     results = read_samples(folders["evaluate"] / RESULTS)
     interval = measure(results, [metric])[metric]

@@ -58,7 +58,7 @@ def environment_tags() -> dict[str, str]:
 
 def use_commands(context: RunContext, registration: Registration) -> dict[str, str]:
     """What to type next, by caption."""
-    where = "" if context.workspace == Path("workspace") else f" --workspace {context.recipe.place}"
+    where = "" if context.workspace == Path("workspace") else f" --workspace {context.recipe.location}"
     example = load_prepared_prompt(context)
     return {
         "Ask the model": f'{_program("kasa")} generate {registration.uri}{where} "{example}"',

@@ -181,7 +181,7 @@ def plan_trials(plan: Plan) -> list[TrialPlan]:
     entered = entrants(recipe, plan.methods, targets, meta_model(config, recipe.base.head))
     for entrant in entered:
         check_ranks(entrant.recipe, targets)
-    store = ArtifactStore(recipe.workspace, look_into(recipe.place))
+    store = ArtifactStore(recipe.workspace, look_into(recipe.location))
 
     def planned(one: Trial, parameters: int | None) -> TrialPlan:
         wanted = trial_keys(one, base.digest, sources.digest, targets)

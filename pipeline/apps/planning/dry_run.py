@@ -83,7 +83,7 @@ def _stages(
     remake: Sequence[str],
 ) -> tuple[StagePlan, ...]:
     """Each stage's key, as far as it is known, and whether its artifact is there."""
-    store = ArtifactStore(recipe.workspace, look_into(recipe.place))
+    store = ArtifactStore(recipe.workspace, look_into(recipe.location))
     known: dict[str, StageKey] = {}
     if base is not None and sources_digest is not None:
         prepared = known[keys.PREPARE] = keys.prepare_key(recipe, sources_digest, base.digest)
