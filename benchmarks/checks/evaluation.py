@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows
 from kasa import KasaError
-from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.workers import Resources, run_tasks
 from pipeline.config.settings import DataSettings, EvaluateSettings
 from pipeline.core.journal import Record, read_journal
 from pipeline.data.prepare import load_prepared, prepare_dataset

@@ -8,7 +8,7 @@ from typing import Any
 
 from kasa.targets import Target
 from pipeline.artifacts.store import Artifact
-from pipeline.cluster.connection import Resources
+from pipeline.cluster.workers import Resources
 from pipeline.config.recipe import Recipe
 from pipeline.core.console import console
 from pipeline.core.journal import JournalTail, rewrite_journal

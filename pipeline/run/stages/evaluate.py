@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.store import ADAPTER, Artifact
-from pipeline.cluster.connection import Resources
+from pipeline.cluster.workers import Resources
 from pipeline.core.files import atomic_write
 from pipeline.core.journal import JournalTail, Record, read_journal
 from pipeline.data.prepare import load_prepared

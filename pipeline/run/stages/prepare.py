@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.store import Artifact
-from pipeline.cluster.connection import Resources
+from pipeline.cluster.workers import Resources
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import RecipeError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kasa.targets import Target
 from pipeline.artifacts.store import Artifact
-from pipeline.cluster.connection import Resources
+from pipeline.cluster.workers import Resources
 from pipeline.config.recipe import Recipe
 from pipeline.core.journal import JournalTail
 from pipeline.data.prepare import load_prepared

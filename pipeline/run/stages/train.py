@@ -12,7 +12,7 @@ from typing import Any
 
 from kasa.targets import Target
 from pipeline.artifacts.store import ADAPTER, Artifact
-from pipeline.cluster.connection import Resources, WorkerGroup
+from pipeline.cluster.workers import Resources, WorkerGroup
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import TrainSettings
@@ -29,9 +29,7 @@ from pipeline.run.graph import train_key
 from pipeline.run.stages.prepare import log_datasets
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
 from pipeline.run.warm_start import WarmStart, start_adapter
-from pipeline.tracking.delivery import Delivery, delivering
-from pipeline.tracking.system_metrics import SERIES as SYSTEM_SERIES
-from pipeline.tracking.system_metrics import sampling
+from pipeline.tracking.live_metrics import SYSTEM_SERIES, Delivery, delivering, sampling
 from pipeline.training.job import (
     ATTACHED,
     ERRORS,
