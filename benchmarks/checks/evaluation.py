@@ -20,7 +20,8 @@ from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.workers import Resources, run_tasks
 from pipeline.config.settings import DataSettings, EvaluateSettings
 from pipeline.core.journal import Record, read_journal
-from pipeline.data.prepare import load_prepared, prepare_dataset
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.metrics.catalogue import METRICS

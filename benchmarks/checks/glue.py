@@ -15,7 +15,7 @@ from benchmarks.checks.demo import copy_sources
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaError, read_adapter
 from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.evaluation.results import read_samples
 from pipeline.metrics.intervals import measure

@@ -31,10 +31,10 @@ from kasa.targets import Target
 from kasa.truncation import CALIBRATED, Truncation
 from kasa.weighting import Weighting
 from pipeline.config.settings import AdapterSettings, BaseSettings
-from pipeline.data.prepare import load_tokenizer
 from pipeline.models.base import find_base
 from pipeline.models.language_model import collate, label_losses
 from pipeline.models.loading import load_base
+from pipeline.models.prompting import load_tokenizer
 from pipeline.training.batches import learning_rate
 
 RULES: tuple[Truncation, ...] = ("none", "weight", "authors", "activation", "loss")

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.config.settings import EvaluateSettings
 from pipeline.core.errors import RecipeError
-from pipeline.data.prepare import PreparedDataset
+from pipeline.data.prepared import PreparedDataset
 from pipeline.models.prompting import Prompting
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from pipeline.config.settings import EvaluateSettings
 from pipeline.core.journal import JournalWriter, Record, read_journal
-from pipeline.data.prepare import PreparedDataset, load_prepared
+from pipeline.data.prepared import PreparedDataset, load_prepared
 from pipeline.evaluation.choices import (
     choices_of,
     continuation_ids,

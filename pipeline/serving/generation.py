@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.data.prepare import load_tokenizer
 from pipeline.methods.loading import attach_folder
 from pipeline.models.loading import load_base
-from pipeline.models.prompting import Prompting
+from pipeline.models.prompting import Prompting, load_tokenizer
 
 
 @dataclass(frozen=True)

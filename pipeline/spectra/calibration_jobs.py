@@ -24,7 +24,7 @@ from kasa.spectra_file import load_spectra
 from kasa.targets import Target
 from kasa.truncation import dropped_rank
 from pipeline.core.journal import append_journal, rewrite_journal
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.models.heads import Head
 from pipeline.models.language_model import collate, label_losses
 from pipeline.models.loading import load_base

@@ -29,7 +29,7 @@ from pipeline.config.deepspeed import with_accumulation
 from pipeline.config.settings import TrainSettings
 from pipeline.core.errors import TrainingError
 from pipeline.core.journal import JournalWriter, append_journal, read_journal
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.methods.method import Adapted
 from pipeline.models.heads import Head
 from pipeline.models.loading import load_base

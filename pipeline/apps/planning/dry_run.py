@@ -10,7 +10,7 @@ from pipeline.apps.planning.plan import DataFacts, Estimate, checked_targets, es
 from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.methods.choice import check_registrable
 from pipeline.models.base import BaseModel, find_base

@@ -17,7 +17,7 @@ from pipeline.artifacts.store import ADAPTER, Artifact
 from pipeline.cluster.workers import Resources
 from pipeline.core.files import atomic_write
 from pipeline.core.journal import JournalTail, Record, read_journal
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.results import (
     HARNESS_JSON,

@@ -13,7 +13,8 @@ from pipeline.config.recipe import Recipe
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import RecipeError
 from pipeline.core.journal import JournalTail, append_journal
-from pipeline.data.prepare import load_prepared, prepare_dataset
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.choices import check_suitable
 from pipeline.metrics.scores import metrics_for_classes

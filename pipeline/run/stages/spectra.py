@@ -18,7 +18,7 @@ from pipeline.artifacts.store import Artifact
 from pipeline.cluster.workers import Resources
 from pipeline.config.recipe import Recipe
 from pipeline.core.journal import JournalTail
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.models.base import BaseModel
 from pipeline.run.context import RunContext
 from pipeline.run.graph import SPECTRA, inherited_spectra_key
