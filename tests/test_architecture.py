@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 # Lowest floor first. `docs/contributing.md` says what belongs where.
 FLOORS = (
     ("kasa",),
-    ("pipeline.core", "pipeline.config"),
+    ("pipeline.core", "pipeline.metrics", "pipeline.config"),
     ("pipeline.cluster", "pipeline.storage", "pipeline.artifacts", "pipeline.tracking", "pipeline.registry"),
-    ("pipeline.metrics", "pipeline.models", "pipeline.data", "pipeline.methods"),
+    ("pipeline.models", "pipeline.data", "pipeline.methods"),
     ("pipeline.spectra", "pipeline.training", "pipeline.serving", "pipeline.evaluation", "pipeline.report"),
     ("pipeline.run",),
     ("pipeline.apps",),
@@ -24,6 +24,8 @@ FLOORS = (
 # Who may look at whom on its own floor.
 NEIGHBOURS = {
     ("pipeline.config", "pipeline.core"),
+    ("pipeline.config", "pipeline.metrics"),
+    ("pipeline.metrics", "pipeline.core"),
     ("pipeline.artifacts", "pipeline.storage"),
     ("pipeline.registry", "pipeline.tracking"),
     ("pipeline.data", "pipeline.models"),

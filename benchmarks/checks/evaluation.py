@@ -18,7 +18,8 @@ from benchmarks.texts import review_rows
 from kasa import KasaError
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.workers import Resources, run_tasks
-from pipeline.config.settings import DataSettings, EvaluateSettings
+from pipeline.config.evaluate import EvaluateSettings
+from pipeline.config.settings import DataSettings
 from pipeline.core.journal import Record, read_journal
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.prepared import load_prepared

@@ -14,7 +14,8 @@ from kasa.spectra import Spectra
 from kasa.targets import Target
 from kasa.truncation import Truncation
 from kasa.weighting import Weighting
-from pipeline.config.settings import AdapterSettings, BaseSettings
+from pipeline.config.methods import AdapterSettings
+from pipeline.config.settings import BaseSettings
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import load_base
 from pipeline.models.prompting import load_tokenizer

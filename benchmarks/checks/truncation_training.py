@@ -30,7 +30,8 @@ from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, f
 from kasa.targets import Target
 from kasa.truncation import CALIBRATED, Truncation
 from kasa.weighting import Weighting
-from pipeline.config.settings import AdapterSettings, BaseSettings
+from pipeline.config.methods import AdapterSettings
+from pipeline.config.settings import BaseSettings
 from pipeline.models.base import find_base
 from pipeline.models.language_model import collate, label_losses
 from pipeline.models.loading import load_base

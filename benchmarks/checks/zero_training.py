@@ -23,7 +23,6 @@ from pipeline.apps.planning.plan import checked_targets
 from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.config.settings import BaseSettings
 from pipeline.core.journal import Record
-from pipeline.methods.choice import kasa_config
 from pipeline.models.base import find_base
 from pipeline.models.loading import load_base
 from pipeline.training import worker, zero
@@ -215,7 +214,7 @@ class _PlainLayer(nn.Module):
 
 def _reference(recipe: Recipe, spectra: Mapping[str, Triplets]) -> tuple[list[Record], dict[str, torch.Tensor]]:
     """The same training with torch alone: one process, one sample after another."""
-    settings, config, samples = recipe.train, kasa_config(recipe), small_samples()
+    settings, config, samples = recipe.train, recipe.kasa_config, small_samples()
     base = Path(recipe.base.model)
     started = load_base(base, "fp32")
     attach(started, find_targets(started, "all-linear"), config, spectra, settings.seed)

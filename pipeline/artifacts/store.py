@@ -1,8 +1,8 @@
 """Content-addressed artifacts: what a stage made, stored under a key of everything it was made from.
 
-`WORKSPACE/artifacts/STAGE/KEY/` exists if and only if the artifact is complete: a stage works in `KEY.partial/`, which an
-interrupted run leaves behind for the next one to go on from; the manifest is written last and the folder is then renamed.
-A lock beside it keeps two runs from doing the same work twice. Where the workspace is in a store, what is complete there
+`WORKSPACE/artifacts/STAGE/KEY/` exists if and only if the artifact is complete. A stage works in `KEY.partial/`, from which
+the next run resumes after an interruption; the manifest is written last, and the folder is then renamed. A lock beside it
+keeps two runs from doing the same work twice. Where the workspace is in a store, what is complete there
 counts, and the folder is this machine's copy (`pipeline.storage`).
 """
 
@@ -27,8 +27,6 @@ from pipeline.core.files import PARTIAL, content_digest
 from pipeline.storage.mirror import MANIFEST
 from pipeline.storage.workspace import Workspace
 
-# Folder of the adapter in a training's artifact and in a registered model.
-ADAPTER = "adapter"
 _PATIENCE_S = 2.0
 
 
@@ -102,24 +100,24 @@ class ArtifactStore:
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
-    def find_or_make(self, key: StageKey, make: Callable[[Path], dict[str, Any]], remake: bool = False) -> Artifact:
+    def find_or_make(self, key: StageKey, make: Callable[[Path], dict[str, Any]], recompute: bool = False) -> Artifact:
         """Reuse the artifact or have `make` fill its partial folder and return the facts about it.
 
-        With `remake` one that is there is replaced, once the new one is complete.
+        With `recompute` one that is there is replaced, once the new one is complete.
         """
         folder = self._folder(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{key.key}.lock"), key.stage):
-            if not remake and (artifact := self.find(key)):
+            if not recompute and (artifact := self.find(key)):
                 os.utime(folder / MANIFEST)  # pruning goes by the last use
                 return artifact
-            return self._make(key, make, remake)
+            return self._make(key, make, recompute)
 
-    def _make(self, key: StageKey, make: Callable[[Path], dict[str, Any]], remake: bool) -> Artifact:
+    def _make(self, key: StageKey, make: Callable[[Path], dict[str, Any]], recompute: bool) -> Artifact:
         folder = self._folder(key)
         with self._storage.leased(folder, partial(_say_waiting, key.stage)) as lease:
             # Another machine may have made it meanwhile.
-            if not remake and (artifact := self.find(key)):
+            if not recompute and (artifact := self.find(key)):
                 return artifact
             unfinished = folder.with_name(f"{key.key}{PARTIAL}")
             unfinished.mkdir(exist_ok=True)

@@ -7,9 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.apps.judge.judgement import Judgement
-from pipeline.metrics.intervals import Interval
 
 _out = Console(highlight=False, soft_wrap=True)
+_TWO_DECIMALS = "{:.2f}".format
 
 
 def show_judgement(judgement: Judgement) -> None:
@@ -20,10 +20,13 @@ def show_judgement(judgement: Judgement) -> None:
         table.add_column(escape(who), justify="right")
     for category, of in judgement.by_category.items():
         table.add_row(escape(category), *(f"{of[who]:.2f}" if who in of else "" for who in judgement.grades))
-    table.add_row(f"all {judgement.questions} questions", *(_interval(grade) for grade in judgement.grades.values()))
+    grades = (grade.text(_TWO_DECIMALS) for grade in judgement.grades.values())
+    table.add_row(f"all {judgement.questions} questions", *grades)
     _out.print(table)
-    _out.print(f"difference  {_interval(judgement.difference, signed=True)}")
-    _out.print(f"win rate    {_interval(judgement.win_rate)} of the comparisons, in both orders; a draw counts half")
+    _out.print(f"difference  {judgement.difference.text('{:+.2f}'.format)}")
+    _out.print(
+        f"win rate    {judgement.win_rate.text(_TWO_DECIMALS)} of the comparisons, in both orders; a draw counts half"
+    )
     low, high = judgement.win_rate.low, judgement.win_rate.high
     verdict = (
         "the judge prefers"
@@ -36,8 +39,3 @@ def show_judgement(judgement: Judgement) -> None:
     if judgement.unreadable:
         _out.print(f"{judgement.unreadable} of {judgement.asked} of its answers named no grade or verdict")
     _out.print(f"{judgement.folder}")
-
-
-def _interval(interval: Interval, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{interval.estimate:{sign}.2f} [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"

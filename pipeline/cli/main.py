@@ -56,29 +56,29 @@ def run(
         bool, typer.Option("--dry-run", help="Show the resolved recipe and the plan; touch nothing.")
     ] = False,
     force: Annotated[
-        list[str] | None, typer.Option("--force", metavar="STAGE", help="Make this stage anew; may be given again.")
+        list[str] | None, typer.Option("--force", metavar="STAGE", help="Recompute this stage; may be given again.")
     ] = None,
     from_: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Make this stage and all after it anew.")
+        str | None, typer.Option("--from", metavar="STAGE", help="Recompute this stage and all after it.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe: prepare, spectra, audit, train, evaluate, register. What is unchanged is reused."""
     resolved = load_recipe(recipe, overrides)
     from pipeline.cli import present
-    from pipeline.run.graph import stages_to_remake
+    from pipeline.run.graph import stages_to_recompute
 
-    remake = stages_to_remake(force or [], from_)
+    recompute = stages_to_recompute(force or [], from_)
 
     if dry_run:
         from pipeline.apps.planning.dry_run import plan_run
 
-        planned = plan_run(resolved, remake)
+        planned = plan_run(resolved, recompute)
         print(json.dumps(present.plan_json(planned))) if as_json else present.show_plan(planned)
         return
     from pipeline.run.flow import run as run_flow
 
-    result = run_flow(resolved, ProgressBars(), remake)
+    result = run_flow(resolved, ProgressBars(), recompute)
     print(json.dumps(present.result_json(result))) if as_json else present.show_result(result)
 
 

@@ -82,5 +82,4 @@ def show_change(change: Change) -> None:
 def _interval(row: ModelRow) -> str:
     if row.difference is None:
         return "-"
-    numbers = f"{row.difference.estimate:+.4f} [{row.difference.low:+.4f}, {row.difference.high:+.4f}]"
-    return escape(f"{numbers} against the {row.opponent}")
+    return escape(f"{row.difference.text()} against the {row.opponent}")

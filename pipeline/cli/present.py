@@ -107,7 +107,7 @@ def _named(metric: str, lower_is_better: bool) -> str:
 
 
 def _change(difference: Interval | None) -> str:
-    return f"{difference.estimate:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" if difference else ""
+    return difference.text("{:+.3f}".format) if difference else ""
 
 
 def _ends(interval: Sequence[float]) -> str:

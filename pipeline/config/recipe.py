@@ -14,20 +14,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kasa.config import KasaConfig
 from kasa.errors import nearest
 from kasa.truncation import CALIBRATED
-from pipeline.config.settings import (
-    AboutSettings,
-    AdapterSettings,
-    BaseSettings,
-    DataSettings,
-    EvaluateSettings,
-    PromotionSettings,
-    RegisterSettings,
-    Section,
-    SpectraSettings,
-    TrainSettings,
-)
+from pipeline.config.evaluate import EvaluateSettings, PromotionSettings
+from pipeline.config.methods import AdapterSettings
+from pipeline.config.settings import AboutSettings, BaseSettings, DataSettings, RegisterSettings, Section
+from pipeline.config.training import SpectraSettings, TrainSettings
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import local_folder
 
@@ -72,21 +65,38 @@ class Recipe(Section):
     @property
     def dropped_rank(self) -> int:
         """How many singular triplets each adapted weight loses (0 with `truncation: none`, and with another method)."""
-        if self.adapter.truncation == "none" or self.adapter.method != "kasa":
+        if self.adapter.truncation == "none" or self.adapter.spec.components != "dropped":
             return 0
         return self.adapter.truncation_rank or self.adapter.rank
 
     @property
+    def kasa_config(self) -> KasaConfig:
+        """The `adapter` section in the terms of the method library."""
+        adapter = self.adapter
+        return KasaConfig(
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            truncation=adapter.truncation,
+            dropped_rank=self.dropped_rank,
+            regulariser=adapter.regulariser,
+            singular_value_weight=adapter.singular_value_weight if adapter.singular_values else 0.0,
+            orthogonality_weight=adapter.orthogonality_weight,
+            singular_values=adapter.singular_values,
+        )
+
+    @property
     def decomposes(self) -> bool:
-        """Whether the method begins with a decomposition of the base weights that is worth keeping."""
-        return bool(self.dropped_rank) or self.adapter.method == "corda"
+        """Whether the method begins with components of the base weights, which the spectra stage computes and keeps."""
+        return bool(self.dropped_rank) or self.adapter.spec.components == "leading"
 
     @property
     def weighted(self) -> Weighted:
         """What text tells of a layer's inputs and outputs that the spectra depend on."""
-        if self.adapter.method == "corda":
+        components = self.adapter.spec.components
+        if components == "leading":
             return "inputs"
-        if self.adapter.method != "kasa" or self.adapter.truncation not in CALIBRATED:
+        if components == "none" or self.adapter.truncation not in CALIBRATED:
             return "no"
         return "both" if self.adapter.truncation == "loss" else "inputs"
 
@@ -98,7 +108,7 @@ class Recipe(Section):
     @property
     def spectra_rank(self) -> int:
         """How many singular triplets are computed per weight (at least one, so that the report can show them)."""
-        if self.adapter.method == "corda":
+        if self.adapter.spec.components == "leading":
             return self.adapter.rank
         return self.spectra.rank or max(self.dropped_rank, 1)
 
@@ -165,9 +175,9 @@ class Recipe(Section):
             )
         if train.patience is not None and self.data.validation_rows is None:
             raise ValueError("train.patience needs validation samples; set data.validation_rows, such as 200")
-        if train.start == "champion" and self.adapter.method != "kasa":
+        if train.start == "champion" and not self.adapter.spec.registrable:
             raise ValueError(
-                f"train.start champion goes on from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
+                f"train.start champion warm-starts from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
                 "train.start scratch"
             )
         if train.batch_size < train.workers:

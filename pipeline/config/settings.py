@@ -1,61 +1,54 @@
-"""The sections of a recipe, with every setting's meaning, default and bounds.
+"""The sections of a recipe that say what it is of and where it leads: `about`, `base`, `data` and `register`.
 
-Every field's `description` is its documentation: `docs/recipe.md` is generated from it (`make docs`).
+The other sections have modules of their own: `methods` (`adapter`), `training` (`spectra` and `train`) and `evaluate` (with
+`promotion`). The `description` of every field is its documentation: `docs/recipe.md` is generated from it (`make docs`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from kasa.errors import nearest
-from kasa.truncation import Truncation
-from pipeline.core.machine import fast_precision
 
-# Of generated text, in the order people read them, and those of them that take no effort.
-_TEXT_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "chrf")
-_ALWAYS = frozenset(["bleu", "rouge_l", "chrf"])
+HeadKind = Literal["language-model", "classification", "regression"]
 
-TokenizedForm = Literal[
-    "auto", "prompt-completion", "multiple-choice", "llm-adapters", "alpaca", "chat", "completion", "labelled"
-]
 
-MethodName = Literal[
-    "kasa",
-    "lora",
-    "rslora",
-    "dora",
-    "pissa",
-    "milora",
-    "olora",
-    "corda",
-    "adalora",
-    "vera",
-    "fourierft",
-    "ia3",
-    "layernorm",
-    "full",
-]
-_LOW_RANK = frozenset({"rank", "alpha", "dropout", "targets"})
-# Which settings of `adapter` each method has a use for.
-METHOD_SETTINGS: dict[str, frozenset[str]] = {
-    "kasa": _LOW_RANK
-    | {
-        "truncation",
-        "truncation_rank",
-        "regulariser",
-        "singular_values",
-        "singular_value_weight",
-        "orthogonality_weight",
-    },
-    **dict.fromkeys(("lora", "rslora", "dora", "pissa", "milora", "olora", "corda", "adalora"), _LOW_RANK),
-    "vera": _LOW_RANK - {"alpha"},
-    "fourierft": frozenset({"rank", "targets"}),
-    "ia3": frozenset({"targets"}),
-    "layernorm": frozenset(),
-    "full": frozenset(),
-}
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text that must be a name of a catalogue, as in `Annotated[str, OneOf("method", METHODS)]`.
+
+    Attributes:
+        what: what such a name stands for, in errors.
+        names: the names there are, in the order of the documentation.
+    """
+
+    what: str
+    names: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: str) -> str:
+        if value not in self.names:
+            hint = nearest(value, self.names) or f"; choose one of {', '.join(self.names)}"
+            raise ValueError(f"there is no such {self.what}{hint}")
+        return value
+
+
+@dataclass(frozen=True)
+class NamedAbove:
+    """Marks a text that must be a name of a table on a higher floor, which this floor cannot read.
+
+    Attributes:
+        table: the module that has the table and checks the name.
+    """
+
+    table: str
 
 
 def _as_list(value: Any) -> Any:
@@ -95,7 +88,7 @@ class BaseSettings(Section):
     head: HeadKind = Field(
         "language-model",
         description="`classification` and `regression` give the base, an encoder such as RoBERTa or a causal model, a new head "
-        "with as many classes as the data has; it is trained whole beside the adapter and saved with it.",
+        "with as many classes as the data has; all of it is trained beside the adapter and saved with it.",
     )
 
 
@@ -110,7 +103,7 @@ class DataSettings(Section):
         default_factory=list,
         description="Text that `adapter.truncation` looks at, in the form of `train`; empty: `train` itself.",
     )
-    form: TokenizedForm = Field(
+    form: Annotated[str, NamedAbove("pipeline.data.forms")] = Field(
         "auto",
         description="How rows are read; `auto` decides by the columns of the first row. `labelled`, a text or a pair of them "
         "with a label, is the form for a new `base.head`.",
@@ -173,273 +166,7 @@ class DataSettings(Section):
         return self
 
 
-class AdapterSettings(Section):
-    """What is trained: the KaSA adapter (arXiv 2412.06071), or another method to compare it with."""
-
-    method: MethodName = Field(
-        "kasa",
-        description="Another one than `kasa` is for `kasa compare` (docs/compare.md) and has a use for `rank`, `alpha`, "
-        "`dropout` and `targets` at most.",
-    )
-    rank: int = Field(
-        8,
-        ge=1,
-        description="Adapter rank r. Of `vera` the width of its frozen projections, of `fourierft` the number of "
-        "coefficients a module, of `adalora` the rank it ends with on average.",
-    )
-    alpha: float = Field(16, gt=0, description="Scale numerator; the update is multiplied by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: str | list[str] = Field(
-        "all-linear",
-        description="`all-linear`, module names such as `[q_proj, v_proj]`, or a regular expression `re:...` on full names.",
-    )
-    truncation: Truncation = Field(
-        "loss",
-        description="What is dropped from each base weight. `loss`: what matters least to the base's loss on the "
-        "calibration text; `activation`: what matters least to the layer's output there; `weight`: the smallest singular triplets (the paper's rule); `authors`: as `weight`, but wide "
-        "weights stay whole (the authors' code); `none`: nothing.",
-    )
-    truncation_rank: int | None = Field(None, ge=1, description="The rank of what is dropped; default: `rank`.")
-    regulariser: Literal["paper", "authors"] = Field(
-        "authors",
-        description="`paper`: r x r Gram matrices, summed over layers. `authors`: in x in and out x out, averaged over "
-        "layers, as in the code that the published weights belong to.",
-    )
-    singular_values: bool = Field(
-        True,
-        description="Learn d, the singular values of the update; `false` leaves B A, without their regulariser L2.",
-    )
-    singular_value_weight: float = Field(1e-4, ge=0, description="beta, the weight of the L2 term on d.")
-    orthogonality_weight: float = Field(1e-3, ge=0, description="gamma, the weight of the orthogonality term L3.")
-
-
-class SpectraSettings(Section):
-    """The singular triplets computed from the base weights, and what dropping them costs."""
-
-    rank: int | None = Field(
-        None,
-        ge=1,
-        description="How many triplets are kept per weight; one artifact serves every smaller rank. Default: what the adapter drops.",
-    )
-    calibration_tokens: int = Field(
-        8192, ge=1, description="How much of the calibration text the rules `loss` and `activation` look at."
-    )
-    audit_tokens: int = Field(
-        2048, ge=1, description="How much held-out text the loss of the truncated base is measured on."
-    )
-    warn_above: float = Field(
-        0.1,
-        ge=0,
-        description="Warn when truncation costs the base more than this many nats per token, or, with a new `base.head`, "
-        "changes more than this share of what the head reads.",
-    )
-
-
-class TrainSettings(Section):
-    """The training stage: DeepSpeed ZeRO under Ray Train."""
-
-    workers: int = Field(1, ge=1, description="Training processes (one GPU each when `gpu` is true).")
-    min_workers: int | None = Field(
-        None,
-        ge=1,
-        description="While the cluster has no room for `workers`, train with at least so many. Default: `workers`.",
-    )
-    gpu: bool = Field(False, description="Give every training and evaluation worker a GPU.")
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved for each training worker.")
-    deepspeed: str = Field(
-        "cpu_zero2", description="A name in `deepspeed_configs/` or the path of a DeepSpeed JSON file."
-    )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto",
-        description="Storage and compute type of the base and adapter. `auto` is `bf16` on GPUs and on processors that have "
-        "instructions for it, else `fp32`, which is then many times as fast; name one where results must not depend on that.",
-    )
-    epochs: float = Field(1.0, gt=0, description="Passes over the training split; `max_steps` cuts it short.")
-    max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
-    batch_size: int = Field(16, ge=1, description="Samples per optimizer step over all workers.")
-    micro_batch_size: int = Field(8, ge=1, description="Samples per forward pass of one worker.")
-    pack_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Pack samples end to end, at most this many tokens to a forward pass, instead of padding them; they do "
-        "not see each other. `micro_batch_size` has no meaning then.",
-    )
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
-    head_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of a new `base.head`; default: `learning_rate`."
-    )
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
-    warmup_share: float = Field(0.06, ge=0, lt=1, description="Share of the steps spent warming up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass to save memory."
-    )
-    validate_every: int = Field(
-        50,
-        ge=1,
-        description="With `data.validation_rows`: optimizer steps between looks at the validation loss. The adapter with "
-        "the lowest is kept.",
-    )
-    patience: int | None = Field(
-        None, ge=1, description="Stop after so many looks in a row without a lower validation loss."
-    )
-    start: Literal["scratch", "champion"] = Field(
-        "scratch",
-        description="`champion`: go on from the adapter of the registered champion, beside what that one drops from the base; "
-        "from scratch, and said so, where there is none or its base, rank, alpha, targets or truncation differ.",
-    )
-    seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
-    checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
-    checkpoints_kept: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
-    max_failures: int = Field(3, ge=0, description="Worker crashes survived before the stage fails.")
-    collective_timeout_s: float = Field(
-        600, gt=0, description="Seconds a worker may wait for another before it gives up."
-    )
-
-    @model_validator(mode="after")
-    def _fast_precision(self) -> TrainSettings:
-        if self.precision == "auto":
-            # Before anyone has seen it: what a stage's key says must be what was computed.
-            object.__setattr__(self, "precision", fast_precision(self.gpu))
-            # A plan for other hardware asks whether anyone has set it.
-            self.model_fields_set.discard("precision")
-        return self
-
-    @property
-    def fewest_workers(self) -> int:
-        """The least number of training processes."""
-        return self.workers if self.min_workers is None else self.min_workers
-
-
-_DECIDING = {
-    "text": "rouge_l",
-    "answer": "exact_match",
-    "choice": "accuracy",
-    "loss": "loss",
-    "classification": "accuracy",
-    "regression": "pearson",
-}
-
-
-class HarnessSettings(Section):
-    """Tasks of lm-evaluation-harness, beside the held-out samples (the extra `harness`)."""
-
-    tasks: StrList = Field(
-        default_factory=list,
-        description="Which tasks or groups of tasks, such as `[arc_easy, hellaswag]`. Default: none.",
-    )
-    include: str | None = Field(None, description="A folder with task files of your own.")
-    limit: int | None = Field(None, ge=1, description="How many documents of each task. Default: all.")
-
-
-class EvaluateSettings(Section):
-    """The held-out comparison of base, adapter and champion."""
-
-    kind: Literal["text", "answer", "choice", "loss", "classification", "regression"] = Field(
-        "text",
-        description="`text`: generated prose, scored by BLEU, ROUGE-L and chrF; `answer`: generated answers, right or "
-        "wrong; `choice`: one of several given answers; `loss`: loss and perplexity alone, of any data. With a new "
-        "`base.head` it is that head's kind.",
-    )
-    metrics: StrList = Field(
-        default_factory=list,
-        description="For `text`, what is measured beside: `nist`, `meteor`, `cider` (the last two need the extra `e2e`, "
-        "METEOR Java as well).",
-    )
-    choices: list[str] = Field(
-        default_factory=list,
-        description="For `choice`: the answers to choose from, where they are the same for all samples. Default: those of "
-        "each row (`data.form` `multiple-choice` or `llm-adapters`).",
-    )
-    extract: bool = Field(
-        False,
-        description="For `choice`: generate an answer as well, and measure `accuracy_generated` by the first choice it "
-        "names.",
-    )
-    metric: str | None = Field(
-        None,
-        description="What promotion is decided on, of the metrics that are measured. Default: `rouge_l`, `exact_match`, "
-        "`accuracy`, `pearson` or `loss`, as the kind has it.",
-    )
-    workers: int = Field(1, ge=1, description="Evaluation processes; the samples are shared out among them.")
-    batch_size: int = Field(16, ge=1, description="Samples per forward pass or generated batch.")
-    max_new_tokens: int = Field(64, ge=1, description="Longest generated answer in tokens.")
-    samples_shown: int = Field(8, ge=0, description="Generations shown side by side in the report.")
-    harness: HarnessSettings = Field(
-        default_factory=HarnessSettings, description="Tasks of lm-evaluation-harness for every candidate."
-    )
-
-    @property
-    def measured(self) -> tuple[str, ...]:
-        """The metrics that are compared, in the order people read them."""
-        text = tuple(name for name in _TEXT_METRICS if name in _ALWAYS or name in self.metrics)
-        own = {
-            "text": (*text, "exact_match"),
-            "answer": ("exact_match",),
-            "choice": ("accuracy", "accuracy_norm", *(("accuracy_generated",) if self.extract else ())),
-            "loss": (),
-            "classification": ("accuracy", "f1", "f1_macro", "matthews"),
-            "regression": ("pearson", "spearman"),
-        }
-        of_labels = self.kind in ("classification", "regression")
-        return (*own[self.kind], "loss", *(() if of_labels else ("perplexity",)))
-
-    @property
-    def gate_metric(self) -> str:
-        """The metric that decides promotion."""
-        return self.metric or _DECIDING[self.kind]
-
-    @property
-    def generates(self) -> bool:
-        """Whether every sample needs a generated answer."""
-        return self.kind in ("text", "answer") or self.extract
-
-    @model_validator(mode="after")
-    def _settings_suit_the_kind(self) -> EvaluateSettings:
-        for name in self.metrics:
-            if name not in _TEXT_METRICS:
-                hint = nearest(name, _TEXT_METRICS) or f"; choose from {', '.join(_TEXT_METRICS)}"
-                raise ValueError(f"metrics: there is no {name!r} of generated text{hint}")
-        for setting, kind in (("metrics", "text"), ("choices", "choice"), ("extract", "choice")):
-            if getattr(self, setting) and self.kind != kind:
-                raise ValueError(f"{setting} belong{'s' if setting == 'extract' else ''} to kind: {kind}")
-        if len(self.choices) == 1 or len(set(self.choices)) != len(self.choices):
-            raise ValueError("choices need at least two different answers")
-        if not all(choice.strip() for choice in self.choices):
-            raise ValueError("choices must not be empty")
-        return self
-
-    @model_validator(mode="after")
-    def _metric_is_measured(self) -> EvaluateSettings:
-        if self.gate_metric not in self.measured:
-            raise ValueError(
-                f"metric {self.gate_metric} is not measured here; choose one of {', '.join(sorted(self.measured))}"
-            )
-        return self
-
-
-class PromotionSettings(Section):
-    """What a new version has to show before it becomes the champion; against the base, and the champion there is."""
-
-    margin: float = Field(
-        0.0,
-        ge=0,
-        description="The gain in `evaluate.metric` that the whole 95% interval must lie above, in the metric's unit: "
-        "accuracies and `exact_match` run from 0 to 1, `bleu`, `rouge_l`, `meteor` and `chrf` from 0 to 100, `loss` is in "
-        "nats (of a regression: the mean squared error).",
-    )
-    guards: dict[str, float] = Field(
-        default_factory=dict,
-        description="Other metrics that must not get worse, each with the largest fall allowed (of `loss`: the largest "
-        "rise), such as `{loss: 0.02}`; the whole 95% interval must lie within it.",
-    )
-
-
 class RegisterSettings(Section):
     """The MLflow model registry."""
 
     model: str | None = Field(None, description="Registered model name; default: the recipe's name.")
-
-
-HeadKind = Literal["language-model", "classification", "regression"]

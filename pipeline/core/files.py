@@ -27,6 +27,8 @@ from kasa.files import file_digest, replacing
 # Names within a workspace. Unfinished work lies beside its final folder, under a name that ends in `PARTIAL`.
 ARTIFACTS, INPUTS = "artifacts", "inputs"
 PARTIAL = ".partial"
+# Folder of the adapter in a training's artifact and in a registered model.
+ADAPTER = "adapter"
 # This file says that an uploaded input is complete.
 COMPLETE = ".complete"
 

@@ -6,8 +6,7 @@ import getpass
 import subprocess
 from pathlib import Path
 
-from pipeline.core.code import code_digests
-from pipeline.core.files import content_digest
+from pipeline.core.code import source_digest
 
 _GIT_PATIENCE_S = 20.0
 _HERE = Path(__file__).resolve()
@@ -19,7 +18,7 @@ def code_tags(module: Path = _HERE) -> dict[str, str]:
     `kasa.code.dirty` says whether a tracked file differs from that commit. MLflow's own tag of the commit is set too; its
     pages show it.
     """
-    tags = {"kasa.code.digest": content_digest(code_digests(["kasa", "pipeline"]))[:16]}
+    tags = {"kasa.code.digest": source_digest()[:16]}
     # An installed copy may lie within somebody else's repository: only one that tracks this file is ours.
     if _git(module.parent, "ls-files", "--error-unmatch", module.name) is None:
         return tags

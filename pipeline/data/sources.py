@@ -13,6 +13,7 @@ from kasa.errors import nearest
 from kasa.files import file_digest
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
+from pipeline.data.forms import check_form
 from pipeline.data.readers import SUFFIXES
 from pipeline.data.remote import PREFIX as HUB
 from pipeline.data.remote import PREFIXES as WEB
@@ -71,9 +72,11 @@ def resolve_sources(
     the sha256 of a file's bytes (hexadecimal).
 
     Raises:
+        RecipeError: there is no such `data.form`.
         DataError: a file is missing or of an unknown format, a pattern matches nothing, or a source cannot be fetched.
         WorkspaceError: what was fetched cannot be stored.
     """
+    check_form(settings)
     sides: list[tuple[SourceFile, ...]] = []
     for side in ("train", "heldout", "calibration"):
         key, entries = f"data.{side}", getattr(settings, side)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.settings import EvaluateSettings
+from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.errors import RecipeError
 from pipeline.data.prepared import PreparedDataset
 from pipeline.models.prompting import Prompting

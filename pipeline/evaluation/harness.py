@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.settings import HarnessSettings
+from pipeline.config.evaluate import HarnessSettings
 from pipeline.core.files import atomic_write
 from pipeline.models.prompting import Prompting
 from pipeline.serving.generation import load_answerer

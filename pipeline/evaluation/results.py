@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
-from pipeline.config.settings import EvaluateSettings, HarnessSettings
+from pipeline.config.evaluate import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError
 from pipeline.core.journal import Record
 from pipeline.metrics.intervals import Interval, mean_differences

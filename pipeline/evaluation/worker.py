@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.config.settings import EvaluateSettings
+from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.journal import JournalWriter, Record, read_journal
 from pipeline.data.prepared import PreparedDataset, load_prepared
 from pipeline.evaluation.choices import (

@@ -1,34 +1,34 @@
-"""Predicted classes and values against the true ones, as scikit-learn and scipy compute them.
+"""Metrics of the other kinds of evaluation: choices, labels, loss, and what a judge says of answers.
 
-Results hold `label`, `prediction` and `logits`. Where a measure is undefined (one side does not vary, a class never occurs)
-it is 0 here, as in scikit-learn; scipy's correlations are NaN there.
+Labels are compared as scikit-learn and scipy do it: results hold `label`, `prediction` and `logits`. Where a measure is
+undefined (one side does not vary, a class never occurs) it is 0 here, as in scikit-learn; scipy's correlations are NaN there.
+Loss and perplexity are per labelled token. Of a judge's results a sample is a question with all its turns.
 
 Legend: N = samples, C = classes, S = statistics.
-
-Loss and perplexity per labelled token, and the three ways to score a choice.
-
-What a judge says of answers, a sample being a question with all its turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+from pipeline.metrics.metric import Floats, Metric, SampleResult, mean_of, ratio, table
 
-from pipeline.metrics.metric import Floats, Metric, SampleResult, mean_of, ratio
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _POSITIVE = 1
 
-
-def metrics_for_classes(metrics: Sequence[str], classes: int) -> tuple[str, ...]:
-    """Those of the metrics that mean something for so many classes: F1 of class 1 needs two, of which it is one."""
-    return tuple(name for name in metrics if name != "f1" or classes in (0, 2))
+# The kinds of evaluation (`evaluate.kind`).
+_GENERATED = ("text", "answer")
+_CLASSES, _VALUES = ("classification",), ("regression",)
 
 
 def _one_hot(results: Sequence[SampleResult], field: str) -> Floats:
     """The class in a field of each result, as (N, C)."""
+    import numpy as np
+
     classes = len(results[0]["logits"])
     numbers_N = np.array([int(result[field]) for result in results])
     return np.eye(classes)[numbers_N]
@@ -36,12 +36,16 @@ def _one_hot(results: Sequence[SampleResult], field: str) -> Floats:
 
 def _class_counts(results: Sequence[SampleResult]) -> Floats:
     """For each class whether it is rightly predicted, predicted, and true: (N, 3C)."""
+    import numpy as np
+
     predicted_NC, true_NC = _one_hot(results, "prediction"), _one_hot(results, "label")
     return np.concatenate([predicted_NC * true_NC, predicted_NC, true_NC], axis=1)
 
 
 def _f1_of_classes(sums: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """F1 of each class, and whether it occurs at all; the last axis becomes C."""
+    import numpy as np
+
     right, predicted, true = np.split(sums, 3, axis=-1)
     occurs = predicted + true > 0
     return 2 * right / np.where(occurs, predicted + true, 1), occurs
@@ -59,6 +63,8 @@ def _f1_macro(sums: Floats) -> Floats:
 
 
 def _matthews(sums: Floats) -> Floats:
+    import numpy as np
+
     right, predicted, true = np.split(sums, 3, axis=-1)
     count = true.sum(axis=-1)
     covariance = right.sum(axis=-1) * count - (predicted * true).sum(axis=-1)
@@ -70,6 +76,8 @@ def _moments(values: Callable[[Sequence[SampleResult]], tuple[Floats, Floats]]) 
     """1, x, y, x^2, y^2 and xy of each sample: (N, 6)."""
 
     def statistics(results: Sequence[SampleResult]) -> Floats:
+        import numpy as np
+
         x_N, y_N = values(results)
         return np.stack([np.ones_like(x_N), x_N, y_N, x_N**2, y_N**2, x_N * y_N], axis=1)
 
@@ -78,6 +86,8 @@ def _moments(values: Callable[[Sequence[SampleResult]], tuple[Floats, Floats]]) 
 
 def _centred(results: Sequence[SampleResult]) -> tuple[Floats, Floats]:
     """Predictions and labels, less the labels' mean: squares of large values would lose their differences."""
+    import numpy as np
+
     x_N, y_N = (np.array([float(result[field]) for result in results]) for field in ("prediction", "label"))
     return x_N - y_N.mean(), y_N - y_N.mean()
 
@@ -91,6 +101,8 @@ def _ranked(results: Sequence[SampleResult]) -> tuple[Floats, Floats]:
 
 
 def _correlation(sums: Floats) -> Floats:
+    import numpy as np
+
     count, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
     spread = (count * xx - x**2) * (count * yy - y**2)
     # Rounding leaves a trace of spread where there is none.
@@ -99,37 +111,67 @@ def _correlation(sums: Floats) -> Floats:
 
 
 LABEL_METRICS = (
-    Metric("f1", "F1 of class 1", _class_counts, _f1, best=1),
-    Metric("f1_macro", "F1, mean over classes", _class_counts, _f1_macro, best=1),
-    Metric("matthews", "Matthews correlation", _class_counts, _matthews),
-    Metric("pearson", "Pearson correlation", _moments(_centred), _correlation),
+    # F1 of class 1 means something only where there is one other.
+    Metric("f1", "F1 of class 1", _class_counts, _f1, _CLASSES, best=1, classes=2),
+    Metric("f1_macro", "F1, mean over classes", _class_counts, _f1_macro, _CLASSES, best=1),
+    Metric("matthews", "Matthews correlation", _class_counts, _matthews, _CLASSES),
+    Metric("pearson", "Pearson correlation", _moments(_centred), _correlation, _VALUES, decides=_VALUES),
     # Drawn samples keep the ranks they have in the whole sample; its interval is a good approximation, not the exact bootstrap.
-    Metric("spearman", "Spearman correlation", _moments(_ranked), _correlation),
+    Metric("spearman", "Spearman correlation", _moments(_ranked), _correlation, _VALUES),
 )
-
 
 # exp of more is no number any more.
 _LARGEST_LOSS = 700.0
 
 
 def _losses(results: Sequence[SampleResult]) -> Floats:
-    return np.array([(result["loss_sum"], float(result["tokens"])) for result in results])
+    return table([(result["loss_sum"], float(result["tokens"])) for result in results])
 
 
 def _perplexity(sums: Floats) -> Floats:
+    import numpy as np
+
     return np.exp(np.minimum(ratio(sums), _LARGEST_LOSS))
 
 
-LANGUAGE_METRICS = (
-    Metric("accuracy", "Accuracy", mean_of("accuracy"), ratio, best=1),
-    Metric("accuracy_norm", "Accuracy, by length", mean_of("accuracy_norm"), ratio, best=1),
-    Metric("accuracy_generated", "Accuracy, generated", mean_of("accuracy_generated"), ratio, best=1),
-    Metric("loss", "Loss", _losses, ratio, lower_is_better=True),
-    Metric("perplexity", "Perplexity", _losses, _perplexity, lower_is_better=True),
+CHOICE_METRICS = (
+    Metric(
+        "accuracy",
+        "Accuracy",
+        mean_of("accuracy"),
+        ratio,
+        ("choice", *_CLASSES),
+        decides=("choice", *_CLASSES),
+        best=1,
+    ),
+    Metric("accuracy_norm", "Accuracy, by length", mean_of("accuracy_norm"), ratio, ("choice",), best=1),
+    # Measured with `evaluate.extract`.
+    Metric(
+        "accuracy_generated",
+        "Accuracy, generated",
+        mean_of("accuracy_generated"),
+        ratio,
+        ("choice",),
+        by_default=False,
+        best=1,
+    ),
 )
 
+LANGUAGE_METRICS = (
+    Metric(
+        "loss",
+        "Loss",
+        _losses,
+        ratio,
+        (*_GENERATED, "choice", "loss", *_CLASSES, *_VALUES),
+        decides=("loss",),
+        lower_is_better=True,
+    ),
+    Metric("perplexity", "Perplexity", _losses, _perplexity, (*_GENERATED, "choice", "loss"), lower_is_better=True),
+)
 
+# Measured by `kasa judge`, in no evaluation of a run.
 JUDGED_METRICS = (
-    Metric("grade", "Grade", mean_of("grade"), ratio, best=10),
-    Metric("win_rate", "Win rate", mean_of("won"), ratio, best=1),
+    Metric("grade", "Grade", mean_of("grade"), ratio, (), best=10),
+    Metric("win_rate", "Win rate", mean_of("won"), ratio, (), best=1),
 )

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.core.errors import BaseModelError
-from pipeline.models.heads import LANGUAGE_MODEL, Head
-from pipeline.models.shapes import head_modules
+from pipeline.models.heads import LANGUAGE_MODEL, Head, head_modules
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -23,6 +23,7 @@ from kasa.errors import nearest
 from kasa.targets import Outline, outline_of
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import BaseModelError
+from pipeline.models.heads import head_modules
 
 _LLAMA_2: dict[str, Any] = {
     "model_type": "llama",
@@ -217,12 +218,6 @@ def meta_model(config: PretrainedConfig, head: HeadKind = "language-model") -> n
         )
         raise BaseModelError(f"base.model of type {config.model_type!r} {remedy.format(_one_line(error))}") from None
     return model
-
-
-def head_modules(model: nn.Module) -> list[str]:
-    """The names of the modules beside the body: the new head of a model for labels."""
-    body = str(model.base_model_prefix)
-    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
 
 
 def base_outline(model: nn.Module, head: HeadKind) -> Outline:

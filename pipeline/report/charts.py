@@ -40,7 +40,7 @@ def gate_chart(metric: str, values: dict[str, float], difference: Interval | Non
 
 def _gate_limits(metric: str, shown: list[float]) -> tuple[float, float]:
     """The whole scale where the candidates are far apart, else the part of it around them."""
-    top = 1.0 if metric in SHARES or metric == "rouge_l" else 1.08 * max(shown)
+    top = 1.0 if metric in SHARES else 1.08 * max(shown)
     span = max(shown) - min(shown)
     if span > top / 4:
         return -0.015 * top, 1.015 * top

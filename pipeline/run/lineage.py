@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import MANIFEST, Artifact, ArtifactStore, StageKey
+from pipeline.artifacts.store import MANIFEST, ArtifactStore, StageKey
 from pipeline.run.graph import STAGE_OF_INPUT, STAGES
 
 Ingredients = Mapping[str, Any]
+
+_MODULES_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,16 @@ def _given(ingredients: Ingredients) -> set[str]:
 
 
 def _in_words(old: Ingredients, new: Ingredients, known: Mapping[str, Ingredients]) -> Iterator[str]:
-    for (section, *path), (before, after) in _differences(old, new).items():
+    differences = _differences(old, new)
+    if modules := [".".join(path) for section, *path in differences if section == "code"]:
+        # After a release it may be most of them, and MLflow's tags hold 5,000 characters.
+        more = f" and {len(modules) - _MODULES_NAMED} more" if len(modules) > _MODULES_NAMED else ""
+        yield f"the code of {', '.join(modules[:_MODULES_NAMED])}{more} changed"
+    for (section, *path), (before, after) in differences.items():
         name = ".".join(path)
         if section == "code":
-            yield f"the code of {name} changed"
-        elif section != "inputs":
+            continue
+        if section != "inputs":
             yield f"{name} {before} -> {after}"
         elif name in STAGE_OF_INPUT:
             stage = STAGE_OF_INPUT[name]
@@ -136,29 +142,3 @@ def _flat(values: Ingredients, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
             yield from _flat(value, (*path, name))
         else:
             yield (*path, name), value
-
-
-def reuse_note(artifact: Artifact, maker: str, page: str | None) -> str:
-    """What the page of a run says of an artifact that another run made; `page` is where that run is shown, if anywhere."""
-    run = f"[run {maker[:8]}]({page})" if page else f"run {maker}, which this store does not have"
-    return f"Nothing was done here: the artifact `{artifact.stage}/{artifact.key}` was made by {run}."
-
-
-def reference(path: Path, size: int, root: Path) -> dict[str, Any]:
-    """The note that stands for a file or folder too large to be copied.
-
-    Args:
-        path: lies in an artifact, or anywhere else.
-        size: in bytes.
-        root: the folder of all artifacts.
-
-    Returns:
-        `path` (absolute), `bytes`, and, within an artifact, its `key` (STAGE/KEY) and `manifest_sha256`: the same digest
-        of the same file means the same artifact.
-    """
-    note: dict[str, Any] = {"path": str(path.resolve()), "bytes": size}
-    for folder in (path, *path.parents):
-        if folder.parent.parent == root:
-            digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-            return note | {"key": f"{folder.parent.name}/{folder.name}", "manifest_sha256": digest}
-    return note

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kasa.errors import KasaError
-from pipeline.artifacts.store import ADAPTER, Artifact
+from pipeline.artifacts.store import Artifact
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import package_versions
+from pipeline.core.files import ADAPTER
 from pipeline.core.provenance import code_tags
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
@@ -103,7 +104,7 @@ def package_of(
     labels = recipe.base.head != "language-model"
     prompts = (prompt for prompt in load_prepared(made["prepare"].folder).heldout["prompt"] if prompt.strip())
     return ModelPackage(
-        code=_ROOT / "pipeline" / "registry" / ("served_labels.py" if labels else "served_model.py"),
+        code=_ROOT / "pipeline" / "serving" / ("served_labels.py" if labels else "served_model.py"),
         packages=_PACKAGES,
         artifacts={
             ADAPTER: made["train"].folder / ADAPTER,

@@ -21,9 +21,9 @@ from kasa.errors import InterchangeError
 from kasa.interchange import new_folder
 from kasa.lora_export import lora_rank, vllm_rank
 from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
-from pipeline.artifacts.store import ADAPTER
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import BaseModelError, ModelError
+from pipeline.core.files import ADAPTER
 from pipeline.models.base import find_base
 from pipeline.models.loading import DTYPES
 from pipeline.models.prompting import FILE_NAME as PROMPTING

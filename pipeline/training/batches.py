@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.config.settings import TrainSettings
+from pipeline.config.training import TrainSettings
 
 
 @dataclass(frozen=True)

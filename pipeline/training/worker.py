@@ -24,16 +24,15 @@ from torch import nn
 
 from kasa.errors import KasaError
 from kasa.targets import is_within
-from pipeline.artifacts.store import ADAPTER
 from pipeline.config.deepspeed import with_accumulation
-from pipeline.config.settings import TrainSettings
+from pipeline.config.training import TrainSettings
 from pipeline.core.errors import TrainingError
+from pipeline.core.files import ADAPTER
 from pipeline.core.journal import JournalWriter, append_journal, read_journal
 from pipeline.data.prepared import load_prepared
 from pipeline.methods.method import Adapted
-from pipeline.models.heads import Head
+from pipeline.models.heads import Head, head_modules
 from pipeline.models.loading import load_base
-from pipeline.models.shapes import head_modules
 from pipeline.training import zero
 from pipeline.training.batches import BatchPlan, learning_rate, optimizer_steps
 from pipeline.training.checkpoints import (

@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from benchmarks.checks.registry import run_kasa
 from kasa.errors import AdapterFileError
-from pipeline.config.settings import EvaluateSettings
+from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.errors import ModelError
 from pipeline.evaluation.results import read_samples
 from pipeline.models.loading import load_base

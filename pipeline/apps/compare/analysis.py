@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from pipeline.apps.compare.methods import ChosenRate
 from pipeline.core.journal import Record
@@ -128,11 +129,7 @@ def _conclusion(rows: Sequence[Row], metric: str, against: str, seeds: int, samp
 
 def _with_difference(row: Row, metric: str) -> str:
     assert row.difference is not None
-    interval = row.difference.interval
-    return (
-        f"{row.ran.name} ({change_text(metric, interval.estimate)} "
-        f"[{change_text(metric, interval.low)}, {change_text(metric, interval.high)}])"
-    )
+    return f"{row.ran.name} ({row.difference.interval.text(partial(change_text, metric))})"
 
 
 def change_text(metric: str, value: float) -> str:

@@ -1,31 +1,32 @@
-"""`--tune`: the same few learning rates for every method, chosen by the loss on the validation samples.
+"""What `kasa compare` can compare, by name: the recipe of each method, its rank at one parameter budget, its learning rate.
 
-What can be compared, by name, and the recipe of each.
+`--tune` tries the same few learning rates for every method, and chooses by the loss on the validation samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, get_args
 
 from kasa.errors import nearest
 from kasa.targets import Target
 from kasa.truncation import Truncation
+from pipeline.config.methods import METHODS, REFERENCE
 from pipeline.config.recipe import Recipe, parse_recipe, recipe_values
-from pipeline.config.settings import MethodName
 from pipeline.core.errors import RecipeError
-from pipeline.methods.shapes import FIXED, matching_rank, trainable_count
+from pipeline.methods.choice import matching_rank, trainable_count
 
-# From what full fine-tuning bears to what methods with few parameters need.
+if TYPE_CHECKING:
+    from torch import nn
+
+# From what suits full fine-tuning to what methods with few parameters need.
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
 class ChosenRate:
-    """What tuning came to for one method.
+    """The result of tuning one method.
 
     Attributes:
         losses: learning rate -> validation loss in nats; a rate at which training diverged is missing.
@@ -70,13 +71,12 @@ def choose_rate(rates: Sequence[float], losses: Mapping[float, float]) -> Chosen
 
 
 BASE = "base"
-# Changes of the recipe's `adapter`, beside the rank.
-ENTRANTS: Mapping[str, Mapping[str, Any]] = {
-    **{method: {"method": method} for method in get_args(MethodName)},
-    **{f"kasa:{rule}": {"method": "kasa", "truncation": rule} for rule in get_args(Truncation)},
-    "kasa-without-d": {"method": "kasa", "singular_values": False},
-    "kasa-without-l2": {"method": "kasa", "singular_value_weight": 0.0},
-    "kasa-without-l3": {"method": "kasa", "orthogonality_weight": 0.0},
+# Variants of KaSA: changes of the recipe's `adapter`.
+_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    **{f"kasa:{rule}": {"truncation": rule} for rule in get_args(Truncation)},
+    "kasa-without-d": {"singular_values": False},
+    "kasa-without-l2": {"singular_value_weight": 0.0},
+    "kasa-without-l3": {"orthogonality_weight": 0.0},
 }
 
 
@@ -95,6 +95,11 @@ class ComparedMethod:
     parameters: int
 
 
+def comparable() -> tuple[str, ...]:
+    """The names of everything that can be trained in a comparison: the methods, then the variants of KaSA."""
+    return (*METHODS, *_VARIANTS)
+
+
 def entrant_names(text: str) -> list[str]:
     """The names in `kasa,lora,...`, without the base, which every comparison shows.
 
@@ -103,8 +108,8 @@ def entrant_names(text: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in ENTRANTS and name != BASE:
-            known = (BASE, *ENTRANTS)
+        known = (BASE, *comparable())
+        if name not in known:
             hint = nearest(name, known) or f"; choose from {', '.join(known)}"
             raise RecipeError(f"--methods: there is no method {name!r}{hint}")
         if names.count(name) > 1:
@@ -122,7 +127,7 @@ def entrants(recipe: Recipe, names: Sequence[str], targets: Sequence[Target], mo
     Raises:
         RecipeError: the recipe cannot be used with one of them.
     """
-    budget = trainable_count(recipe.adapter.model_copy(update={"method": "kasa"}), targets, model)
+    budget = trainable_count(recipe.adapter.model_copy(update={"method": REFERENCE}), targets, model)
     return [_entrant(recipe, name, targets, model, budget) for name in names]
 
 
@@ -130,13 +135,13 @@ def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
     """The recipe with the method `name`, at another rank if one is given.
 
     Raises:
-        RecipeError: the method cannot do with the rest of the recipe.
+        RecipeError: the rest of the recipe does not suit the method.
     """
     if recipe.train.start == "champion":
         raise RecipeError(
             "train.start champion: a comparison starts every method from scratch; use train.start scratch"
         )
-    changes = dict(ENTRANTS[name])
+    changes = {"method": REFERENCE, **_VARIANTS[name]} if name in _VARIANTS else {"method": name}
     if rank is not None:
         changes |= {"rank": rank, "alpha": recipe.adapter.alpha * rank / recipe.adapter.rank}
     values = recipe_values(recipe)
@@ -146,6 +151,6 @@ def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
 
 def _entrant(recipe: Recipe, name: str, targets: Sequence[Target], model: nn.Module, budget: int) -> ComparedMethod:
     made = recipe_for(recipe, name)
-    if made.adapter.method != "kasa" and made.adapter.method not in FIXED:
+    if made.adapter.method != REFERENCE:
         made = recipe_for(recipe, name, matching_rank(made.adapter, targets, model, budget))
     return ComparedMethod(name, made, trainable_count(made.adapter, targets, model))

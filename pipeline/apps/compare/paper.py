@@ -6,7 +6,8 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,8 @@ def cost_text(name: str, value: float | None) -> str:
     return f"{value:,.0f}" if name in ("trainable_parameters", "tokens_per_second") else f"{value:.2f}"
 
 
-def _interval(metric: str, interval: Interval | None, text: Any) -> str:
-    if interval is None:
-        return ""
-    return f"{text(metric, interval.estimate)} [{text(metric, interval.low)}, {text(metric, interval.high)}]"
+def _interval(metric: str, interval: Interval | None, text: Callable[[str, float], str]) -> str:
+    return "" if interval is None else interval.text(partial(text, metric))
 
 
 def _losses(losses: Mapping[float, float]) -> str:

@@ -18,8 +18,8 @@ from pipeline.apps.compare.paper import write_comparison
 from pipeline.apps.compare.trials import Trial, costs, made_already, run_trial, trial, trial_keys
 from pipeline.artifacts.store import Artifact, ArtifactStore
 from pipeline.cluster.connection import cluster_capacity, ray_cluster
+from pipeline.config.evaluate import HarnessSettings
 from pipeline.config.recipe import Recipe, recipe_values
-from pipeline.config.settings import HarnessSettings
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import RecipeError, TrainingError
 from pipeline.core.files import content_digest
@@ -27,16 +27,15 @@ from pipeline.core.journal import append_journal, read_journal
 from pipeline.core.provenance import code_tags
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
-from pipeline.methods.shapes import FIXED
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.shapes import meta_model, model_config
 from pipeline.run import graph as keys
-from pipeline.run.context import NestedRun, close_context, open_context, ready_workspace
-from pipeline.run.flow import needed_resources
+from pipeline.run.context import NestedRun, close_context, open_context
 from pipeline.run.report_facts import environment_tags
 from pipeline.run.stages.evaluate import results_of
 from pipeline.run.stages.train import deepspeed_settings
+from pipeline.run.state import ready_workspace
 from pipeline.storage.workspace import Workspace, look_into
 from pipeline.tracking.runs import Tracking
 
@@ -153,7 +152,7 @@ def compare(plan: Plan, bars: ProgressBars, side_by_side: int | None = None) -> 
     run_id = tracking.start_run(f"compare {plan.name}", tags, origin=f"compare.{plan.name}")
     tracking.resume_run(run_id)
     bench = _ComparisonRunner(plan, storage, base, sources, targets, bars, run_id, side_by_side)
-    with tracking.open_run(run_id), ray_cluster(recipe.workspace, *needed_resources(recipe)), bars.showing():
+    with tracking.open_run(run_id), ray_cluster(recipe.workspace, *keys.needed_resources(recipe)), bars.showing():
         ran = bench.run_all(entered)
         found = findings(ran, recipe.evaluate.gate_metric, recipe.evaluate.measured, plan.against, len(plan.seeds))
         write_comparison(bench.folder, plan.name, recipe, found)
@@ -272,7 +271,7 @@ class _ComparisonRunner:
     def _gathered(
         self, entrant: ComparedMethod, chosen: ChosenRate | None, outcomes: Sequence[_Outcome]
     ) -> MethodResult:
-        rank = None if entrant.recipe.adapter.method in FIXED else entrant.recipe.adapter.rank
+        rank = None if entrant.recipe.adapter.spec.parameters is None else entrant.recipe.adapter.rank
         if chosen is None:
             return MethodResult(entrant.name, [], rank=rank, failure="training diverged at every learning rate tried")
         tuned = chosen if chosen.losses else None
@@ -318,7 +317,7 @@ class _ComparisonRunner:
         if len(trials) < 2 or self.side_by_side == 1:
             return 1
         cpus, gpus = cluster_capacity()
-        needed_cpus, needed_gpus = needed_resources(self.plan.recipe)
+        needed_cpus, needed_gpus = keys.needed_resources(self.plan.recipe)
         fits = min(cpus // needed_cpus, gpus // needed_gpus if needed_gpus else len(trials))
         return max(1, min(int(fits), len(trials), self.side_by_side or len(trials)))
 

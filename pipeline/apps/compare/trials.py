@@ -15,11 +15,8 @@ from pipeline.data.sources import DataSources
 from pipeline.models.base import BaseModel
 from pipeline.run import graph as keys
 from pipeline.run.context import RunContext
-from pipeline.run.stages.audit import audit
-from pipeline.run.stages.evaluate import evaluate_alone
-from pipeline.run.stages.prepare import prepare
-from pipeline.run.stages.spectra import spectra
-from pipeline.run.stages.train import train
+from pipeline.run.dependencies import KeyInputs
+from pipeline.run.work import Work, run_stages
 
 
 @dataclass(frozen=True)
@@ -51,25 +48,21 @@ def trial(entrant: ComparedMethod, seed: int, rate: float, is_tuning: bool = Fal
     return Trial(entrant.name, entrant.recipe.model_copy(update={"train": train}), is_tuning)
 
 
+def trial_inputs(trial: Trial, base: str, sources: str, targets: Sequence[Target]) -> KeyInputs:
+    """What the keys of the trial's stages are made from; `base` and `sources` are digests."""
+    return KeyInputs(
+        trial.recipe,
+        base,
+        sources,
+        targets,
+        until=keys.TRAIN if trial.is_tuning else keys.EVALUATE,
+        trains=trial.entrant != BASE,
+    )
+
+
 def trial_keys(trial: Trial, base: str, sources: str, targets: Sequence[Target]) -> dict[str, StageKey]:
     """The key of each stage that the trial needs; `base` and `sources` are digests."""
-    recipe = trial.recipe
-    prepared = keys.prepare_key(recipe, sources, base)
-    found = {keys.PREPARE: prepared}
-    if trial.entrant == BASE:
-        return found | {keys.EVALUATE: keys.evaluation_key(recipe, prepared.key, base, None)}
-    decomposed = None
-    if recipe.decomposes:
-        decomposed = found[keys.SPECTRA] = keys.spectra_key(
-            recipe, base, targets, prepared.key if recipe.calibrated else None
-        )
-        if recipe.dropped_rank:
-            found[keys.AUDIT] = keys.audit_key(recipe, prepared.key, decomposed.key)
-    trained = keys.train_key(recipe, prepared.key, decomposed.key if decomposed else None)
-    found[keys.TRAIN] = trained
-    if trial.is_tuning:
-        return found
-    return found | {keys.EVALUATE: keys.evaluation_key(recipe, prepared.key, base, trained.key)}
+    return keys.stage_keys(trial_inputs(trial, base, sources, targets))
 
 
 def made_already(store: ArtifactStore, wanted: Mapping[str, StageKey]) -> dict[str, Artifact]:
@@ -82,20 +75,9 @@ def run_trial(
     context: RunContext, trial: Trial, base: BaseModel, sources: DataSources, targets: Sequence[Target]
 ) -> dict[str, Artifact]:
     """The artifacts of the trial's stages, by stage."""
-    prepared = prepare(context, base, sources)
-    made = {keys.PREPARE: prepared}
-    if trial.entrant == BASE:
-        return made | {keys.EVALUATE: evaluate_alone(context, base, prepared, None)}
-    decomposed = None
-    if trial.recipe.decomposes:
-        text = prepared if trial.recipe.calibrated else None
-        decomposed = made[keys.SPECTRA] = spectra(context, base, targets, text, None)
-        if trial.recipe.dropped_rank:
-            made[keys.AUDIT] = audit(context, base, targets, prepared, decomposed)
-    trained = made[keys.TRAIN] = train(context, base, sources, targets, prepared, decomposed, None)
-    if not trial.is_tuning:
-        made[keys.EVALUATE] = evaluate_alone(context, base, prepared, trained)
-    return made
+    work = Work(context, base, sources, trial_inputs(trial, base.digest, sources.digest, targets))
+    run_stages(work)
+    return work.made
 
 
 def costs(made: Mapping[str, Artifact]) -> dict[str, Any]:

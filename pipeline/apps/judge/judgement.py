@@ -18,11 +18,11 @@ from kasa.files import file_digest
 from pipeline.apps.judge.answers import AnswerShard, PromptSet, Question, answer_shard, read_prompt_set
 from pipeline.apps.judge.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
 from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.journalled import counting, run_journalled_tasks
 from pipeline.cluster.workers import Resources, run_tasks
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import JudgeError
 from pipeline.core.files import content_digest
-from pipeline.core.journal import JournalTail
 from pipeline.metrics.intervals import Interval, measure, paired_differences
 from pipeline.models.base import folder_digest
 from pipeline.models.prompting import Prompting
@@ -152,15 +152,14 @@ def _answers(
         )
         for index in range(settings.workers)
     ]
-    tails, done = [JournalTail(shard.journal) for shard in shards], 0
-
-    def show() -> None:
-        nonlocal done
-        done += sum(len(tail.new_records()) for tail in tails)
-        bars.update(f"answers of {name}", min(done, len(asked.questions)), len(asked.questions), "questions")
-
-    results = run_tasks(answer_shard, shards, Resources(1, settings.gpu), while_waiting=show)
-    show()
+    results = run_journalled_tasks(
+        run_tasks,
+        answer_shard,
+        shards,
+        Resources(1, settings.gpu),
+        journals=[shard.journal for shard in shards],
+        follow=counting(bars, f"answers of {name}", len(asked.questions), "questions"),
+    )
     return {record["question"]: record["answers"] for records in results for record in records}
 
 

@@ -16,9 +16,10 @@ from pipeline.methods.choice import check_registrable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.shapes import meta_model, model_config
 from pipeline.registry.store import open_registry
-from pipeline.run import graph as keys
+from pipeline.run.dependencies import KeyInputs
+from pipeline.run.graph import PREPARE, STAGES, stage_keys
 from pipeline.run.lineage import Ingredients, ingredients_by_name, stored_artifacts, why_made
-from pipeline.run.warm_start import WarmStart, chosen_spectra_key, decide_warm_start
+from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
 from pipeline.storage.workspace import look_into
 from pipeline.tracking.server import tracking_uri
 
@@ -50,8 +51,8 @@ class RunPlan:
     fetches: tuple[str, ...]
 
 
-def plan_run(recipe: Recipe, remake: Sequence[str] = ()) -> RunPlan:
-    """Plan a run in which the stages `remake` make their artifacts anew.
+def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
+    """Plan a run in which the stages `recompute` make their artifacts again.
 
     Raises:
         KasaError: what the run itself would refuse, as far as it can be seen from here.
@@ -62,7 +63,7 @@ def plan_run(recipe: Recipe, remake: Sequence[str] = ()) -> RunPlan:
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
     model = meta_model(config, recipe.base.head) if config is not None else None
     targets = checked_targets(recipe, model) if model is not None else []
-    stages = _stages(recipe, base, sources.digest if sources else None, targets, remake)
+    stages = _stages(recipe, base, sources.digest if sources else None, targets, recompute)
     return RunPlan(
         recipe=recipe,
         stages=stages,
@@ -80,54 +81,47 @@ def _stages(
     base: BaseModel | None,
     sources_digest: str | None,
     targets: list[Target],
-    remake: Sequence[str],
+    recompute: Sequence[str],
 ) -> tuple[StagePlan, ...]:
     """Each stage's key, as far as it is known, and whether its artifact is there."""
     store = ArtifactStore(recipe.workspace, look_into(recipe.location))
     known: dict[str, StageKey] = {}
     if base is not None and sources_digest is not None:
-        prepared = known[keys.PREPARE] = keys.prepare_key(recipe, sources_digest, base.digest)
-        start = _start(recipe, base, targets, prepared.key)
-        spectra = known[keys.SPECTRA] = chosen_spectra_key(recipe, store, base.digest, targets, prepared.key, start)
-        known[keys.AUDIT] = keys.audit_key(recipe, prepared.key, spectra.key)
-        trained = known[keys.TRAIN] = keys.train_key(
-            recipe, prepared.key, spectra.key, start.train_key if start else None
-        )
-        measured = known[keys.EVALUATE] = keys.evaluation_key(recipe, prepared.key, base.digest, trained.key)
-        registry = tracking_uri(recipe.workspace)
-        known[keys.REGISTER] = keys.register_key(recipe, trained.key, measured.key, registry)
+        inputs = KeyInputs(recipe, base.digest, sources_digest, targets, tracking_uri(recipe.workspace))
+        known = stage_keys(starting_from(inputs, _start(inputs), store, recompute))
     ingredients = ingredients_by_name(stored_artifacts(store))
     ingredients |= {f"{key.stage}/{key.key}": key.ingredients for key in known.values()}
     return tuple(
-        _stage(known[name], store, ingredients, name in remake) if name in known else StagePlan(name, "make", None)
-        for name in keys.STAGES
+        _stage(known[name], store, ingredients, name in recompute) if name in known else StagePlan(name, "make", None)
+        for name in STAGES
     )
 
 
-def _stage(key: StageKey, store: ArtifactStore, known: Mapping[str, Ingredients], remake: bool) -> StagePlan:
-    if remake:
+def _stage(key: StageKey, store: ArtifactStore, known: Mapping[str, Ingredients], recompute: bool) -> StagePlan:
+    if recompute:
         return StagePlan(key.stage, "make", key.key, ("you ask for it",))
     if store.find(key):
         return StagePlan(key.stage, "reuse", key.key)
     return StagePlan(key.stage, "make", key.key, tuple(why_made(key, known)))
 
 
-def _start(recipe: Recipe, base: BaseModel, targets: list[Target], prepared: str) -> WarmStart | None:
-    """What training would go on from."""
+def _start(inputs: KeyInputs) -> WarmStart | None:
+    """What training would start from."""
+    recipe = inputs.recipe
     if recipe.train.start == "scratch":
         return None
     try:
         champion = open_registry(recipe.workspace).champion(recipe.registered_name)
     except ModelError:  # there is no registry yet
         champion = None
-    return decide_warm_start(recipe, champion, base.digest, targets, prepared).start
+    return decide_warm_start(inputs, champion).start
 
 
 def _data_facts(recipe: Recipe, stages: tuple[StagePlan, ...]) -> DataFacts | None:
     """The training split, if it is prepared already."""
-    prepared = stages[keys.STAGES.index(keys.PREPARE)]
+    prepared = stages[STAGES.index(PREPARE)]
     if prepared.action != "reuse":
         return None
-    summary = load_prepared(recipe.workspace / "artifacts" / keys.PREPARE / str(prepared.key)).summary
+    summary = load_prepared(recipe.workspace / "artifacts" / PREPARE / str(prepared.key)).summary
     rows = int(summary["train_rows"])
     return DataFacts(rows, summary["train_tokens"] / rows, int(summary["longest_tokens"]))

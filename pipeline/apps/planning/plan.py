@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from kasa.targets import Target, check_rank, select_targets
+from kasa.targets import Target, select_targets
 from kasa.truncation import dropped_rank
 from pipeline.apps.planning.compute import ACCELERATORS, Accelerator, SpectraCost, spectra_cost, training_flops
 from pipeline.apps.planning.memory import (
@@ -32,7 +32,10 @@ from pipeline.apps.planning.memory import (
 from pipeline.config.deepspeed import complete_config, config_names, load_deepspeed_config
 from pipeline.config.recipe import Recipe, parse_recipe, recipe_values
 from pipeline.core.errors import BaseModelError, RecipeError
-from pipeline.models.shapes import base_outline, built_in_names, head_modules, meta_model, model_config
+from pipeline.data.forms import check_form
+from pipeline.methods.choice import check_ranks
+from pipeline.models.heads import head_modules
+from pipeline.models.shapes import base_outline, built_in_names, meta_model, model_config
 from pipeline.training.batches import optimizer_steps
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -167,8 +170,9 @@ def plan_training(recipe: Recipe, hardware: Hardware) -> Estimate:
     Raises:
         KasaError: the model's shape is unknown here, or the run itself would refuse the recipe.
     """
-    if recipe.adapter.method != "kasa":
+    if not recipe.adapter.spec.registrable:
         raise RecipeError(f"adapter.method {recipe.adapter.method}: what other methods than kasa need is not planned")
+    check_form(recipe.data)
     config = model_config(recipe.base.model, recipe.base.revision)
     if config is None:
         raise BaseModelError(
@@ -186,8 +190,7 @@ def checked_targets(recipe: Recipe, model: nn.Module) -> list[Target]:
         TargetError: there are none, or the recipe's ranks are too large for one.
     """
     targets = select_targets(base_outline(model, recipe.base.head), recipe.adapter.targets)
-    check_rank(targets, recipe.adapter.rank, "adapter.rank")
-    check_rank(targets, recipe.spectra_rank, "spectra.rank")
+    check_ranks(recipe, targets)
     return targets
 
 

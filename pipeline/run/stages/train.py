@@ -1,35 +1,30 @@
-"""Stage 4: base + prepared data + spectra -> trained adapter. Watches the workers' journal; MLflow is told from here."""
+"""Stage 4: base + prepared data + spectra -> trained adapter."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kasa.targets import Target
-from pipeline.artifacts.store import ADAPTER, Artifact
+from pipeline.artifacts.store import Artifact, StageKey
 from pipeline.cluster.workers import Resources, WorkerGroup
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe
-from pipeline.config.settings import TrainSettings
-from pipeline.core.console import ProgressBars
+from pipeline.config.training import TrainSettings
 from pipeline.core.errors import TrainingError, WorkerError
-from pipeline.core.journal import JournalTail, Record, read_journal
-from pipeline.data.sources import DataSources
+from pipeline.core.files import ADAPTER
+from pipeline.core.journal import Record, read_journal
 from pipeline.methods.choice import check_method, method_of
-from pipeline.models.base import BaseModel
 from pipeline.models.heads import Head
 from pipeline.models.prompting import FILE_NAME as PROMPTING
-from pipeline.run.context import RunContext
-from pipeline.run.graph import train_key
-from pipeline.run.stages.prepare import log_datasets
+from pipeline.run.stage_runs import log_artifact, log_datasets, run_stage
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
-from pipeline.run.warm_start import WarmStart, start_adapter
-from pipeline.tracking.live_metrics import SYSTEM_SERIES, Delivery, delivering, sampling
+from pipeline.run.training_watch import CURVE, SYSTEM, watching
+from pipeline.run.warm_start import start_adapter
+from pipeline.run.work import Work
+from pipeline.tracking.live_metrics import SYSTEM_SERIES
 from pipeline.training.job import (
     ATTACHED,
     ERRORS,
@@ -42,88 +37,83 @@ from pipeline.training.job import (
     journalled_error,
 )
 
-# A metric of every step, and the journal of the machine's.
-CURVE = "loss"
-SYSTEM = "system.jsonl"
-_POLL_S = 0.5
-# A share of the time that is lost to waiting for data.
-_WORTH_SAYING = 0.02
 
-
-def train(
-    context: RunContext,
-    base: BaseModel,
-    sources: DataSources,
-    targets: Sequence[Target],
-    prepared: Artifact,
-    spectra: Artifact | None,
-    start: WarmStart | None,
-) -> Artifact:
-    """Train the adapter, a new one or on from `start`; the artifact holds `adapter/` (loadable, with `prompting.json`) and
-    the journal.
+def train(work: Work, key: StageKey, prepared: Artifact, spectra: Artifact | None = None) -> Artifact:
+    """Train the adapter, a new one or on from `work.start`; the artifact holds `adapter/` (loadable, with
+    `prompting.json`) and the journal.
 
     Args:
-        spectra: None where the method begins with none.
+        spectra: None where the method starts without any.
     """
-    recipe = context.recipe
+    context, recipe = work.context, work.recipe
     deepspeed = deepspeed_settings(recipe)
 
     def make(folder: Path) -> dict[str, Any]:
-        from pipeline.training.layers import write_layers  # torch
         from pipeline.training.worker import train_worker  # DeepSpeed
 
-        job = TrainJob(
-            base_folder=base.folder,
-            prepared=prepared.folder.resolve(),
-            work=folder.resolve(),
-            method=method_of(
-                recipe,
-                base,
-                targets,
-                (spectra.folder / SPECTRA).resolve() if spectra else None,
-                start_adapter(context, start) if start else None,
-            ),
-            settings=recipe.train,
-            deepspeed=deepspeed,
-        )
+        job = _job(work, folder, deepspeed, prepared, spectra)
         # An error of an earlier run of this command has been read by now, and perhaps mended.
         shutil.rmtree(folder / ERRORS, ignore_errors=True)
-        with _watching(context, folder, context.children["train"]):
+        with watching(context, folder, context.children[key.stage]):
             context.run_training_workers(
                 train_worker, job, _worker_group(recipe.train), folder / "ray_train", folder / INTERRUPTIONS
             )
         if error := journalled_error(folder):
             raise TrainingError(error["error"]) if error["mistake"] else WorkerError(error["error"])
-        records = read_journal(folder / JOURNAL)
-        shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
-        Head.load(prepared.folder).save(folder / ADAPTER)
-        if spectra and recipe.adapter.method == "kasa":
-            write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
-        attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
-        for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
-            shutil.rmtree(finished_with, ignore_errors=True)
-        return _facts(records) | {
-            **attached,
-            "adapter_bytes": sum(file.stat().st_size for file in (folder / ADAPTER).glob("*.safetensors")),
-            "start": start.uri if start else "scratch",
-            "interruptions": [
-                one["interruption"] for name in (NOTICES, INTERRUPTIONS) for one in read_journal(folder / name)
-            ],
-        }
+        return _finished(work, job, prepared, spectra)
 
     def publish(run_id: str, artifact: Artifact) -> None:
         settings = {"adapter": recipe.adapter.model_dump(mode="json"), "train": recipe.train.model_dump(mode="json")}
         context.tracking.tag(run_id, {"kasa.started_from": artifact.facts["start"]})
         context.tracking.log_parameters(run_id, settings)
-        log_datasets(context, run_id, sources, prepared, ["train"])
+        log_datasets(context, run_id, work.sources, prepared, ["train"])
         # What a server that was away has not got yet.
         context.tracking.deliver(run_id, CURVE, read_journal(artifact.folder / JOURNAL))
         context.tracking.deliver(run_id, SYSTEM_SERIES, read_journal(artifact.folder / SYSTEM))
-        context.log_artifact(run_id, artifact.folder / ADAPTER, "adapter")
-        context.log_artifact(run_id, artifact.folder / JOURNAL)
+        log_artifact(context, run_id, artifact.folder / ADAPTER, "adapter")
+        log_artifact(context, run_id, artifact.folder / JOURNAL)
 
-    key = train_key(recipe, prepared.key, spectra.key if spectra else None, start.train_key if start else None)
-    return context.run_stage(key, make, publish)
+    return run_stage(context, key, make, publish)
+
+
+def _job(work: Work, folder: Path, deepspeed: dict[str, Any], prepared: Artifact, spectra: Artifact | None) -> TrainJob:
+    method = method_of(
+        work.recipe,
+        work.base,
+        work.inputs.targets,
+        (spectra.folder / SPECTRA).resolve() if spectra else None,
+        start_adapter(work.context, work.start) if work.start else None,
+    )
+    return TrainJob(
+        base_folder=work.base.folder,
+        prepared=prepared.folder.resolve(),
+        work=folder.resolve(),
+        method=method,
+        settings=work.recipe.train,
+        deepspeed=deepspeed,
+    )
+
+
+def _finished(work: Work, job: TrainJob, prepared: Artifact, spectra: Artifact | None) -> dict[str, Any]:
+    """Complete the artifact of a training that has come to its end; the facts about it."""
+    from pipeline.training.layers import write_layers  # torch
+
+    folder = job.work
+    shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
+    Head.load(prepared.folder).save(folder / ADAPTER)
+    if spectra and work.recipe.adapter.spec.components == "dropped":
+        write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
+    attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
+    for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
+        shutil.rmtree(finished_with, ignore_errors=True)
+    return _facts(read_journal(folder / JOURNAL)) | {
+        **attached,
+        "adapter_bytes": sum(file.stat().st_size for file in (folder / ADAPTER).glob("*.safetensors")),
+        "start": work.start.uri if work.start else "scratch",
+        "interruptions": [
+            one["interruption"] for name in (NOTICES, INTERRUPTIONS) for one in read_journal(folder / name)
+        ],
+    }
 
 
 def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
@@ -145,71 +135,6 @@ def _worker_group(settings: TrainSettings) -> WorkerGroup:
         max_failures=settings.max_failures,
         timeout_s=settings.collective_timeout_s,
     )
-
-
-@contextmanager
-def _watching(context: RunContext, folder: Path, run_id: str) -> Iterator[None]:
-    """Within the block, show what the journals say and pass it on to MLflow; neither waits for the other."""
-    curve = Delivery(context.tracking, run_id, CURVE, context.bars.say)
-    system = Delivery(context.tracking, run_id, SYSTEM_SERIES, lambda line: None)
-    watcher = _Watcher(context.bars, folder, curve, system)
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(_POLL_S):
-            watcher.look()
-        watcher.look()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    with delivering(curve), delivering(system), sampling(folder / SYSTEM):
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-
-
-class _Watcher:
-    """Follows the journals of a training."""
-
-    def __init__(self, bars: ProgressBars, folder: Path, curve: Delivery, system: Delivery) -> None:
-        self._bars, self._curve, self._system = bars, curve, system
-        self._tail = JournalTail(folder / JOURNAL)
-        self._system_tail = JournalTail(folder / SYSTEM)
-        self._interruptions = [JournalTail(folder / name) for name in (NOTICES, INTERRUPTIONS)]
-        self._new_interruptions()  # those of an earlier run of this command have been shown
-
-    def look(self) -> None:
-        """Show what is new, and hand it on to be delivered."""
-        for record in self._new_interruptions():
-            self._bars.say(f"train: {record['interruption']}")
-        records = [record for record in self._tail.new_records() if "step" in record]
-        if records:
-            newest = records[-1]
-            self._bars.update("train", newest["step"], newest["steps"], progress_note(records))
-        self._curve.offer(records)
-        self._system.offer(self._system_tail.new_records())
-
-    def _new_interruptions(self) -> list[Record]:
-        return [record for tail in self._interruptions for record in tail.new_records()]
-
-
-def progress_note(records: Sequence[Record]) -> str:
-    """The newest of a training's records in a few words."""
-    newest = records[-1]
-    looks = [f"validation {record['validation_loss']:.3f}" for record in records if "validation_loss" in record]
-    waits = (
-        [f"{newest['data_wait_share']:.0%} of the time for data"] if newest["data_wait_share"] > _WORTH_SAYING else []
-    )
-    numbers = [
-        f"loss {newest['task_loss']:.3f}",
-        *looks[-1:],
-        f"{newest['tokens_per_second']:.0f} tokens/s",
-        *waits,
-        f"{newest['memory_gib']:.1f} GiB",
-    ]
-    return ", ".join(numbers)
 
 
 def _facts(records: Sequence[Record]) -> dict[str, Any]:

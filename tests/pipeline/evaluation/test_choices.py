@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from pipeline.config.settings import EvaluateSettings
+from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.errors import RecipeError
 from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.choices import check_suitable, continuation_ids, named_choice, right_choice, score_choices

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.metrics.catalogue import metrics_for_classes
 from pipeline.metrics.intervals import measure, paired_differences
-from pipeline.metrics.scores import metrics_for_classes
 from tests.support.label_metrics import CORRELATIONS, NAMES, class_results, compared
 
 

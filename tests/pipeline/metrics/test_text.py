@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from nltk.translate.nist_score import corpus_nist
 from sacrebleu.metrics import BLEU
 
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
 from pipeline.metrics import catalogue
 from pipeline.metrics.catalogue import METRICS, check_measurable
 from pipeline.metrics.intervals import measure
+from pipeline.metrics.metric import Metric, mean_of, ratio
 from pipeline.metrics.text import tokens, words
 
 SENTENCES = [
@@ -123,3 +126,16 @@ def test_what_a_metric_needs_is_asked_for_before_anything_starts(monkeypatch: py
     with pytest.raises(RecipeError, match=r"evaluate\.metrics: meteor needs a Java runtime .*leave meteor out"):
         check_measurable(["bleu", "meteor"])
     check_measurable([name for name in catalogue.METRICS if name not in ("meteor", "cider")])
+
+
+def test_a_metric_is_one_entry(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new metric needs beside its entry is nothing: a recipe can ask for it, and guard it, and it is measured."""
+    with pytest.raises(RecipeError, match="there is no 'brevity' of generated text"):
+        recipe({"evaluate.metrics": ["brevity"]})
+    shorter = Metric("brevity", "Brevity", mean_of("length"), ratio, ("text",), by_default=False, lower_is_better=True)
+    monkeypatch.setitem(METRICS, "brevity", shorter)
+    assert "brevity" not in recipe().evaluate.measured
+    asked = recipe({"evaluate.metrics": ["brevity"], "promotion.guards": {"brevity": 2.0}}).evaluate
+    check_measurable(asked.measured)
+    results = [{"sample": n, "length": n} for n in range(5)]
+    assert measure(results, [name for name in asked.measured if name == "brevity"])["brevity"].estimate == 2.0

@@ -23,11 +23,11 @@ from pipeline.data.prepare import prepare_dataset
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard, score_labels
 from pipeline.metrics.intervals import measure
-from pipeline.models.heads import Head
+from pipeline.models.heads import Head, head_modules
 from pipeline.models.loading import load_base
 from pipeline.models.prompting import Prompting
 from pipeline.models.sequence_classification import changed_share, features, probe
-from pipeline.models.shapes import base_outline, head_modules
+from pipeline.models.shapes import base_outline
 from pipeline.serving.answer import answer
 from pipeline.serving.prediction import load_predictor
 from pipeline.spectra.calibration_jobs import AuditJob, CalibrationShard, audit_truncation, calibrate_shard

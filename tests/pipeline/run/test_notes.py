@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from pipeline.artifacts.store import Artifact, ArtifactStore, StageKey
-from pipeline.run.lineage import reference, reuse_note
+from pipeline.run.stage_runs import reference, reuse_note
 
 
 def make(workspace: Path) -> Artifact:

@@ -50,7 +50,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def _save(folder: Path, base: Path, **changes: Any) -> SavedAdapter:
-    config = KasaConfig(**{"rank": 3, "alpha": 6.0, "dropped_rank": 3, **changes})
+    config = KasaConfig(**{"rank": 3, "alpha": 6.0, "truncation": "weight", "dropped_rank": 3, **changes})
     generator, weights = torch.Generator().manual_seed(0), CheckpointWeights(base)
     targets = find_targets(AutoModelForCausalLM.from_pretrained(base), "all-linear")
     tensors, dropped, digests = {}, {}, {}

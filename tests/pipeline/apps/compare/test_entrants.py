@@ -10,14 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kasa import find_targets
-from pipeline.apps.compare.methods import DEFAULT_RATES, ENTRANTS, choose_rate, entrant_names, entrants, tuned_rates
+from pipeline.apps.compare.methods import DEFAULT_RATES, choose_rate, comparable, entrant_names, entrants, tuned_rates
 from pipeline.apps.compare.run import plan_comparison
 from pipeline.apps.compare.trials import trial, trial_keys
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import method_of
-from pipeline.methods.shapes import FIXED
 from pipeline.run import graph as keys
+from pipeline.run.dependencies import KeyInputs
 
 Build = Callable[..., Recipe]
 CONFIG = LlamaConfig(
@@ -49,7 +49,7 @@ def test_names() -> None:
         entrant_names("base")
 
 
-@pytest.mark.parametrize("name", ENTRANTS)
+@pytest.mark.parametrize("name", comparable())
 def test_what_is_counted_is_what_is_trained(recipe: Build, name: str) -> None:
     model = meta()
     targets = find_targets(model, "all-linear")
@@ -74,11 +74,11 @@ def test_every_method_with_a_rank_comes_near_the_budget(recipe: Build, rank: int
     model = meta()
     targets = find_targets(model, "all-linear")
     given = recipe({"adapter.rank": rank, "adapter.truncation": "weight"})
-    found = {one.name: one for one in entrants(given, list(ENTRANTS), targets, model)}
+    found = {one.name: one for one in entrants(given, comparable(), targets, model)}
     budget = found["kasa"].parameters
     for name, one in found.items():
         adapter = one.recipe.adapter
-        if adapter.method in FIXED or (adapter.method, adapter.rank) in (("vera", 1024), ("fourierft", 2048)):
+        if adapter.spec.parameters is None or (adapter.method, adapter.rank) in (("vera", 1024), ("fourierft", 2048)):
             continue
         # One unit of rank: AdaLoRA goes from one and a half times 2 to one and a half times 3.
         assert abs(one.parameters - budget) <= 1.01 * budget / rank, name
@@ -103,7 +103,7 @@ def test_a_trial_needs_the_spectra_that_its_method_begins_with(recipe: Build) ->
 
 def test_the_spectra_of_corda_are_its_own_and_know_no_gradients(recipe: Build) -> None:
     def made(**changes: Any) -> tuple[str, dict[str, Any]]:
-        key = keys.spectra_key(recipe(changes), "b", [], "p")
+        key = keys.stage_keys(KeyInputs(recipe(changes)))["spectra"]
         return key.key, key.ingredients["settings"]
 
     corda, activation = {"adapter.method": "corda"}, {"adapter.truncation": "activation"}
@@ -114,7 +114,8 @@ def test_the_spectra_of_corda_are_its_own_and_know_no_gradients(recipe: Build) -
 
 def test_methods_seeds_and_rates_train_anew_and_what_a_method_has_no_use_for_does_not(recipe: Build) -> None:
     def key(changes: dict[str, Any]) -> str:
-        return keys.train_key(recipe({"adapter.method": "lora"} | changes), "p", None).key
+        given = recipe({"adapter.method": "lora"} | changes)
+        return keys.stage_keys(KeyInputs(given, until="train"))["train"].key
 
     assert key({}) == key({"adapter.truncation": "weight"}) == key({"adapter.regulariser": "paper"})
     assert len({key({}), key({"adapter.method": "dora"}), key({"adapter.rank": 4}), key({"train.seed": 1})}) == 4
@@ -144,7 +145,7 @@ def test_what_a_method_cannot_do_is_said_before_anything_is_fetched(recipe: Buil
 def test_starting_from_a_champion_is_refused(recipe: Build) -> None:
     with pytest.raises(RecipeError, match="starts every method from scratch"):
         plan_comparison(recipe({"train.start": "champion"}), ["kasa", "lora"], 1, None, (), None)
-    with pytest.raises(RecipeError, match=r"goes on from a KaSA adapter, and adapter\.method is lora"):
+    with pytest.raises(RecipeError, match=r"warm-starts from a KaSA adapter, and adapter\.method is lora"):
         recipe({"train.start": "champion", "adapter.method": "lora"})
 
 

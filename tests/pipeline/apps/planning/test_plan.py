@@ -41,7 +41,7 @@ from pipeline.apps.planning.memory import (
 )
 from pipeline.apps.planning.plan import DataFacts, Estimate, Hardware, estimate, hardware_of, plan_training
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.config.settings import TrainSettings
+from pipeline.config.training import TrainSettings
 from pipeline.core.errors import BaseModelError, RecipeError
 from pipeline.models import shapes as model_shapes
 from pipeline.models.shapes import meta_model, model_config
