@@ -13,11 +13,11 @@ from typing import Any
 
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaError
-from pipeline.artifacts.store import MANIFEST
 from pipeline.config.recipe import load_recipe
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import find_base
 from pipeline.run.graph import STAGES
+from pipeline.storage.mirror import MANIFEST
 
 RECIPE = Path("recipes/quickstart.yaml")
 _METRICS = ("accuracy", "loss")

@@ -26,8 +26,8 @@ from pipeline.methods.choice import check_ranks, check_registrable
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.run.context import RunContext, close_context, open_context, seed_tags
-from pipeline.run.dependencies import KeyInputs
-from pipeline.run.graph import EVALUATE, REGISTER, STAGES, needed_resources
+from pipeline.run.dependencies import REGISTER, KeyInputs
+from pipeline.run.graph import EVALUATE, STAGES, needed_resources
 from pipeline.run.report_facts import environment_tags, use_commands, write_report
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.stages.register import Registration

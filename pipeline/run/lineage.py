@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import MANIFEST, ArtifactStore, StageKey
+from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.run.graph import STAGE_OF_INPUT, STAGES
+from pipeline.storage.mirror import MANIFEST
 
 Ingredients = Mapping[str, Any]
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import MANIFEST, Artifact, StageKey
+from pipeline.artifacts.store import Artifact, StageKey
 from pipeline.data.sources import DataSources
 from pipeline.report.facts import StageFacts
 from pipeline.run.context import RunContext
 from pipeline.run.lineage import ingredients_by_name, stored_artifacts, why_made
+from pipeline.storage.mirror import MANIFEST
 
 # Artifacts up to this size are copied into MLflow, larger ones referred to by path and key.
 COPIED_BYTES = 64 * 2**20

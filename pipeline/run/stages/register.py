@@ -23,7 +23,7 @@ from pipeline.registry.alias_changes import (
     history,
 )
 from pipeline.registry.store import CHAMPION, PREVIOUS, ModelVersion, Registry
-from pipeline.run.graph import REGISTER
+from pipeline.run.dependencies import REGISTER
 from pipeline.run.model_package import KEPT_OUT, PARENT_TAG, PROMOTED, gate_of, package_of, version_tags, write_report
 from pipeline.run.promotion import Decision, decide, model_card
 from pipeline.run.stage_runs import run_stage
