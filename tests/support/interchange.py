@@ -65,7 +65,7 @@ def layer_differences(weight_OI: torch.Tensor) -> dict[str, float]:
     """
     weight_OI = weight_OI.float()
     target = Target("layer", *weight_OI.shape)
-    config = KasaConfig(RANK, 2.0 * RANK, dropped_rank=RANK)
+    config = KasaConfig(RANK, 2.0 * RANK, truncation="weight", dropped_rank=RANK)
     left_OD, right_DI = bottom_triplets(weight_OI, RANK).dropped_factors(RANK)
     a_RI, d_R, b_OR = _random_update(weight_OI, config.scale, seed=1)
     tensors = {"layer.a": a_RI, "layer.d": d_R, "layer.b": b_OR}
