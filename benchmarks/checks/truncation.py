@@ -47,12 +47,13 @@ from pipeline.models.loading import load_base
 from pipeline.spectra.calibration_jobs import language_loss, read_texts
 from pipeline.training.batches import learning_rate
 
+DEFAULT = AdapterSettings().truncation
+# Before any training.
 RANKS = (8, 16, 32)
-CALIBRATION_TOKENS = 8192
-HELDOUT_TOKENS = 4096
+CALIBRATION_TOKENS, HELDOUT_TOKENS = 8192, 4096
+# After training.
 RULES: tuple[Truncation, ...] = ("none", "weight", "authors", "activation", "loss")
 ARMS = ("lora", *RULES)
-DEFAULT = AdapterSettings().truncation
 SEEDS = (0, 1, 2)
 RANK, ALPHA, PEAK_RATE, BATCH = 8, 16.0, 5e-4, 8
 CALIBRATION_ROWS = 48
@@ -108,7 +109,7 @@ def truncation(setting: Setting) -> Measurement:
     }
     worst = {place: max(max(ranks.values()) for ranks in found.values()) for place, found in rises.items()}
     details = {"base": base_losses, "rises": rises, "worst": worst, "calibration_tokens": CALIBRATION_TOKENS}
-    return Measurement(worst[AdapterSettings().truncation], details)
+    return Measurement(worst[DEFAULT], details)
 
 
 @check(bar=0, direction="more than", unit="nats", judges="lower end of the 95% interval over seeds")

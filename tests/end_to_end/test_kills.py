@@ -1,4 +1,4 @@
-"""One training killed again and again, at random moments: it ends with the adapter of an undisturbed run, and soon goes on."""
+"""One training killed again and again, at random moments: its adapter is that of an undisturbed run."""
 
 from __future__ import annotations
 
