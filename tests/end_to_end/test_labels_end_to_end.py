@@ -8,10 +8,14 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 import yaml
+from pipeline.serving.prediction import load_predictor
 
 from kasa import read_adapter
+from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.results import read_samples
+from pipeline.models.heads import Head
 from pipeline.registry.store import open_registry
 from pipeline.run.stages.evaluate import RESULTS
 from pipeline.serving.answer import answer
@@ -54,6 +58,13 @@ def test_a_head_goes_through_every_stage(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_adapter(adapter).trained_modules == ("classifier",)
     results = read_samples(tmp_path / result["artifacts"]["evaluate"] / RESULTS)
     assert {len(one["logits"]) for one in results} == {2}
+    # The saved head, asked the held-out samples and their texts again, answers as it did in the evaluation.
+    predictor = load_predictor(tmp_path / "base", adapter, "fp32", Head.load(adapter))
+    heldout = load_prepared(tmp_path / result["artifacts"]["prepare"]).heldout
+    logits = predictor.outputs([heldout[row] for row in range(len(heldout))])
+    torch.testing.assert_close(logits, torch.tensor([one["logits"] for one in results]), rtol=0, atol=1e-3)
+    again = predictor.predictions([sample["prompt"] for sample in heldout])
+    assert [str(one) for one in again] == [one["output"] for one in results]
     monkeypatch.chdir(tmp_path)
     texts = ["123 ggggg ||| ggggg", "99 bbbbb ||| bbbbb"]
     uri = "models:/labels@champion"

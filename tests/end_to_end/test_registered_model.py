@@ -15,7 +15,6 @@ import pytest
 import torch
 from peft import PeftModel
 
-from benchmarks.checks.registry import run_kasa
 from kasa.errors import AdapterFileError
 from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.errors import ModelError
@@ -23,6 +22,7 @@ from pipeline.evaluation.results import read_samples
 from pipeline.models.loading import load_base
 from pipeline.serving.logit_difference import logits_of
 from pipeline.serving.served_model import TextModel
+from tests.support.commands import run_kasa
 from tests.support.serving import Stranger, adapter_logits, apart, ask, load_as_stranger, served
 from tests.support.tiny_run import Bench
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from nltk.translate.nist_score import corpus_nist
-from sacrebleu.metrics import BLEU
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
 
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
@@ -54,12 +55,22 @@ def value(results: list[dict], metric: str) -> float:
     return measure(results, [metric])[metric].estimate
 
 
-def test_bleu_is_sacrebleus_in_lower_case() -> None:
+@pytest.mark.parametrize(
+    ("metric", "theirs"), [("bleu", BLEU(lowercase=True, force=True)), ("chrf", CHRF())], ids=["bleu", "chrf"]
+)
+def test_bleu_in_lower_case_and_chrf_are_sacrebleus(metric: str, theirs: BLEU | CHRF) -> None:
     results = corpus()
     most = max(len(result["references"]) for result in results)
     places = [[(r["references"] + [None] * most)[place] for r in results] for place in range(most)]
-    theirs = BLEU(lowercase=True, force=True).corpus_score([r["output"] for r in results], places).score
-    assert value(results, "bleu") == theirs
+    score = theirs.corpus_score([r["output"] for r in results], places).score
+    assert value(results, metric) == pytest.approx(score, rel=1e-12)
+    assert 0 < score < 100
+
+
+def test_rouge_l_is_the_mean_of_rouge_scores_best_reference() -> None:
+    results, scorer = corpus(), RougeScorer(["rougeL"], use_stemmer=True)
+    theirs = 100 * np.mean([scorer.score_multi(r["references"], r["output"])["rougeL"].fmeasure for r in results])
+    assert value(results, "rouge_l") == pytest.approx(theirs, rel=1e-12)
     assert 0 < theirs < 100
 
 

@@ -1,11 +1,13 @@
-"""`kasa plan` against what runs here: memory of real training workers, and how fast it answers for the LLaMA shapes."""
+"""What training holds in memory and on disk: `kasa plan` against real workers, ZeRO-3's share, and a checkpoint's size.
+
+As a program (`python -m benchmarks.checks.memory plan CASE FOLDER BASE`, or `held FOLDER`) it is one rank of a training.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,19 +19,33 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors import safe_open
 from torch import nn
 
-from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
-from kasa import KasaConfig, KasaError, adapted_layers, attach, find_targets, penalty
+from benchmarks.core import Measurement, Setting, check
+from benchmarks.inputs import base_of
+from benchmarks.timing import kasa_command
+from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty
 from pipeline.apps.planning.memory import GIB
 from pipeline.apps.planning.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.config.deepspeed import with_accumulation
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.config.settings import BaseSettings
-from pipeline.models.base import find_base
 from pipeline.models.loading import DTYPES
-from tests.support.ranks import process_group, shape_of, stand_in_spectra, start_ranks, training_job, write_inputs
+from pipeline.training import worker, zero
+from tests.support.ranks import (
+    count_bytes,
+    process_group,
+    shape_of,
+    stand_in_spectra,
+    start_ranks,
+    training_job,
+    write_inputs,
+)
+from tests.support.small_training import RANK as TRUNCATION_RANK
+from tests.support.small_training import outcome, prepare_run, train_run, write_recipe
 
+# Where this module is found when it is run as a program.
+_MODULE = "benchmarks.checks.memory"
 LLAMAS = (
     "meta-llama/Llama-2-7b-hf",
     "meta-llama/Llama-2-13b-hf",
@@ -95,16 +111,37 @@ CASES = (
 @check(bar=15, direction="at most", unit="%")
 def plan(setting: Setting) -> Measurement:
     """Memory in use by a worker as planned against measured, without the process itself; worst of 12 runs of SmolLM2."""
-    try:
-        base = find_base(BaseSettings(), setting.workspace)
-    except KasaError as error:
-        raise CannotRunError(str(error)) from None
-    assert base is not None
-    runs = {case.name: compare(case, base.folder, setting.scratch) for case in CASES}
+    base = base_of(setting.workspace).folder
+    runs = {case.name: compare(case, base, setting.scratch) for case in CASES}
     seconds = {model: seconds_to_answer(model, setting.scratch) for model in LLAMAS}
     slow = [f"{model} took {taken:.1f} s" for model, taken in seconds.items() if taken >= ANSWER_S]
     worst = max(abs(run["deviation"]) for run in runs.values())
     return Measurement(100 * worst, {"runs": runs, "seconds_to_answer": seconds}, flaws=tuple(slow))
+
+
+@check(bar=3.1, direction="at most", unit="times the adapter's fp32 bytes")
+def checkpoint_size(setting: Setting) -> Measurement:
+    """A training checkpoint of SmolLM2-135M, all linear layers, r=16: all files, none of them pickle."""
+    recipe, run = _prepared(setting, "checkpoint-size", stage=2, workers=1)
+    train_run(recipe, run)
+    (checkpoint,) = (run / "work" / "checkpoints").iterdir()
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    _, values = outcome(run)
+    adapter = sum(value.numel() * 4 for value in values.values())
+    details = {"files": {path.name: path.stat().st_size for path in files}, "adapter_bytes": adapter}
+    strangers = [path.name for path in files if not _is_json(path) and not _is_safetensors(path)]
+    flaws = [f"{name} is neither JSON nor safetensors" for name in strangers]
+    return Measurement(sum(path.stat().st_size for path in files) / adapter, details, flaws=tuple(flaws))
+
+
+@check(bar=55, direction="at most", unit="% of the base's bytes")
+def zero3_memory(setting: Setting) -> Measurement:
+    """What a rank holds of SmolLM2's frozen parameters after training at ZeRO-3 on two workers; the larger of both."""
+    recipe, run = _prepared(setting, "zero3-memory", stage=3, workers=2)
+    write_recipe(recipe, run)
+    start_ranks(_MODULE, ["held", str(run)], 2, run).wait()
+    found = [json.loads((run / f"held-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return Measurement(100 * max(one["base"] / one["whole_base"] for one in found), {"ranks": found})
 
 
 def compare(case: Case, base: Path, scratch: Path) -> dict[str, Any]:
@@ -150,14 +187,14 @@ def run_workers(case: Case, base: Path, scratch: Path, environment: dict[str, st
     """Train in processes of their own; what rank 0 measured, in GiB."""
     folder = scratch / f"plan-{time.monotonic_ns()}"
     _write_inputs(case.recipe(base), folder)
-    arguments = [str(CASES.index(case)), str(folder), str(base)]
-    start_ranks("benchmarks.checks.plan", arguments, case.workers, folder, environment).wait()
+    arguments = ["plan", str(CASES.index(case)), str(folder), str(base)]
+    start_ranks(_MODULE, arguments, case.workers, folder, environment).wait()
     result = folder / "measured.json"
     return json.loads(result.read_text(encoding="utf-8"))
 
 
 def seconds_to_answer(model: str, scratch: Path) -> float:
-    """Seconds of `kasa plan --json` for a model of which nothing is on this machine."""
+    """Seconds of `kasa plan` for a model of which nothing is on this machine."""
     recipe = scratch / "llama.yaml"
     values = {
         "name": "llama",
@@ -166,13 +203,10 @@ def seconds_to_answer(model: str, scratch: Path) -> float:
         "train": {"batch_size": 64, "micro_batch_size": 1},
     }
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
-    command = [sys.executable, "-m", "pipeline.cli.main", "plan", str(recipe), "--gpus", "8", "--gpu", "H100", "--json"]
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    taken = time.perf_counter() - started
-    if not json.loads(done.stdout.splitlines()[-1])["stages"]:
+    answer, seconds = kasa_command("plan", str(recipe), "--gpus", "8", "--gpu", "H100")
+    if not answer["stages"]:
         raise RuntimeError(f"no answer for {model}")
-    return taken
+    return seconds
 
 
 def _write_inputs(recipe: Recipe, folder: Path) -> None:
@@ -186,8 +220,6 @@ def _write_inputs(recipe: Recipe, folder: Path) -> None:
 
 def measure_worker(case: Case, folder: Path, base: Path) -> None:
     """One rank: the pipeline's own training, with the resident memory of its phases."""
-    from pipeline.training import worker, zero
-
     recipe = case.recipe(base)
     job = training_job(recipe, folder)
     toy = job.deepspeed | {"zero_optimization": {"stage": min(case.stage, 2)}}
@@ -250,6 +282,73 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def measure_held(folder: Path) -> None:
+    """One rank: train, then write what it holds of base and dropped factors, in bytes of distinct storages."""
+    engines = []
+    start_engine = zero.start_engine
+
+    def start_and_keep(*arguments: Any) -> Any:
+        engines.append(start_engine(*arguments))
+        return engines[0]
+
+    recipe = parse_recipe(json.loads((folder / "recipe.json").read_text(encoding="utf-8")), str(folder))
+    with process_group(), mock.patch.object(zero, "start_engine", start_and_keep):
+        worker.train_worker(training_job(recipe, folder))
+        parameters = dict(engines[0].module.named_parameters())
+        dropped = {name: parameter for name, parameter in parameters.items() if ".dropped_" in name}
+        base = {n: p for n, p in parameters.items() if not p.requires_grad and n not in dropped}
+        held = {
+            "base": count_bytes([part for parameter in base.values() for part in _parts(parameter)]),
+            "whole_base": sum(parameter.ds_numel * parameter.element_size() for parameter in base.values()),
+            "dropped": count_bytes([part for parameter in dropped.values() for part in _parts(parameter)]),
+            "whole_dropped": sum(parameter.ds_numel * parameter.element_size() for parameter in dropped.values()),
+        }
+        (folder / f"held-{dist.get_rank()}.json").write_text(json.dumps(held), encoding="utf-8")
+
+
+def _parts(parameter: Any) -> list[torch.Tensor]:
+    """The rank's own part of a partitioned parameter, and whatever of the whole is in memory."""
+    return [parameter.ds_tensor, parameter.data] if parameter.data.numel() else [parameter.ds_tensor]
+
+
+def _prepared(setting: Setting, name: str, stage: int, workers: int) -> tuple[Recipe, Path]:
+    """Two steps of SmolLM2, r=16, with a checkpoint in between: the recipe, and its inputs in a folder."""
+    recipe = parse_recipe(
+        {
+            "name": "smollm",
+            "base": {"model": str(base_of(setting.workspace).folder)},
+            "data": {"train": "rows.jsonl", "max_tokens": 64},
+            "adapter": {"rank": 16, "truncation_rank": TRUNCATION_RANK, "truncation": "weight"},
+            "train": {
+                "workers": workers, "deepspeed": f"cpu_zero{stage}", "precision": "fp32", "max_steps": 2,
+                "batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 1,
+            },
+        },
+        "smollm",
+    )  # fmt: skip
+    spectra = stand_in_spectra(checked_targets(recipe, shape_of(recipe)), TRUNCATION_RANK)
+    return recipe, prepare_run(setting.scratch / name, spectra)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except Exception:  # whatever it says of a file that is none
+        return False
+
+
 if __name__ == "__main__":
-    with process_group():
-        measure_worker(CASES[int(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1] == "held":
+        measure_held(Path(sys.argv[2]))
+    else:
+        with process_group():
+            measure_worker(CASES[int(sys.argv[2])], Path(sys.argv[3]), Path(sys.argv[4]))
