@@ -10,15 +10,14 @@ import mlflow
 import pytest
 import torch
 import yaml
-from pipeline.serving.prediction import load_predictor
 
 from kasa import read_adapter
 from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.results import read_samples
-from pipeline.models.heads import Head
 from pipeline.registry.store import open_registry
 from pipeline.run.stages.evaluate import RESULTS
 from pipeline.serving.answer import answer
+from pipeline.serving.inference import load_model
 from tests.support.encoders import write_encoder
 from tests.support.processes import start_kasa
 from tests.support.tiny_run import Bench
@@ -59,7 +58,7 @@ def test_a_head_goes_through_every_stage(tmp_path: Path, monkeypatch: pytest.Mon
     results = read_samples(tmp_path / result["artifacts"]["evaluate"] / RESULTS)
     assert {len(one["logits"]) for one in results} == {2}
     # The saved head, asked the held-out samples and their texts again, answers as it did in the evaluation.
-    predictor = load_predictor(tmp_path / "base", adapter, "fp32", Head.load(adapter))
+    predictor = load_model(tmp_path / "base", adapter, "fp32")
     heldout = load_prepared(tmp_path / result["artifacts"]["prepare"]).heldout
     logits = predictor.outputs([heldout[row] for row in range(len(heldout))])
     torch.testing.assert_close(logits, torch.tensor([one["logits"] for one in results]), rtol=0, atol=1e-3)

@@ -19,7 +19,6 @@ from kasa.adapter import trainable_parameters
 from kasa.spectra import Triplets
 from pipeline.config.recipe import Recipe
 from pipeline.core.journal import Record
-from pipeline.methods.choice import kasa_config
 from pipeline.models.loading import load_base
 from pipeline.training.batches import BatchPlan, learning_rate
 from tests.support.small_training import (
@@ -123,7 +122,7 @@ class PlainLayer(nn.Module):
 
 def train_plainly(recipe: Recipe, spectra: Spectra) -> Outcome:
     """Train with torch alone: one process, one sample after another."""
-    settings, config, samples = recipe.train, kasa_config(recipe), small_samples()
+    settings, config, samples = recipe.train, recipe.kasa_config, small_samples()
     base = Path(recipe.base.model)
     started = load_base(base, "fp32")
     attach(started, find_targets(started, "all-linear"), config, spectra, settings.seed)
