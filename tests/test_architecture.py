@@ -47,7 +47,6 @@ DOORS = {
         "pipeline/tracking/live_metrics.py",
         "pipeline/registry/store.py",
         "pipeline/serving/served_model.py",
-        "pipeline/serving/served_labels.py",
     },
     "fsspec": {"pipeline/storage/objects.py"},
     "deepspeed": {"pipeline/training/zero.py"},

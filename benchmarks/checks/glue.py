@@ -22,7 +22,7 @@ from pipeline.metrics.intervals import measure
 from pipeline.models.base import find_base
 from pipeline.models.heads import Head
 from pipeline.run.stages.evaluate import RESULTS
-from pipeline.serving.prediction import load_predictor
+from pipeline.serving.inference import load_model
 
 RECIPE = Path("recipes/encoder_reviews.yaml")
 TASKS = {
@@ -87,13 +87,13 @@ def _reloaded(recipe: Recipe, folders: dict[str, Path], results: list[dict[str, 
         return [f"{recipe.name}: the adapter holds no head"]
     base = find_base(recipe.base, recipe.workspace)
     assert base is not None
-    predictor = load_predictor(base.folder, adapter, recipe.train.precision, head)
+    loaded = load_model(base.folder, adapter, recipe.train.precision, head)
     heldout = load_prepared(folders["prepare"]).heldout
     rows = range(min(_RELOADED_ROWS, len(heldout)))
-    logits = predictor.outputs([heldout[row] for row in rows])
+    logits = loaded.outputs([heldout[row] for row in rows])
     evaluated = torch.tensor([results[row]["logits"] for row in rows])
     difference = float((logits - evaluated).abs().max())
-    said = [str(one) for one in predictor.predictions([heldout[row]["prompt"] for row in rows])]
+    said = [str(one) for one in loaded.predictions([heldout[row]["prompt"] for row in rows])]
     flaws = []
     if difference > _RELOAD_TOLERANCE:
         flaws.append(f"{recipe.name}: reloaded, the head's outputs differ by {difference:.3g}")

@@ -19,7 +19,7 @@ from pipeline.config.settings import BaseSettings
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import load_base
 from pipeline.models.prompting import load_tokenizer
-from pipeline.spectra.calibration_jobs import language_loss, read_texts
+from pipeline.spectra.calibration import language_loss, read_texts
 
 RANKS = (8, 16, 32)
 CALIBRATION_TOKENS = 8192

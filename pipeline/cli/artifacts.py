@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kasa.errors import nearest
 from pipeline.artifacts.store import ArtifactStore, StageKey
-from pipeline.cli.options import JsonOption, WorkspaceOption
+from pipeline.cli.shared import JsonOption, WorkspaceOption
 from pipeline.core.errors import WorkspaceError
 from pipeline.run.lineage import Stored, ingredients_by_name, stored_artifacts, why_made
 

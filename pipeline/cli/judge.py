@@ -1,19 +1,55 @@
-"""A judgement for people."""
+"""`kasa judge` and what it prints."""
 
 from __future__ import annotations
 
-from rich.console import Console
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.apps.judge.judgement import Judgement
+from pipeline.cli.shared import BaseOption, JsonOption, WorkspaceOption, out, show
+from pipeline.core.console import ProgressBars
 
-_out = Console(highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from pipeline.apps.judge.judgement import Judgement
+
 _TWO_DECIMALS = "{:.2f}".format
 
 
-def show_judgement(judgement: Judgement) -> None:
-    """Grades and comparison as a table, and what they come to in words."""
+def judge(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter folder.")],
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS.jsonl", help="Questions in MT-Bench's form.")],
+    endpoint: Annotated[str, typer.Option(help="The judge's OpenAI-compatible address, up to /v1.")],
+    judge_model: Annotated[str, typer.Option("--judge", help="The judge's model name there.")],
+    against: Annotated[str, typer.Option(help="The other model; `base`: the same without its adapter.")] = "base",
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the key, if one is wanted.")] = (
+        "OPENAI_API_KEY"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once by a worker.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that answer.")] = 1,
+    gpu: Annotated[bool, typer.Option(help="Give each of them a GPU.")] = False,
+    base: BaseOption = None,
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """Have two models answer questions and a judge grade and compare the answers."""
+    from pipeline.apps.judge.judge import Judge
+    from pipeline.apps.judge.judgement import AnswerSettings, judge_models
+    from pipeline.core.machine import fast_precision
+
+    asked = Judge(endpoint, judge_model, os.environ.get(key_variable), workspace / "judgements" / "verdicts.jsonl")
+    settings = AnswerSettings(max_new_tokens, batch_size, workers, gpu, fast_precision(gpu))
+    with ProgressBars().showing() as bars:
+        result = judge_models(model, against, prompts, asked, settings, workspace, base, bars)
+    show(result, as_json, lambda judgement: judgement.as_json(), _show_judgement)
+
+
+def _show_judgement(judgement: Judgement) -> None:
+    """Print grades and comparison as a table, and what they come to in words."""
     table = Table(box=None, header_style="bold")
     table.add_column("mean grade, 1 to 10")
     for who in judgement.grades:
@@ -22,9 +58,9 @@ def show_judgement(judgement: Judgement) -> None:
         table.add_row(escape(category), *(f"{of[who]:.2f}" if who in of else "" for who in judgement.grades))
     grades = (grade.text(_TWO_DECIMALS) for grade in judgement.grades.values())
     table.add_row(f"all {judgement.questions} questions", *grades)
-    _out.print(table)
-    _out.print(f"difference  {judgement.difference.text('{:+.2f}'.format)}")
-    _out.print(
+    out.print(table)
+    out.print(f"difference  {judgement.difference.text('{:+.2f}'.format)}")
+    out.print(
         f"win rate    {judgement.win_rate.text(_TWO_DECIMALS)} of the comparisons, in both orders; a draw counts half"
     )
     low, high = judgement.win_rate.low, judgement.win_rate.high
@@ -35,7 +71,7 @@ def show_judgement(judgement: Judgement) -> None:
         if high < 0.5
         else "the judge shows no preference for"
     )
-    _out.print(f"{verdict} {escape(judgement.model)} (95% intervals over questions; judge {escape(judgement.judge)})")
+    out.print(f"{verdict} {escape(judgement.model)} (95% intervals over questions; judge {escape(judgement.judge)})")
     if judgement.unreadable:
-        _out.print(f"{judgement.unreadable} of {judgement.asked} of its answers named no grade or verdict")
-    _out.print(f"{judgement.folder}")
+        out.print(f"{judgement.unreadable} of {judgement.asked} of its answers named no grade or verdict")
+    out.print(f"{judgement.folder}")

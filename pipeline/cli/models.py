@@ -1,23 +1,62 @@
-"""Registered models for people (rich) and for programs (JSON)."""
+"""The commands of the registry, `kasa models`, `kasa promote` and `kasa rollback`, and what they print."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
+import typer
 from rich.markup import escape
-from rich.table import Table
 
-from pipeline.apps.models import Change, ModelRow
+from pipeline.cli.shared import JsonOption, ReasonOption, WorkspaceOption, out, plain_table, show, uncut
 
-_out = Console(highlight=False, soft_wrap=True)
-_DIGITS = 12
+if TYPE_CHECKING:
+    from pipeline.apps.models import Change, ModelRow
+
+_DIGITS = 12  # of the data's digest
 
 
-def models_json(rows: Sequence[ModelRow]) -> list[dict[str, Any]]:
-    """The versions as JSON values, with all their tags."""
+def models(
+    name: Annotated[str | None, typer.Argument(help="A registered model; left out: all of them.")] = None,
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """List the registered versions: aliases, verdict, the metric it was given on, and where they come from."""
+    from pipeline.apps.models import list_models
+
+    rows = list_models(workspace, name)
+    show(rows, as_json, _models_json, _show_models)
+
+
+def promote(
+    model: Annotated[str, typer.Argument(help="`models:/NAME/3` or `models:/NAME@challenger`.")],
+    reason: ReasonOption = None,
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version the champion by hand; the champion before it becomes the previous one."""
+    from pipeline.apps.models import promote as promote_version
+
+    changed = promote_version(workspace, model, reason)
+    show(changed, as_json, _change_json, _show_change)
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(help="The registered model.")],
+    reason: ReasonOption = None,
+    workspace: WorkspaceOption = Path("workspace"),
+    as_json: JsonOption = False,
+) -> None:
+    """Make the previous champion the champion again; a second time leads back."""
+    from pipeline.apps.models import rollback as roll_back
+
+    changed = roll_back(workspace, name, reason)
+    show(changed, as_json, _change_json, _show_change)
+
+
+def _models_json(rows: Sequence[ModelRow]) -> list[dict[str, Any]]:
     return [
         {
             "name": row.version.name,
@@ -39,13 +78,12 @@ def models_json(rows: Sequence[ModelRow]) -> list[dict[str, Any]]:
     ]
 
 
-def show_models(rows: Sequence[ModelRow]) -> None:
-    """A line for each version."""
+def _show_models(rows: Sequence[ModelRow]) -> None:
+    """Print a line for each version."""
     if not rows:
-        _out.print("no model is registered yet; kasa run registers one")
+        out.print("no model is registered yet; kasa run registers one")
         return
-    columns = ("model", "version", "aliases", "verdict", "gate metric", "95% interval", "data", "when (UTC)")
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table = plain_table("model", "version", "aliases", "verdict", "gate metric", "95% interval", "data", "when (UTC)")
     for row in rows:
         when = row.version.created
         table.add_row(
@@ -54,32 +92,27 @@ def show_models(rows: Sequence[ModelRow]) -> None:
             ", ".join(row.aliases) or "-",
             row.decision or "-",
             f"{row.metric} {row.value:.4f}" if row.value is not None else "-",
-            _interval(row),
+            _difference(row),
             row.version.tags.get("kasa.data_digest", "-")[:_DIGITS],
             when.strftime("%Y-%m-%d %H:%M") if when else "-",
         )
-    # What is to be copied must not be cut, however narrow the terminal.
-    table.width = _out.measure(table, options=_out.options.update(width=1000)).maximum
-    _out.print(table)
+    out.print(uncut(table))
 
 
-def change_json(change: Change) -> dict[str, Any]:
-    """A change of aliases as one JSON object."""
+def _change_json(change: Change) -> dict[str, Any]:
     return dataclasses.asdict(change)
 
 
-def show_change(change: Change) -> None:
-    """Who is the champion now, and how to undo it."""
+def _show_change(change: Change) -> None:
+    """Print which version is the champion now, and how to undo it."""
     if not change.changed:
-        _out.print(f"{escape(change.name)}: version {change.champion} is the champion already")
+        out.print(f"{escape(change.name)}: version {change.champion} is the champion already")
         return
     before = f"; before it version {change.before}" if change.before else ""
-    _out.print(f"[green]{escape(change.name)}: version {change.champion} is the champion now[/]{before}")
+    out.print(f"[green]{escape(change.name)}: version {change.champion} is the champion now[/]{before}")
     if change.previous:
-        _out.print(f"back again: kasa rollback {escape(change.name)}")
+        out.print(f"back again: kasa rollback {escape(change.name)}")
 
 
-def _interval(row: ModelRow) -> str:
-    if row.difference is None:
-        return "-"
-    return escape(f"{row.difference.text()} against the {row.opponent}")
+def _difference(row: ModelRow) -> str:
+    return "-" if row.difference is None else escape(f"{row.difference.text()} against the {row.opponent}")

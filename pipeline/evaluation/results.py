@@ -1,26 +1,20 @@
-"""Per-sample results as a parquet file: one row a sample, whatever its evaluator found out about it.
-
-What lm-evaluation-harness found out about the candidates, side by side.
-"""
+"""The results that an evaluation keeps: per-sample records as parquet, and those of lm-evaluation-harness as JSON."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kasa.errors import nearest
-from pipeline.config.evaluate import EvaluateSettings, HarnessSettings
-from pipeline.core.errors import RecipeError
 from pipeline.core.journal import Record
 from pipeline.metrics.intervals import Interval, mean_differences
 
+HARNESS_JSON = "harness.json"
+
 
 def write_samples(path: Path, records: Sequence[Record]) -> None:
-    """Write results; a field that a record lacks is null in its row."""
+    """Write records as parquet, one row each; a field that a record lacks is null in its row."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -30,14 +24,11 @@ def write_samples(path: Path, records: Sequence[Record]) -> None:
 
 
 def read_samples(path: Path) -> list[Record]:
-    """The results as they were written."""
+    """Read records back as they were written."""
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(path).to_pylist()
     return [{field: value for field, value in row.items() if value is not None} for row in rows]
-
-
-HARNESS_JSON = "harness.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,9 @@ class HarnessResult:
 
     Attributes:
         name: `TASK/METRIC`, or `TASK/METRIC/FILTER`.
-        per_sample: the metric of every document by its id, where `value` is their mean.
+        value: the metric over all documents.
+        lower_is_better: which way the metric improves.
+        per_sample: the metric of every document by its id; None unless `value` is their mean.
     """
 
     name: str
@@ -60,9 +53,11 @@ class HarnessRow:
     """One metric of one task for all candidates.
 
     Attributes:
-        values: by candidate.
-        differences: by opponent, adapted - opponent on the same documents, with interval; none where the task's value is no
-            mean over documents.
+        name: `TASK/METRIC`, or `TASK/METRIC/FILTER`.
+        lower_is_better: which way the metric improves.
+        values: the metric of each candidate.
+        differences: adapted - opponent on the same documents with its interval, by opponent; empty unless the task's value
+            is a mean over documents.
     """
 
     name: str
@@ -71,34 +66,14 @@ class HarnessRow:
     differences: dict[str, Interval]
 
 
-def check_harness(evaluate: EvaluateSettings, head: str) -> None:
-    """Whether the tasks can be run here; training should not run for nothing.
-
-    Raises:
-        RecipeError: the harness is not installed, has no such task, or the model is none that answers in words.
-    """
-    settings = evaluate.harness
-    if not settings.tasks:
-        return
-    if head != "language-model":
-        raise RecipeError(f"evaluate.harness: lm-evaluation-harness asks language models, and base.head is {head}")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError(
-            "evaluate.harness needs lm-evaluation-harness: pip install 'kasa-pipeline[harness]'; or leave it out"
-        )
-    if settings.include is not None and not Path(settings.include).is_dir():
-        raise RecipeError(f"evaluate.harness.include: {settings.include} is no folder")
-    _check_names(settings)
-
-
 def read_harness(folder: Path) -> list[HarnessResult]:
-    """What an evaluation's artifact holds of the harness."""
+    """Read the harness results of an evaluation; empty where no task was run."""
     file = folder / HARNESS_JSON
     return [HarnessResult(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
 def harness_rows(candidates: Mapping[str, Sequence[HarnessResult]]) -> list[HarnessRow]:
-    """The candidates' results side by side; one of them is called `adapted`."""
+    """Put the candidates' results side by side, and compare each with the candidate `adapted`."""
     found = {name: {result.name: result for result in results} for name, results in candidates.items()}
     rows = []
     for name, ours in found["adapted"].items():
@@ -116,15 +91,3 @@ def harness_rows(candidates: Mapping[str, Sequence[HarnessResult]]) -> list[Harn
             )
         )
     return rows
-
-
-def _check_names(settings: HarnessSettings) -> None:
-    from lm_eval.tasks import TaskManager
-
-    known: Any = TaskManager(include_path=settings.include)
-    for task in settings.tasks:
-        if not known.match_tasks([task]):
-            raise RecipeError(
-                f"evaluate.harness.tasks: lm-evaluation-harness has no task {task!r}{nearest(task, known.all_tasks)}; "
-                "`lm_eval ls tasks` lists them, and evaluate.harness.include names a folder of your own"
-            )

@@ -199,19 +199,6 @@ class Registry:
 
         return make_once(folder, fetch)
 
-    def load_model(self, uri: str) -> Any:
-        """Load the Python model that a registry URI names.
-
-        Raises:
-            ModelError: There is no such model, or it cannot be loaded.
-        """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._mlflow.pyfunc.load_model(uri)
-        except MlflowException as error:
-            raise ModelError(f"{uri} cannot be loaded from {self.uri}: {one_line(error)}") from error
-
     def fetch_files(self, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Download the files of a registered model into `folder`.
 

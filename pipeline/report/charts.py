@@ -1,4 +1,4 @@
-"""The charts of metrics, training and stages."""
+"""Charts of metrics, training and stages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def gate_chart(metric: str, values: dict[str, float], difference: Interval | Non
 
 
 def _gate_limits(metric: str, shown: list[float]) -> tuple[float, float]:
-    """The whole scale where the candidates are far apart, else the part of it around them."""
+    """Axis limits: the whole scale where the candidates are far apart, else the part of it around them."""
     top = 1.0 if metric in SHARES else 1.08 * max(shown)
     span = max(shown) - min(shown)
     if span > top / 4:
@@ -49,8 +49,8 @@ def _gate_limits(metric: str, shown: list[float]) -> tuple[float, float]:
 
 
 def interval_glyph(name: str, difference: Interval, verdict: str, lower_is_better: bool, said: str) -> Markup:
-    """One interval on its own scale: zero in the middle, better to the right whatever the metric's direction; `said` is it in
-    words."""
+    """One interval on its own scale: zero in the middle, better to the right whatever the metric's direction. `said` is the
+    difference as text, for screen readers."""
     figure, axes = new_figure(*GLYPH_SIZE)
     direction = -1 if lower_is_better else 1
     reach = 1.1 * max(abs(difference.low), abs(difference.high), abs(difference.estimate)) or 1.0
@@ -63,7 +63,7 @@ def interval_glyph(name: str, difference: Interval, verdict: str, lower_is_bette
 
 
 def stage_bar(name: str, status: str, seconds: float, longest: float) -> Markup:
-    """One stage's time as a bar; all stages share the scale."""
+    """The time of one stage as a bar; all stages share the scale."""
     figure, axes = new_figure(*GLYPH_SIZE)
     colour = COLOURS["adapted" if status == "computed" else "base"]
     axes.barh([0], [seconds], color=colour, height=1.2)
@@ -73,12 +73,12 @@ def stage_bar(name: str, status: str, seconds: float, longest: float) -> Markup:
 
 
 def loss_chart(records: Records) -> Markup:
-    """Loss of every step, faint, under its moving mean; the looks at the validation samples as points."""
+    """Loss of every step, faint, under its moving mean; the validation losses as points."""
     figure, axes = new_figure(430, 210)
     _curve(axes, records, "loss", "adapted", faint=True)
-    looks = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
-    if looks:
-        axes.plot(*zip(*looks.items(), strict=True), "o", color=COLOURS["ink"], markersize=4, label="validation")
+    validations = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    if validations:
+        axes.plot(*zip(*validations.items(), strict=True), "o", color=COLOURS["ink"], markersize=4, label="validation")
         axes.legend(frameon=False, loc="upper right")
     _step_axis(axes, records)
     first, last = significant(records[0]["loss"]), significant(records[-1]["loss"])
@@ -98,7 +98,7 @@ def parts_chart(records: Records) -> Markup:
 
 
 def series_chart(records: Records, key: str) -> Markup:
-    """One quantity by step."""
+    """One quantity of the training by step."""
     figure, axes = new_figure(285, 160)
     _curve(axes, records, key, "ink", faint=key != "learning_rate")
     axes.set_ylim(bottom=0)
@@ -182,6 +182,6 @@ def _scale_tick(metric: str, value: float) -> str:
 
 
 def candidates_in_order(names: Sequence[str]) -> list[str]:
-    """Base, adapted, champion, then whatever else was measured."""
+    """Names in the order base, adapted, champion, then all others."""
     known = [name for name in ("base", "adapted", "champion") if name in names]
     return known + [name for name in names if name not in known]

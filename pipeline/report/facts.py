@@ -1,4 +1,4 @@
-"""What a report shows: plain facts, gathered by the flow, so that rendering needs no tracking server and no model."""
+"""The contents of a report as plain values, so that rendering needs no tracking server and no model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """One stage of the run. `status` is `computed` or `reused`."""
+    """One stage of the run; `status` is `computed` or `reused`."""
 
     name: str
     status: str
@@ -25,9 +25,12 @@ class StageFacts:
 class LayerFacts:
     """What one adapted weight learned, beside what it lost.
 
-    `learned` are the singular values of the update s * B diag(d) A, `dropped` those cut from the base weight, both in
-    the weight's own units and descending; `largest` is the base weight's largest singular value. `output_share` is how
-    much of the energy of the layer's output the truncation takes, for held-out text.
+    Attributes:
+        name: name of the layer.
+        learned: singular values of the update s * B diag(d) A, in the weight's units, descending.
+        dropped: singular values that truncation took from the base weight, likewise.
+        largest: the base weight's largest singular value.
+        output_share: share of the energy of the layer's output that truncation takes, on held-out text.
     """
 
     name: str
@@ -39,10 +42,10 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class TruncationFacts:
-    """What the truncation costs before training: mean losses in nats over `tokens` held-out tokens.
+    """The cost of the truncation before training: mean losses in nats over `tokens` held-out tokens.
 
     `worst` has the layers that lose the largest share of their output, each with the loss when it alone is truncated. With a
-    new head (`below_head`) the loss is the share of what the head reads that changes.
+    new head (`below_head`) the loss is the share of the head's input features that changes.
     """
 
     rule: str
@@ -73,9 +76,32 @@ class SampleFacts:
 class ReportFacts:
     """Everything on the page.
 
-    `metrics` maps candidate -> metric -> value, `intervals` to the ends of the value's own 95% interval. `training` holds one record per optimizer step with the keys `step`,
-    `loss`, `task_loss`, `singular_value_penalty`, `orthogonality_penalty`, `learning_rate`, `tokens_per_second`,
-    `gradient_norm` where DeepSpeed knows it (not at stage 0 without clipping), and `validation_loss` at some steps. `commands` maps a caption to a shell command (use the model, open the MLflow UI).
+    Attributes:
+        title: name of the recipe.
+        finished: when the run finished.
+        verdict: the gate's reason.
+        promoted: whether the model became the champion.
+        model_uri: URI of the registered version.
+        gate_metric: the metric that the gate decided on.
+        metrics: candidate -> metric -> value.
+        intervals: candidate -> metric -> both ends of the value's own 95% interval.
+        differences: metric -> adapted - base.
+        harness: results of lm-evaluation-harness.
+        heldout_rows: number of held-out samples.
+        truncation: the cost of the truncation.
+        training: a record per optimizer step with `step`, `loss`, `task_loss`, `singular_value_penalty`,
+            `orthogonality_penalty`, `learning_rate`, `tokens_per_second`, `gradient_norm` where DeepSpeed computes it (not at
+            stage 0 without clipping), and `validation_loss` at some steps.
+        layers: what each layer learned and lost.
+        samples: held-out prompts with the candidates' answers.
+        stages: the stages of the run.
+        dataset: summary of the prepared data.
+        rejected_rows: rows of the data that were rejected, with the reason.
+        interruptions: what interrupted the training.
+        recipe_yaml: the resolved recipe.
+        versions: package -> version.
+        machine: hardware and operating system of the run.
+        commands: caption -> shell command (use the model, open the MLflow UI).
     """
 
     title: str

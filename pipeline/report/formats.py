@@ -1,4 +1,4 @@
-"""How numbers and names are written on the page."""
+"""Formats of numbers and names on the page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def spoken(name: str) -> str:
 
 
 def significant(value: float) -> str:
-    """Four significant digits at most, never more than four decimals; scientific below 0.001."""
+    """At most four significant digits and four decimals; scientific below 0.001."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -51,12 +51,12 @@ def metric_change(metric: str, value: float) -> str:
 
 
 def change_unit(metric: str) -> str:
-    """What a difference of shares is counted in; other metrics have no unit."""
+    """The unit of a difference: percentage points for shares, none for other metrics."""
     return " points" if metric in SHARES else ""
 
 
 def duration(seconds: float) -> str:
-    """`0.4 s`, `4 min 12 s`, `2 h 05 min`."""
+    """Seconds as `0.4 s`, `4 min 12 s` or `2 h 05 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def scalar(value: Any) -> str:
-    """One leaf of a nested mapping."""
+    """A scalar value, such as a setting."""
     if value is None or value == "":
         return "–"
     if isinstance(value, bool):

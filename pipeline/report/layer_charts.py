@@ -1,4 +1,4 @@
-"""What each adapted weight learned, beside what it lost."""
+"""Charts of the singular values that each adapted weight learned, beside those that it lost to truncation."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def layer_figures(layers: list[LayerFacts]) -> list[LayerFigure]:
 
 
 def lost_shares(layers: list[LayerFacts]) -> Markup | None:
-    """The layers that lose the largest share of their output to the truncation, a dot each; None where none does."""
+    """A dot for each layer that loses the largest share of its output to truncation; None where no layer loses any."""
     shown = sorted((layer for layer in layers if layer.output_share > 0), key=lambda layer: -layer.output_share)
     shown = shown[:MAX_LOST_ROWS]
     if not shown:
@@ -104,12 +104,12 @@ def _panel_chart(panel: LayerPanel, limits: tuple[float, float], name: str) -> M
 
 
 def _within(values: list[float], layer: LayerFacts, limits: tuple[float, float]) -> list[float]:
-    """Shares of the largest singular value; those too small for the scale, zeros too, lie on its lower edge."""
+    """Values as shares of the base weight's largest; those too small for the scale are put on its lower edge."""
     return [max(relative(value, layer), limits[0]) for value in values]
 
 
 def _spread(axes: Axes, at: float, shares: list[float], role: str) -> None:
-    """A dot for the largest value over a hairline down to the smallest."""
+    """Draw a dot at the largest value, and a hairline down to the smallest."""
     if not shares:
         return
     axes.plot([at, at], [min(shares), max(shares)], color=COLOURS[role], linewidth=1.2, alpha=0.45)
@@ -146,7 +146,7 @@ def _name_rows(axes: Axes, layers: list[LayerFacts]) -> None:
 
 
 def _limits(layers: list[LayerFacts]) -> tuple[float, float]:
-    """One scale for all panels: a little beyond the largest values, which are what the dots show."""
+    """Limits of one scale for all panels, a little beyond the largest values, which the dots show."""
     tops = [relative(max(values), layer) for layer in layers for values in (layer.learned, layer.dropped) if values]
     positive = [top for top in tops if top > 0] or [1e-3]
     return min(positive) / 4, max(positive) * 1.6

@@ -21,7 +21,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.console import ProgressBars
 from pipeline.core.provenance import code_tags
 from pipeline.data.sources import DataSources, resolve_sources
-from pipeline.evaluation.results import check_harness
+from pipeline.evaluation.suitability import check_harness
 from pipeline.methods.choice import check_ranks, check_registrable
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base

@@ -92,7 +92,7 @@ def _spectra(known: KeyInputs) -> Dependencies | None:
     if recipe.calibrated:
         settings |= {"calibration_tokens": recipe.spectra.calibration_tokens, "precision": recipe.train.precision}
         settings["gradients"] = recipe.weighted == "both"
-        code.append("pipeline.spectra.calibration_jobs")
+        code.append("pipeline.spectra.calibration")
     return Dependencies(
         settings=settings,
         code=code,
@@ -114,7 +114,7 @@ def _audit(known: KeyInputs) -> Dependencies | None:
             "tokens": recipe.spectra.audit_tokens,
             "precision": recipe.train.precision,
         },
-        code=["pipeline.spectra.calibration_jobs"],
+        code=["pipeline.spectra.audit"],
         packages=["torch", "transformers"],
         stages=[PREPARE, SPECTRA],
     )
@@ -202,7 +202,7 @@ def _register(known: KeyInputs) -> Dependencies | None:
             "metric": recipe.evaluate.gate_metric,
             "promotion": recipe.promotion.model_dump(mode="json"),
         },
-        code=["pipeline.run.promotion", "pipeline.serving.served_model", "pipeline.serving.served_labels"],
+        code=["pipeline.run.promotion", "pipeline.serving.served_model"],
         driver=["pipeline.run.model_package"],
         packages=["mlflow"],
         stages=[TRAIN, EVALUATE],

@@ -101,10 +101,9 @@ def package_of(
 ) -> ModelPackage:
     """The model as MLflow stores it; `folder` holds what `write_report` made."""
     versions = package_versions(SERVING_PACKAGES).items()
-    labels = recipe.base.head != "language-model"
     prompts = (prompt for prompt in load_prepared(made["prepare"].folder).heldout["prompt"] if prompt.strip())
     return ModelPackage(
-        code=_ROOT / "pipeline" / "serving" / ("served_labels.py" if labels else "served_model.py"),
+        code=_ROOT / "pipeline" / "serving" / "served_model.py",
         packages=_PACKAGES,
         artifacts={
             ADAPTER: made["train"].folder / ADAPTER,
@@ -116,6 +115,7 @@ def package_of(
             "base_revision": recipe.base.revision,
             "base_folder": str(base.folder.resolve()),
             "base_digest": base.digest,
+            "head": recipe.base.head,
             "precision": recipe.train.precision,
             "max_new_tokens": recipe.evaluate.max_new_tokens,
         },

@@ -1,4 +1,4 @@
-"""How far a merged model is from base and adapter: their logits on a few texts, in fp32."""
+"""The difference between a merged model and its base with the adapter: logits of both on a few texts, in fp32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.models.base import BaseModel
 from pipeline.models.loading import load_base
 from pipeline.models.prompting import load_tokenizer
 
-# What a merged model is compared on, where the base has a tokenizer.
+# Prose, code, a question and digits, for bases with a tokenizer.
 TEXTS = (
     "The river rises in the hills north of the town and reaches the sea after ninety miles.",
     "def mean(values):\n    return sum(values) / len(values)\n",
@@ -25,22 +25,27 @@ TEXTS = (
     "In 1969, 4 of the 12 members voted against; the motion was carried all the same.",
 )
 _RANDOM_TOKENS = 32
-# Activations, logits and the framework beside the weights.
+# Memory for activations, logits and the framework, as a multiple of the weights'.
 _MEMORY_FACTOR = 1.25
-# From this share of the largest logit on, a merged model is not the one that was trained.
+# Share of the largest logit above which a merged model no longer says what the trained one says.
 _COARSE = 0.01
 
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """The largest absolute difference between two models' logits, and the largest logit."""
+    """How far two models are apart.
+
+    Attributes:
+        largest: the largest absolute difference between their logits.
+        largest_logit: the largest absolute logit of the first.
+    """
 
     largest: float
     largest_logit: float
 
 
 def logit_difference(base: Path, adapter: SavedAdapter, merged: Path) -> LogitDifference:
-    """Base and adapter against the merged folder, both in fp32, on a few texts."""
+    """Compare a base with its adapter and the merged folder, both in fp32, on a few texts."""
     sequences = text_sequences(base)
     model = load_base(base, "fp32")
     attach_saved(model, adapter)
@@ -72,7 +77,7 @@ def logits_of(model: nn.Module, sequences: Sequence[torch.Tensor]) -> list[torch
 
 
 def too_large(parameters: int) -> str | None:
-    """Why the comparison cannot be made here, if so."""
+    """Why a model of so many parameters cannot be compared on this machine; None where it can."""
     needed = parameters * 4 / GIB * _MEMORY_FACTOR
     memory = memory_gib()
     if memory is None or memory[1] >= needed:
@@ -81,7 +86,7 @@ def too_large(parameters: int) -> str | None:
 
 
 def coarse(logits: LogitDifference, dtypes: tuple[str, ...]) -> str | None:
-    """A remark where rounding the merged weights moved the logits by more than a hundredth."""
+    """A remark for the user where rounding the merged weights moved the logits by more than one percent, else None."""
     if dtypes == ("float32",) or logits.largest <= _COARSE * logits.largest_logit:
         return None
     return (

@@ -1,4 +1,4 @@
-"""The spectra of single weights, each a task of its own, and of all of them together."""
+"""Decomposition of single weights, each a task of its own, and the combination of all spectra in one folder."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpectrumTask:
-    """One weight.
+    """The decomposition of one weight.
 
     Attributes:
-        calibration: the folders with what text did in its layer; empty without them.
-        inherited: the factors to take over, where there are some; then nothing is decomposed.
+        base: folder of the base model.
+        target: the weight.
+        rank: number of singular triplets.
+        calibration: the folders with the layer's second moments; empty for an unweighted decomposition.
+        out: folder to write.
+        inherited: factors to take over from an adapter; nothing is decomposed then.
         leading: whether the components that count most for the text are wanted, not those that count least; needs
             `calibration`.
     """
@@ -43,21 +47,21 @@ class SpectrumTask:
     leading: bool = False
 
 
-def decompose(piece: SpectrumTask) -> None:
-    """Make the spectrum of one weight and store it."""
+def decompose(task: SpectrumTask) -> None:
+    """Compute the spectrum of one weight and store it."""
     torch.set_num_threads(1)
-    weight = CheckpointWeights(piece.base).weight(piece.target)
-    save_spectra(piece.out, {piece.target.name: _triplets(piece, weight)}, {piece.target.name: weight_digest(weight)})
+    weight = CheckpointWeights(task.base).weight(task.target)
+    save_spectra(task.out, {task.target.name: _triplets(task, weight)}, {task.target.name: weight_digest(weight)})
 
 
-def _triplets(piece: SpectrumTask, weight: torch.Tensor) -> Triplets:
-    if piece.inherited is not None:
-        return inherited_triplets(weight, *piece.inherited)
-    weighting = StoredCalibration(piece.calibration).weighting(piece.target.name) if piece.calibration else None
-    if piece.leading:
-        assert weighting is not None
-        return leading_triplets(weight, piece.rank, piece.target.name, weighting)
-    return bottom_triplets(weight, piece.rank, piece.target.name, weighting)
+def _triplets(task: SpectrumTask, weight: torch.Tensor) -> Triplets:
+    if task.inherited is not None:
+        return inherited_triplets(weight, *task.inherited)
+    weighting = StoredCalibration(task.calibration).weighting(task.target.name) if task.calibration else None
+    if task.leading:
+        assert weighting is not None, "the recipe calibrates what CorDA decomposes"
+        return leading_triplets(weight, task.rank, task.target.name, weighting)
+    return bottom_triplets(weight, task.rank, task.target.name, weighting)
 
 
 def leading_triplets(weight_OI: torch.Tensor, rank: int, name: str, weighting: Weighting) -> Triplets:
@@ -104,7 +108,7 @@ def leading_triplets(weight_OI: torch.Tensor, rank: int, name: str, weighting: W
 
 
 def inherited_factors(adapter: SavedAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """U_d S_d and V_d^T of every layer by its name; without columns and rows where it drops nothing."""
+    """The factors U_d S_d (O, D) and V_d^T (D, I) that an adapter drops from each layer, by the layer's name; D may be 0."""
     found = {}
     for target in adapter.targets:
         left_OD = adapter.dropped.get(f"{target.name}.dropped_left", torch.zeros(target.out_features, 0))
@@ -113,13 +117,17 @@ def inherited_factors(adapter: SavedAdapter) -> dict[str, tuple[torch.Tensor, to
     return found
 
 
-def combine(pieces: Sequence[SpectrumTask], folder: Path) -> dict[str, Any]:
-    """Bring the spectra of all weights together in one folder; returns the facts."""
+def combine(tasks: Sequence[SpectrumTask], folder: Path) -> dict[str, Any]:
+    """Combine the spectra of all weights in one folder.
+
+    Returns:
+        The number of `weights`, the `worst_residual`, and how many weights each of the `methods` decomposed.
+    """
     triplets: dict[str, Triplets] = {}
     digests: dict[str, str] = {}
-    for piece in pieces:
-        one, digest = load_spectra(piece.out)
-        triplets |= one
+    for task in tasks:
+        spectrum, digest = load_spectra(task.out)
+        triplets |= spectrum
         digests |= digest
     save_spectra(folder, triplets, digests)
     methods = [spectrum.method for spectrum in triplets.values()]

@@ -1,4 +1,7 @@
-"""What the training stage and its workers tell each other: the job, and the files in its folder."""
+"""The contract between the driver and the training workers: the job, and the files in its folder.
+
+The driver imports this module, so it must not import torch.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,18 @@ from pipeline.core.journal import Record, read_journal
 if TYPE_CHECKING:
     from pipeline.methods.method import Method
 
+# Written by rank 0: one record per optimizer step.
 JOURNAL = "journal.jsonl"
+# Folder of `HangDetector`.
 ROLL_CALL = "roll-call"
-# What rank 0 found out when it put the method into the base: `trainable_parameters`, and `attach_s` in seconds.
+# Written by rank 0 when it has attached the method: `trainable_parameters`, and `attach_s` in seconds.
 ATTACHED = "attached.json"
-# Written by the driver; each file has one writer, for nodes may have no common disk.
+# Worker failures (by the driver), nodes about to leave (by rank 0), and errors that no retry mends (a file per rank). Each file
+# has one writer, because nodes may have no common disk.
 INTERRUPTIONS = "interruptions.jsonl"
 NOTICES = "notices.jsonl"
 ERRORS = "errors"
-# What each layer learned, where something was dropped from it.
+# Singular values of each layer, what it learned beside what it lost (`write_layers`).
 LAYERS = "layers.json"
 
 
@@ -31,8 +37,8 @@ class TrainJob:
     Attributes:
         base_folder: the base model.
         prepared: folder of the prepared data.
-        work: the folder this stage fills; checkpoints in it are resumed from.
-        method: what is put into the base and trained.
+        work: the folder that training fills, and resumes from.
+        method: the method to attach and train.
         settings: the recipe's `train` section.
         deepspeed: the complete DeepSpeed configuration.
     """
@@ -46,10 +52,10 @@ class TrainJob:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are kept."""
+        """The folder of the checkpoints."""
         return self.work / "checkpoints"
 
 
 def journalled_error(work: Path) -> Record | None:
-    """The error that ended training, with its text as `error` and whether the user can mend it as `mistake`."""
+    """The first error that no retry mends: its text as `error`, and as `mistake` whether it is the user's. None without one."""
     return next((record for file in sorted((work / ERRORS).glob("*.jsonl")) for record in read_journal(file)), None)

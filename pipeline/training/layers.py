@@ -1,4 +1,7 @@
-"""What training did to each adapted weight, in singular values: a few numbers a layer, for the report."""
+"""Singular values of what training added to each weight, beside those of what truncation took from it, for the report.
+
+Legend: O = out features, I = in features, R = rank.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from kasa.update import product_singular_values
 
 
 def write_layers(file: Path, adapter: Path, spectra: Path) -> None:
-    """Write a JSON list of `name`, `learned`, `dropped` and `largest` as in `pipeline.report.facts.LayerFacts`.
+    """Write a JSON list with `name`, `learned`, `dropped` and `largest` of each layer, as in `pipeline.report.facts.LayerFacts`.
 
     Args:
-        adapter, spectra: the folders of both.
+        file: the JSON file to write.
+        adapter: folder of the trained KaSA adapter.
+        spectra: folder of the spectra that it was started from.
     """
     trained = read_adapter(adapter)
     decomposed, _ = load_spectra(spectra)

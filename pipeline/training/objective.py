@@ -1,6 +1,6 @@
-"""What a training minimises: the loss of a language model's labelled tokens, or that of a new head's labels.
+"""The training objective: the loss of a language model's labelled tokens, or that of a new head's labels.
 
-Whatever is counted, a step's loss is the sum over the global batch divided by the count over the global batch.
+The loss of a step is the sum of all losses in the global batch divided by their number.
 """
 
 from __future__ import annotations
@@ -25,95 +25,105 @@ from pipeline.models.sequence_classification import (
 
 Sample = Mapping[str, Any]
 
-# From so many times the loss of guessing on, a loss has exploded. Of a head's few labels a small batch says less.
+# A loss has exploded above so many times the loss of a guess. A batch has few labels of a head, so their mean varies more.
 _TOKENS_EXPLODED, _LABELS_EXPLODED = 2.0, 50.0
 
 
 class Objective(Protocol):
-    """How samples become batches, and what is summed up and counted in them."""
+    """How samples become batches, and which losses they have."""
 
     def count(self, sample: Sample) -> int:
-        """How many losses the sample has."""
+        """The number of losses of a sample."""
 
     def without_labels(self, sample: Sample) -> Sample:
-        """The same input without any loss."""
+        """The same sample without any loss."""
 
     def batch(self, samples: Sequence[Sample], packed: bool) -> Any:
-        """A forward pass over the samples: padded, or packed where that is possible."""
+        """Collate samples for one forward pass, padded or packed."""
 
     def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """The losses in the batch, of any shape; zero where there is none."""
+        """The losses of a batch, of any shape; zero where there is none."""
 
     @property
     def largest_loss(self) -> tuple[float, float]:
-        """The mean loss that counts as exploded, and that of guessing."""
+        """(mean loss above which training has diverged, mean loss of a guess)."""
 
 
 @dataclass(frozen=True)
 class TokenObjective:
-    """Cross entropy of a language model's labelled tokens, of a vocabulary of so many."""
+    """Cross entropy of a language model's labelled tokens.
+
+    Attributes:
+        vocabulary: number of tokens in the vocabulary.
+    """
 
     vocabulary: int
 
     def count(self, sample: Sample) -> int:
-        """Labelled tokens."""
+        """The number of labelled tokens. The first has nothing before it to be predicted from."""
         return sum(label >= 0 for label in sample["labels"][1:])
 
     def without_labels(self, sample: Sample) -> Sample:
-        """No token is labelled."""
+        """The same tokens without labels."""
         return {**sample, "labels": [IGNORED] * len(sample["labels"])}
 
     def batch(self, samples: Sequence[Sample], packed: bool) -> Batch:
-        """Padded on the left, or packed."""
+        """Collate samples, padded on the left or packed."""
         return pack(samples) if packed else collate(samples)
 
     def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """In nats, of shape (rows, positions with labels)."""
+        """Cross entropy in nats, shape (rows, positions with labels)."""
         return label_losses(model, batch)
 
     @property
     def largest_loss(self) -> tuple[float, float]:
-        """Guessing costs the logarithm of the vocabulary's size."""
+        """(limit, loss of a uniform guess, which is the logarithm of the vocabulary's size)."""
         guessing = math.log(self.vocabulary)
         return _TOKENS_EXPLODED * guessing, guessing
 
 
 @dataclass(frozen=True)
 class LabelObjective:
-    """Cross entropy or squared error of a new head's answers; `guessing` is the loss without looking at the text."""
+    """Cross entropy or squared error of a new head's outputs.
+
+    Attributes:
+        head: the head.
+        pad_token: the model's padding token.
+        guessing: mean loss of a guess that ignores the text.
+    """
 
     head: Head
     pad_token: int
     guessing: float
 
     def count(self, sample: Sample) -> int:
-        """One label a sample."""
+        """One label per sample."""
         return 1
 
     def without_labels(self, sample: Sample) -> Sample:
-        """A label that is none."""
+        """The same text with NaN as its label, which `sample_losses` counts as zero loss."""
         return {**sample, "label": math.nan}
 
     def batch(self, samples: Sequence[Sample], packed: bool) -> LabelledBatch:
-        """Padded on the right."""
+        """Collate samples, padded on the right."""
         assert not packed, "recipes refuse it"
         return collate_labelled(samples, self.pad_token)
 
     def losses(self, model: nn.Module, batch: LabelledBatch) -> torch.Tensor:
-        """In nats, or the label's unit squared, of shape (samples,)."""
+        """Cross entropy in nats or squared error, shape (samples,)."""
         return sample_losses(head_outputs(model, batch), batch.labels_B, self.head)
 
     @property
     def largest_loss(self) -> tuple[float, float]:
-        """Many times that of guessing."""
+        """(limit, loss of a guess)."""
         return _LABELS_EXPLODED * self.guessing, self.guessing
 
 
 def objective_of(model: nn.Module, head: Head, samples: Any) -> Objective:
-    """What to minimise on these training samples."""
+    """The objective of a model with this head on these training samples."""
     if not head.is_new:
         return TokenObjective(vocabulary_size(model))
-    # Of classes a uniform guess, of values 0, which is what a new head says.
+    # A uniform guess of the class; for values 0, which is what an untrained head answers on average.
     guessing = (
         math.log(head.outputs)
         if head.kind == "classification"

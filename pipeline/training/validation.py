@@ -1,12 +1,9 @@
-"""ValidationHistory at the validation samples during training: the loss there, which look was the best, and when to stop.
-
-When a training has gone wrong for good: a pure decision on the numbers of one step.
-"""
+"""Validation during training: the loss on the validation samples, which step was best, and when to stop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +15,12 @@ from pipeline.training.objective import Objective
 
 @dataclass
 class ValidationHistory:
-    """The validation losses of a run so far, in the order of steps.
+    """The validation losses of a training so far.
 
     Attributes:
-        every: optimizer steps between looks.
-        patience: how many looks without a lower loss end the training; None: never.
+        every: optimizer steps between validations.
+        patience: how many validations in a row without a lower loss end the training; None never ends it.
+        losses: the mean loss by step, in the order of steps.
     """
 
     every: int
@@ -30,17 +28,17 @@ class ValidationHistory:
     losses: dict[int, float] = field(default_factory=dict)
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Whether to look after step `step` of `steps`; always after the last one."""
+        """Whether to validate after step `step` of `steps`; always after the last one."""
         return step % self.every == 0 or step == steps
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest loss, the earliest of equals; None before the first look."""
+        """The step of the lowest loss, the earliest of equals; None before the first validation."""
         return min(self.losses, key=lambda step: (self.losses[step], step), default=None)
 
     @property
     def should_stop(self) -> bool:
-        """Whether the last `patience` looks were all no better than one before."""
+        """Whether the last `patience` validations were all no better than an earlier one."""
         if self.patience is None or self.best_step is None:
             return False
         return sum(step > self.best_step for step in self.losses) >= self.patience
@@ -48,9 +46,13 @@ class ValidationHistory:
 
 @torch.no_grad()
 def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int, objective: Objective) -> float:
-    """Mean loss over all labels of `samples`; collective.
+    """Mean loss over all labels of the validation samples, the same on every rank; collective.
 
-    Every rank runs equally many forward passes, as stage 3 needs: where samples run out, one is repeated and not counted.
+    Args:
+        engine: the DeepSpeed engine; it is left in training mode.
+        samples: the validation samples.
+        micro_batch_size: samples of one rank per forward pass.
+        objective: what is summed up and counted.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
@@ -59,6 +61,8 @@ def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int, 
     for turn in range(math.ceil(len(order) / (world * micro_batch_size))):
         first = turn * world * micro_batch_size
         mine = order[first : first + world * micro_batch_size][rank::world]
+        # Stage 3 gathers parameters in every forward pass, so all ranks must run equally many: one without samples of its own
+        # repeats one that is not counted.
         chosen = [samples[index] for index in mine or order[:1]]
         losses = objective.losses(engine, objective.batch(chosen, packed=False).to(engine.device))
         if mine:
@@ -66,16 +70,3 @@ def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int, 
     engine.train()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1])
-
-
-def what_went_wrong(record: Mapping[str, float], largest: float, guessing: float) -> str | None:
-    """In words, where the loss or the gradient is no number any more, or the loss explodes; None where all is well.
-
-    A loss explodes above `largest` (`Objective.largest_loss`); what guessing costs is only said.
-    """
-    for name, value in (("loss", record["loss"]), ("gradient's norm", record.get("gradient_norm", 0.0))):
-        if not math.isfinite(value):
-            return f"the {name} became {value}"
-    if record["task_loss"] > largest:
-        return f"the loss exploded to {record['task_loss']:.4g}, where guessing costs {guessing:.4g}"
-    return None

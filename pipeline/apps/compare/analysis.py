@@ -1,4 +1,4 @@
-"""From trials to a table, and to one sentence that says no more than the data support."""
+"""Analysis of a comparison: means, paired tests, and a conclusion that says no more than the data support."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What one method's trials left.
+    """The results of all trials of one method.
 
     Attributes:
-        runs: per-sample results, one list for each seed; a base has one.
-        costs: means over the seeds, by the names of `pipeline.apps.compare.trials.COSTS`; empty for a base.
-        rank: at which it was trained, where it has one.
-        chosen: what tuning came to, if there was any.
-        failure: why it could not be trained to the end, if so; `runs` is empty then.
+        name: the method's name, or `base`.
+        runs: per-sample results, one list for each seed; the base has one list.
+        costs: means over the seeds, by the names of `pipeline.apps.compare.trials.COSTS`; empty for the base.
+        rank: rank of the adapter; None for methods without one.
+        learning_rate: of the trainings.
+        chosen: the result of tuning, if there was any.
+        failure: why a training failed; `runs` is empty then.
     """
 
     name: str
@@ -40,13 +42,14 @@ class Row:
     """One method in the table.
 
     Attributes:
+        result: the method's results.
         metrics: metric -> mean over seeds with its interval.
-        difference: from the method that all are held against; None for that one, and where there is nothing to compare.
-        adjusted_p: after Holm.
+        difference: from the reference; None for the reference itself, and where a training failed.
+        adjusted_p: p-value of the difference after Holm's correction.
         verdict: `better`, `worse` or `not told apart`; empty where there is no difference.
     """
 
-    ran: MethodResult
+    result: MethodResult
     metrics: dict[str, Interval]
     difference: Difference | None = None
     adjusted_p: float | None = None
@@ -55,15 +58,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Findings:
-    """The whole comparison.
+    """The result of a comparison.
 
     Attributes:
-        metric: what was decided on.
-        against: the method that all others are held against.
-        seeds, samples: how many there were.
+        metric: the metric that the methods are compared by.
+        against: the reference that all others are compared with.
+        seeds: number of seeds.
+        samples: number of held-out samples.
         rows: the base first, then the methods as they were asked for.
         conclusion: what the data support.
-        limits: what they do not, one sentence each.
+        limits: what they do not support, one sentence each.
     """
 
     metric: str
@@ -75,37 +79,42 @@ class Findings:
     limits: tuple[str, ...]
 
 
-def findings(ran: Sequence[MethodResult], metric: str, measured: Sequence[str], against: str, seeds: int) -> Findings:
-    """Means, paired differences with Holm's correction, and what follows.
+def findings(
+    results: Sequence[MethodResult], metric: str, measured: Sequence[str], against: str, seeds: int
+) -> Findings:
+    """Analyse the results of a comparison: means, paired differences with Holm's correction, and the conclusion.
 
     Args:
-        ran: one of them is named `against`.
-        measured: the metrics to show beside.
+        results: the results of all methods and the base; one of them is named `against`.
+        metric: the metric to compare by.
+        measured: all metrics to show.
+        against: the reference.
+        seeds: number of seeds.
     """
-    reference = next(one for one in ran if one.name == against)
+    reference = next(one for one in results if one.name == against)
     differences = {
         one.name: difference_over_seeds(one.runs, reference.runs, metric)
-        for one in ran
+        for one in results
         if one.name != against and one.runs and reference.runs
     }
     adjusted = holm({name: difference.p_value for name, difference in differences.items()})
-    rows = tuple(_row(one, measured, metric, differences.get(one.name), adjusted.get(one.name)) for one in ran)
-    samples = max(len(one.runs[0]) for one in ran if one.runs)
+    rows = tuple(_row(one, measured, metric, differences.get(one.name), adjusted.get(one.name)) for one in results)
+    samples = max(len(one.runs[0]) for one in results if one.runs)
     conclusion = _conclusion(rows, metric, against, seeds, samples)
     return Findings(metric, against, seeds, samples, rows, conclusion, _limits(rows, metric, against, seeds))
 
 
 def _row(
-    ran: MethodResult, measured: Sequence[str], metric: str, difference: Difference | None, adjusted: float | None
+    result: MethodResult, measured: Sequence[str], metric: str, difference: Difference | None, adjusted: float | None
 ) -> Row:
-    metrics = {name: mean_over_seeds(ran.runs, name) for name in measured} if ran.runs else {}
+    metrics = {name: mean_over_seeds(result.runs, name) for name in measured} if result.runs else {}
     if difference is None or adjusted is None:
-        return Row(ran, metrics)
-    return Row(ran, metrics, difference, adjusted, verdict(difference.interval, adjusted, metric in LOWER_IS_BETTER))
+        return Row(result, metrics)
+    return Row(result, metrics, difference, adjusted, verdict(difference.interval, adjusted, metric in LOWER_IS_BETTER))
 
 
 def verdict(difference: Interval, adjusted_p: float, lower_is_better: bool) -> str:
-    """A difference counts only if its interval excludes zero and Holm's test does so too."""
+    """`better` or `worse` if the interval excludes zero and Holm's test is significant too, else `not told apart`."""
     if adjusted_p >= LEVEL or difference.low <= 0 <= difference.high:
         return "not told apart"
     return "better" if (difference.estimate < 0) == lower_is_better else "worse"
@@ -129,18 +138,18 @@ def _conclusion(rows: Sequence[Row], metric: str, against: str, seeds: int, samp
 
 def _with_difference(row: Row, metric: str) -> str:
     assert row.difference is not None
-    return f"{row.ran.name} ({row.difference.interval.text(partial(change_text, metric))})"
+    return f"{row.result.name} ({row.difference.interval.text(partial(change_text, metric))})"
 
 
 def change_text(metric: str, value: float) -> str:
-    """A difference as people write it: points for shares."""
+    """A difference with its sign; shares are written in percentage points."""
     return (
         f"{100 * value:+.2f}" if metric in SHARES else f"{value:+.3g}" if metric in LOWER_IS_BETTER else f"{value:+.2f}"
     )
 
 
 def value_text(metric: str, value: float) -> str:
-    """A value likewise."""
+    """A value; shares are written in percent."""
     return f"{100 * value:.2f}" if metric in SHARES else f"{value:.4g}" if metric in LOWER_IS_BETTER else f"{value:.2f}"
 
 
@@ -161,14 +170,14 @@ def _limits(rows: Sequence[Row], metric: str, against: str, seeds: int) -> tuple
         )
     elif seeds < 5:
         said.append(f"{seeds} seeds show the spread between trainings only roughly; the intervals allow for that.")
-    if edges := [row.ran.name for row in rows if row.ran.chosen and row.ran.chosen.at_edge]:
+    if edges := [row.result.name for row in rows if row.result.chosen and row.result.chosen.at_edge]:
         said.append(
             f"The chosen learning rate of {', '.join(edges)} lies at the edge of those tried; a better one may lie beyond."
         )
-    if not any(row.ran.chosen for row in rows):
+    if not any(row.result.chosen for row in rows):
         said.append(
             "All methods were trained at one learning rate, which suits some better than others; --tune lr gives each its own."
         )
-    said += [f"{row.ran.name} has no result: {row.ran.failure}" for row in rows if row.ran.failure]
+    said += [f"{row.result.name} has no result: {row.result.failure}" for row in rows if row.result.failure]
     said.append("What holds on these data, this base and this budget need not hold on others.")
     return tuple(said)

@@ -100,7 +100,7 @@ def comparable() -> tuple[str, ...]:
     return (*METHODS, *_VARIANTS)
 
 
-def entrant_names(text: str) -> list[str]:
+def method_names(text: str) -> list[str]:
     """The names in `kasa,lora,...`, without the base, which every comparison shows.
 
     Raises:
@@ -119,7 +119,9 @@ def entrant_names(text: str) -> list[str]:
     return [name for name in names if name != BASE]
 
 
-def entrants(recipe: Recipe, names: Sequence[str], targets: Sequence[Target], model: nn.Module) -> list[ComparedMethod]:
+def compared_methods(
+    recipe: Recipe, names: Sequence[str], targets: Sequence[Target], model: nn.Module
+) -> list[ComparedMethod]:
     """The methods, each at the rank at which it trains as nearly as it can what KaSA trains by the recipe.
 
     alpha / rank stays that of the recipe. `model` may be on the meta device.
@@ -128,7 +130,7 @@ def entrants(recipe: Recipe, names: Sequence[str], targets: Sequence[Target], mo
         RecipeError: the recipe cannot be used with one of them.
     """
     budget = trainable_count(recipe.adapter.model_copy(update={"method": REFERENCE}), targets, model)
-    return [_entrant(recipe, name, targets, model, budget) for name in names]
+    return [_compared_method(recipe, name, targets, model, budget) for name in names]
 
 
 def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
@@ -149,7 +151,9 @@ def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
     return parse_recipe(values, f"the recipe for {name}")
 
 
-def _entrant(recipe: Recipe, name: str, targets: Sequence[Target], model: nn.Module, budget: int) -> ComparedMethod:
+def _compared_method(
+    recipe: Recipe, name: str, targets: Sequence[Target], model: nn.Module, budget: int
+) -> ComparedMethod:
     made = recipe_for(recipe, name)
     if made.adapter.method != REFERENCE:
         made = recipe_for(recipe, name, matching_rank(made.adapter, targets, model, budget))

@@ -1,4 +1,4 @@
-"""A comparison on paper: `comparison.md`, `comparison.json`, `comparison.svg` and `comparison.png`."""
+"""The files of a comparison: `comparison.md`, `comparison.json`, `comparison.svg` and `comparison.png`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HOW = (
 
 
 def write_comparison(folder: Path, name: str, recipe: Recipe, found: Findings) -> None:
-    """Fill the folder; each file appears whole."""
+    """Write the files of a comparison into a folder; each appears complete or not at all."""
     atomic_write(folder / "comparison.md", markdown(name, recipe, found))
     values = {"name": name, "recipe": recipe_values(recipe), **findings_json(found)}
     atomic_write(folder / "comparison.json", json.dumps(values, indent=1))
@@ -45,7 +45,7 @@ def write_comparison(folder: Path, name: str, recipe: Recipe, found: Findings) -
 
 
 def findings_json(found: Findings) -> dict[str, Any]:
-    """All of it as JSON values, without the samples' results."""
+    """The findings as JSON values, without the results of single samples."""
     return {
         "metric": found.metric,
         "against": found.against,
@@ -53,17 +53,17 @@ def findings_json(found: Findings) -> dict[str, Any]:
         "samples": found.samples,
         "conclusion": found.conclusion,
         "limits": list(found.limits),
-        "methods": {row.ran.name: _row_json(row) for row in found.rows},
+        "methods": {row.result.name: _row_json(row) for row in found.rows},
     }
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    ran, difference = row.ran, row.difference
+    result, difference = row.result, row.difference
     return {
-        "rank": ran.rank,
-        "learning_rate": ran.learning_rate,
-        "tuning": dataclasses.asdict(ran.chosen) if ran.chosen else None,
-        "failure": ran.failure,
+        "rank": result.rank,
+        "learning_rate": result.learning_rate,
+        "tuning": dataclasses.asdict(result.chosen) if result.chosen else None,
+        "failure": result.failure,
         "metrics": {metric: dataclasses.asdict(interval) for metric, interval in row.metrics.items()},
         "difference": None
         if difference is None
@@ -74,12 +74,12 @@ def _row_json(row: Row) -> dict[str, Any]:
             "p_holm": row.adjusted_p,
             "verdict": row.verdict,
         },
-        "costs": {name: None if math.isnan(value) else value for name, value in ran.costs.items()},
+        "costs": {name: None if math.isnan(value) else value for name, value in result.costs.items()},
     }
 
 
 def markdown(name: str, recipe: Recipe, found: Findings) -> str:
-    """The page: conclusion, table, what it does not say, other metrics, how it was computed."""
+    """The page in Markdown: conclusion, table, limits, other metrics, learning rates, and how all was computed."""
     others = [metric for metric in next(row.metrics for row in found.rows if row.metrics) if metric != found.metric]
     parts = [
         f"# Comparison {name}",
@@ -90,15 +90,15 @@ def markdown(name: str, recipe: Recipe, found: Findings) -> str:
     ]
     if others:
         rows = [
-            [row.ran.name, *(_interval(metric, row.metrics.get(metric), value_text) for metric in others)]
+            [row.result.name, *(_interval(metric, row.metrics.get(metric), value_text) for metric in others)]
             for row in found.rows
         ]
         parts += ["## Other metrics", _table(["method", *(METRICS[metric].label for metric in others)], rows)]
-    if tuned := [row for row in found.rows if row.ran.chosen]:
+    if tuned := [row for row in found.rows if row.result.chosen]:
         rows = [
-            [row.ran.name, f"{row.ran.chosen.rate:g}", _losses(row.ran.chosen.losses)]
+            [row.result.name, f"{row.result.chosen.rate:g}", _losses(row.result.chosen.losses)]
             for row in tuned
-            if row.ran.chosen
+            if row.result.chosen
         ]
         parts += ["## Learning rates", _table(["method", "chosen", "validation loss at each rate tried"], rows)]
     base, train = recipe.base.model, recipe.train
@@ -113,30 +113,30 @@ def markdown(name: str, recipe: Recipe, found: Findings) -> str:
 
 
 def table(found: Findings) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the main table."""
+    """(head, rows) of the main table."""
     metric = found.metric
     arrow = "lower is better" if METRICS[metric].lower_is_better else "higher is better"
     head = ["method", "rank", "rate", f"{METRICS[metric].label} ({arrow})", f"against {found.against}", "p (Holm)", ""]
     rows = []
     for row in found.rows:
-        ran, difference = row.ran, row.difference
+        result, difference = row.result, row.difference
         rows.append(
             [
-                ran.name,
-                "" if ran.rank is None else str(ran.rank),
-                "" if ran.learning_rate is None else f"{ran.learning_rate:g}",
-                _interval(metric, row.metrics.get(metric), value_text) if not ran.failure else "no result",
+                result.name,
+                "" if result.rank is None else str(result.rank),
+                "" if result.learning_rate is None else f"{result.learning_rate:g}",
+                _interval(metric, row.metrics.get(metric), value_text) if not result.failure else "no result",
                 _interval(metric, difference.interval if difference else None, change_text),
                 "" if row.adjusted_p is None else f"{row.adjusted_p:.3f}",
                 row.verdict,
-                *(cost_text(name, ran.costs.get(name)) for name in COSTS),
+                *(cost_text(name, result.costs.get(name)) for name in COSTS),
             ]
         )
     return [*head, *COSTS.values()], rows
 
 
 def cost_text(name: str, value: float | None) -> str:
-    """A cost as people write it."""
+    """A cost as text; empty where it is unknown."""
     if value is None or math.isnan(value):
         return ""
     return f"{value:,.0f}" if name in ("trainable_parameters", "tokens_per_second") else f"{value:.2f}"
@@ -168,7 +168,7 @@ def _figure(found: Findings) -> Figure:
         f"difference from {found.against}",
     )
     right.axvline(0, color="#9ca3af", linewidth=1, zorder=0)
-    left.set_yticks(range(len(rows)), [row.ran.name for row in rows])
+    left.set_yticks(range(len(rows)), [row.result.name for row in rows])
     left.invert_yaxis()
     return figure
 

@@ -1,4 +1,4 @@
-"""A comparison from its recipe to its table: the trials that are missing are run, side by side where the cluster has room."""
+"""Running a comparison: the missing trials, side by side where the cluster has room, then the table and the report."""
 
 from __future__ import annotations
 
@@ -10,76 +10,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kasa.errors import nearest
 from kasa.targets import Target
 from pipeline.apps.compare.analysis import Findings, MethodResult, findings
-from pipeline.apps.compare.methods import BASE, ChosenRate, ComparedMethod, choose_rate, entrants, recipe_for
+from pipeline.apps.compare.methods import BASE, ChosenRate, ComparedMethod, choose_rate, compared_methods
 from pipeline.apps.compare.paper import write_comparison
+from pipeline.apps.compare.plan import ComparisonPlan
 from pipeline.apps.compare.trials import Trial, costs, made_already, run_trial, trial, trial_keys
 from pipeline.artifacts.store import Artifact, ArtifactStore
 from pipeline.cluster.connection import cluster_capacity, ray_cluster
-from pipeline.config.evaluate import HarnessSettings
-from pipeline.config.recipe import Recipe, recipe_values
+from pipeline.config.recipe import recipe_values
 from pipeline.core.console import ProgressBars
-from pipeline.core.errors import RecipeError, TrainingError
-from pipeline.core.files import content_digest
+from pipeline.core.errors import TrainingError
 from pipeline.core.journal import append_journal, read_journal
 from pipeline.core.provenance import code_tags
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
-from pipeline.models.shapes import meta_model, model_config
+from pipeline.models.shapes import meta_model
 from pipeline.run import graph as keys
 from pipeline.run.context import NestedRun, close_context, open_context
 from pipeline.run.report_facts import environment_tags
 from pipeline.run.stages.evaluate import results_of
-from pipeline.run.stages.train import deepspeed_settings
 from pipeline.run.state import ready_workspace
-from pipeline.storage.workspace import Workspace, look_into
+from pipeline.storage.workspace import Workspace
 from pipeline.tracking.runs import Tracking
 
 FOLDER = "comparisons"
 _FINISHED = "trials.jsonl"
-# What a comparison with nothing else to hold against uses.
-DEFAULT_AGAINST = "lora"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be compared.
-
-    Attributes:
-        recipe: as it was given.
-        methods: their names, without the base.
-        seeds: of the trainings.
-        rates: the learning rates to choose from for each method; none: the recipe's.
-        against: the method, or the base, that all others are held against.
-    """
-
-    recipe: Recipe
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    rates: tuple[float, ...]
-    against: str
-
-    @property
-    def name(self) -> str:
-        """Of its folder and its MLflow run: the same comparison has the same."""
-        values = recipe_values(self.recipe)
-        values.pop("workspace")
-        key = content_digest([values, self.methods, self.seeds, self.rates, self.against])
-        return f"{self.recipe.name}-{key[:8]}"
-
-
-@dataclass(frozen=True)
-class TrialPlan:
-    """A trial in a dry run: which of its stages are there, and which are to be made; both empty while that is not known."""
-
-    name: str
-    parameters: int | None
-    reused: tuple[str, ...]
-    made: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -87,11 +45,15 @@ class Compared:
     """A finished comparison.
 
     Attributes:
+        plan: what was compared.
+        findings: the result.
         folder: holds `comparison.md`, `comparison.json` and the plots.
-        reused: how many of the trials had been finished before.
+        trials: number of trials.
+        reused: how many of them had been finished before.
+        run_id: the comparison's MLflow run.
     """
 
-    plan: Plan
+    plan: ComparisonPlan
     findings: Findings
     folder: Path
     trials: int
@@ -99,41 +61,16 @@ class Compared:
     run_id: str
 
 
-def plan_comparison(
-    recipe: Recipe,
-    methods: Sequence[str],
-    seeds: int,
-    seed_from: int | None,
-    rates: Sequence[float],
-    against: str | None,
-) -> Plan:
-    """The comparison that the options describe; of tasks of lm-evaluation-harness it runs none.
-
-    Raises:
-        RecipeError: `against` is not among the methods, or one of them cannot do with the recipe.
-    """
-    for method in methods:
-        deepspeed_settings(recipe_for(recipe, method))
-    first = recipe.train.seed if seed_from is None else seed_from
-    if against is None:
-        against = DEFAULT_AGAINST if DEFAULT_AGAINST in methods else BASE
-    if against not in (BASE, *methods):
-        raise RecipeError(
-            f"--against {against} is not compared here{nearest(against, methods) or f'; choose from {BASE}, ' + ', '.join(methods)}"
-        )
-    evaluate = recipe.evaluate.model_copy(update={"harness": HarnessSettings()})
-    recipe = recipe.model_copy(update={"evaluate": evaluate})
-    return Plan(recipe, tuple(methods), tuple(range(first, first + seeds)), tuple(rates), against)
-
-
-def compare(plan: Plan, bars: ProgressBars, side_by_side: int | None = None) -> Compared:
-    """Run what is missing and say what comes out; after an interruption the same call goes on.
+def compare(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None = None) -> Compared:
+    """Run the missing trials and compare the results; after an interruption the same call resumes.
 
     Args:
-        side_by_side: how many trials at once at most; default: as many as the cluster has cores and GPUs for.
+        plan: what to compare.
+        bars: where progress is shown.
+        side_by_side: most trials at once; None runs as many as the cluster has cores and GPUs for.
 
     Raises:
-        KasaError: a mistake in the recipe, the data, the base or the environment; what was made so far is kept.
+        KasaError: a mistake in the recipe, the data, the base or the environment; finished artifacts are kept.
     """
     recipe = plan.recipe
     check_measurable(recipe.evaluate.measured)
@@ -143,68 +80,29 @@ def compare(plan: Plan, bars: ProgressBars, side_by_side: int | None = None) -> 
     assert sources is not None
     assert base is not None
     targets = base.targets(recipe.adapter.targets)
-    entered = entrants(recipe, plan.methods, targets, meta_model(base.config, recipe.base.head))
-    for entrant in entered:
-        check_ranks(entrant.recipe, targets)
+    methods = compared_methods(recipe, plan.methods, targets, meta_model(base.config, recipe.base.head))
+    for method in methods:
+        check_ranks(method.recipe, targets)
     storage.upload_input(base.folder, base.digest)
     tracking = Tracking(recipe.workspace, recipe.name)
     tags = {**environment_tags(), **code_tags(), "kasa.comparison": plan.name}
     run_id = tracking.start_run(f"compare {plan.name}", tags, origin=f"compare.{plan.name}")
     tracking.resume_run(run_id)
-    bench = _ComparisonRunner(plan, storage, base, sources, targets, bars, run_id, side_by_side)
+    runner = _ComparisonRunner(plan, storage, base, sources, targets, bars, run_id, side_by_side)
     with tracking.open_run(run_id), ray_cluster(recipe.workspace, *keys.needed_resources(recipe)), bars.showing():
-        ran = bench.run_all(entered)
-        found = findings(ran, recipe.evaluate.gate_metric, recipe.evaluate.measured, plan.against, len(plan.seeds))
-        write_comparison(bench.folder, plan.name, recipe, found)
-        for file in bench.folder.glob("comparison.*"):
+        results = runner.run_all(methods)
+        found = findings(results, recipe.evaluate.gate_metric, recipe.evaluate.measured, plan.against, len(plan.seeds))
+        write_comparison(runner.folder, plan.name, recipe, found)
+        for file in runner.folder.glob("comparison.*"):
             storage.save(file)
             tracking.log_files(run_id, file)
         _log_findings(tracking, run_id, plan, found)
-    return Compared(plan, found, bench.folder, bench.done, bench.reused, run_id)
-
-
-def plan_trials(plan: Plan) -> list[TrialPlan]:
-    """`--dry-run`: the trials, and what of them is there; makes, fetches and starts nothing.
-
-    Raises:
-        KasaError: what the comparison itself would refuse, as far as it can be seen from here.
-    """
-    recipe = plan.recipe
-    sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
-    base = find_base(recipe.base, recipe.workspace, fetch=False)
-    config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
-    if base is None or sources is None or config is None:
-        names = [f"{method}, seed {seed}" for seed in plan.seeds for method in plan.methods]
-        return [TrialPlan(name, None, (), ()) for name in [BASE, *names]]
-    targets = base.targets(recipe.adapter.targets)
-    entered = entrants(recipe, plan.methods, targets, meta_model(config, recipe.base.head))
-    for entrant in entered:
-        check_ranks(entrant.recipe, targets)
-    store = ArtifactStore(recipe.workspace, look_into(recipe.location))
-
-    def planned(one: Trial, parameters: int | None) -> TrialPlan:
-        wanted = trial_keys(one, base.digest, sources.digest, targets)
-        there = made_already(store, wanted)
-        return TrialPlan(one.name, parameters, tuple(there), tuple(stage for stage in wanted if stage not in there))
-
-    trials = [planned(Trial(BASE, recipe), None)]
-    trials += [
-        planned(trial(entrant, plan.seeds[0], rate, is_tuning=True), entrant.parameters)
-        for rate in plan.rates
-        for entrant in entered
-    ]
-    for seed in plan.seeds:
-        for entrant in entered:
-            if plan.rates:
-                trials.append(TrialPlan(f"{entrant.name}, seed {seed}, at the chosen rate", entrant.parameters, (), ()))
-            else:
-                trials.append(planned(trial(entrant, seed, recipe.train.learning_rate), entrant.parameters))
-    return trials
+    return Compared(plan, found, runner.folder, runner.done, runner.reused, run_id)
 
 
 @dataclass
 class _Outcome:
-    """What became of a trial: its artifacts by stage, or why training could not go on."""
+    """The end of a trial: its artifacts by stage, or why its training failed."""
 
     made: Mapping[str, Artifact]
     failure: str | None = None
@@ -212,7 +110,15 @@ class _Outcome:
 
 @dataclass
 class _ComparisonRunner:
-    plan: Plan
+    """Runs the trials of one comparison.
+
+    Attributes:
+        done: trials finished, those of earlier calls included.
+        reused: trials finished by earlier calls.
+        total: trials of the comparison.
+    """
+
+    plan: ComparisonPlan
     storage: Workspace
     base: BaseModel
     sources: DataSources
@@ -227,65 +133,65 @@ class _ComparisonRunner:
 
     @property
     def folder(self) -> Path:
+        """The comparison's folder in the workspace."""
         return self.storage.folder / FOLDER / self.plan.name
 
-    def run_all(self, entered: Sequence[ComparedMethod]) -> list[MethodResult]:
+    def run_all(self, methods: Sequence[ComparedMethod]) -> list[MethodResult]:
+        """Run or find all trials; the results, the base's first."""
         plan = self.plan
         self.folder.mkdir(parents=True, exist_ok=True)
         self.storage.load(self.folder / _FINISHED)
-        self.total = 1 + len(entered) * (len(plan.seeds) + len(plan.rates))
+        self.total = 1 + len(methods) * (len(plan.seeds) + len(plan.rates))
         base = Trial(BASE, plan.recipe)
-        rates = self._tune(entered)
+        rates = self._tune(methods)
         trials = {
-            entrant.name: [trial(entrant, seed, chosen.rate) for seed in plan.seeds]
-            for entrant in entered
-            if (chosen := rates[entrant.name])
+            method.name: [trial(method, seed, chosen.rate) for seed in plan.seeds]
+            for method in methods
+            if (chosen := rates[method.name])
         }
-        # Seed by seed, so that what several methods share is made once and early.
+        # Seed by seed, so that artifacts that several methods share are computed once, and early.
         trained = [one for pairs in zip(*trials.values(), strict=True) for one in pairs]
         outcomes = self._run([base, *trained])
         untrained = [MethodResult(BASE, [results_of(outcomes[base.name].made[keys.EVALUATE])])]
         return untrained + [
-            self._gathered(entrant, rates[entrant.name], [outcomes[one.name] for one in trials.get(entrant.name, [])])
-            for entrant in entered
+            self._result(method, rates[method.name], [outcomes[one.name] for one in trials.get(method.name, [])])
+            for method in methods
         ]
 
-    def _tune(self, entered: Sequence[ComparedMethod]) -> dict[str, ChosenRate | None]:
+    def _tune(self, methods: Sequence[ComparedMethod]) -> dict[str, ChosenRate | None]:
         """The learning rate of each method; None where it diverged at all of them."""
         plan = self.plan
         if not plan.rates:
             own = ChosenRate(plan.recipe.train.learning_rate, {}, False)
-            return {entrant.name: own for entrant in entered}
+            return {method.name: own for method in methods}
         trials = {
-            (entrant.name, rate): trial(entrant, plan.seeds[0], rate, is_tuning=True)
+            (method.name, rate): trial(method, plan.seeds[0], rate, is_tuning=True)
             for rate in plan.rates
-            for entrant in entered
+            for method in methods
         }
         outcomes = self._run(trials.values())
-        losses: dict[str, dict[float, float]] = {entrant.name: {} for entrant in entered}
+        losses: dict[str, dict[float, float]] = {method.name: {} for method in methods}
         for (name, rate), one in trials.items():
             if not outcomes[one.name].failure:
                 losses[name][rate] = outcomes[one.name].made[keys.TRAIN].facts["validation_loss"]
         return {name: choose_rate(plan.rates, found) for name, found in losses.items()}
 
-    def _gathered(
-        self, entrant: ComparedMethod, chosen: ChosenRate | None, outcomes: Sequence[_Outcome]
-    ) -> MethodResult:
-        rank = None if entrant.recipe.adapter.spec.parameters is None else entrant.recipe.adapter.rank
+    def _result(self, method: ComparedMethod, chosen: ChosenRate | None, outcomes: Sequence[_Outcome]) -> MethodResult:
+        rank = None if method.recipe.adapter.spec.parameters is None else method.recipe.adapter.rank
         if chosen is None:
-            return MethodResult(entrant.name, [], rank=rank, failure="training diverged at every learning rate tried")
+            return MethodResult(method.name, [], rank=rank, failure="training diverged at every learning rate tried")
         tuned = chosen if chosen.losses else None
         if failures := [outcome.failure for outcome in outcomes if outcome.failure]:
-            return MethodResult(entrant.name, [], {}, rank, chosen.rate, tuned, failures[0])
+            return MethodResult(method.name, [], {}, rank, chosen.rate, tuned, failures[0])
         each = [costs(outcome.made) for outcome in outcomes]
         means = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
-        # Later trainings find the spectra of the first one; what they took was paid once, and is paid for each new base.
+        # Only the first training waited for the spectra, which the later ones reuse; a new base would need them once.
         means["start_s"] = max(one["start_s"] for one in each)
         runs = [results_of(outcome.made[keys.EVALUATE]) for outcome in outcomes]
-        return MethodResult(entrant.name, runs, means, rank, chosen.rate, tuned)
+        return MethodResult(method.name, runs, means, rank, chosen.rate, tuned)
 
     def _run(self, trials: Iterable[Trial]) -> dict[str, _Outcome]:
-        """All of them, those that were finished before from the workspace; outcomes by name."""
+        """Run trials, or find them in the workspace; their outcomes by name."""
         store = ArtifactStore(self.storage.folder, self.storage)
         finished = {record["trial"] for record in read_journal(self.folder / _FINISHED)}
         outcomes, missing = {}, []
@@ -313,7 +219,7 @@ class _ComparisonRunner:
         return outcomes
 
     def _at_once(self, trials: Sequence[Trial]) -> int:
-        """How many of the trials the cluster has room for; the first of them to be run may wait for a connection."""
+        """How many of the trials run at once, by the cluster's capacity."""
         if len(trials) < 2 or self.side_by_side == 1:
             return 1
         cpus, gpus = cluster_capacity()
@@ -335,9 +241,9 @@ class _ComparisonRunner:
 
     @contextmanager
     def _opened(self, one: Trial, bars: ProgressBars) -> Iterator[Any]:
-        nest = NestedRun(one.name, self.run_id, f"compare.{self.plan.name}.{one.name}")
-        with self._opening:  # connecting to MLflow passes through the environment
-            context = open_context(one.recipe, self.storage, bars, {"kasa.trial": one.name}, within=nest)
+        nested = NestedRun(one.name, self.run_id, f"compare.{self.plan.name}.{one.name}")
+        with self._opening:  # MLflow is configured through the environment, which threads share
+            context = open_context(one.recipe, self.storage, bars, {"kasa.trial": one.name}, within=nested)
         with context.tracking.open_run(context.parent_run):
             context.describe_run()
             yield context
@@ -348,7 +254,7 @@ class _ComparisonRunner:
         self.bars.update("compare", self.done, self.total, "trials")
 
 
-def _log_findings(tracking: Tracking, run_id: str, plan: Plan, found: Findings) -> None:
+def _log_findings(tracking: Tracking, run_id: str, plan: ComparisonPlan, found: Findings) -> None:
     tracking.log_parameters(
         run_id,
         {
@@ -362,7 +268,7 @@ def _log_findings(tracking: Tracking, run_id: str, plan: Plan, found: Findings) 
     for row in found.rows:
         if interval := row.metrics.get(found.metric):
             # MLflow takes no colon in the name of a metric on some systems.
-            name = row.ran.name.replace(":", "-")
+            name = row.result.name.replace(":", "-")
             tracking.log_metrics(run_id, {f"{name}.{found.metric}": interval.estimate})
             if row.difference:
                 tracking.log_metrics(run_id, {f"{name}.difference": row.difference.interval.estimate})

@@ -24,28 +24,28 @@ class Trial:
     """One training of one method, with its evaluation; the base is evaluated only, a tuning trial trained only.
 
     Attributes:
-        entrant: the method's name.
+        method: the method's name.
         recipe: complete, with seed and learning rate.
         is_tuning: whether it only helps to choose a learning rate.
     """
 
-    entrant: str
+    method: str
     recipe: Recipe
     is_tuning: bool = False
 
     @property
     def name(self) -> str:
         """In words, unique in a comparison."""
-        if self.entrant == BASE:
+        if self.method == BASE:
             return BASE
         train = self.recipe.train
-        return f"{self.entrant}, {'tuning' if self.is_tuning else f'seed {train.seed}'}, rate {train.learning_rate:g}"
+        return f"{self.method}, {'tuning' if self.is_tuning else f'seed {train.seed}'}, rate {train.learning_rate:g}"
 
 
-def trial(entrant: ComparedMethod, seed: int, rate: float, is_tuning: bool = False) -> Trial:
+def trial(method: ComparedMethod, seed: int, rate: float, is_tuning: bool = False) -> Trial:
     """A method with a seed and a learning rate."""
-    train = entrant.recipe.train.model_copy(update={"seed": seed, "learning_rate": rate})
-    return Trial(entrant.name, entrant.recipe.model_copy(update={"train": train}), is_tuning)
+    train = method.recipe.train.model_copy(update={"seed": seed, "learning_rate": rate})
+    return Trial(method.name, method.recipe.model_copy(update={"train": train}), is_tuning)
 
 
 def trial_inputs(trial: Trial, base: str, sources: str, targets: Sequence[Target]) -> KeyInputs:
@@ -56,7 +56,7 @@ def trial_inputs(trial: Trial, base: str, sources: str, targets: Sequence[Target
         sources,
         targets,
         until=keys.TRAIN if trial.is_tuning else keys.EVALUATE,
-        trains=trial.entrant != BASE,
+        trains=trial.method != BASE,
     )
 
 

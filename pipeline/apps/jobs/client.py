@@ -1,10 +1,4 @@
-"""Ids of jobs, and what a submission means given the jobs there are: pure functions.
-
-A job's id is made of what it would do, so that the same submission twice is one job. Ray refuses an id used before, and
-never runs a job again; a job that did not succeed is therefore followed by another attempt under a derived id.
-
-The door to Ray's Jobs API: a client that speaks HTTP to a cluster's dashboard and starts no Ray of its own.
-"""
+"""The door to Ray's Jobs API: a client that speaks HTTP to a cluster's dashboard and starts no Ray of its own."""
 
 from __future__ import annotations
 
@@ -15,76 +9,26 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from pipeline.apps.jobs.attempts import ENDED
 from pipeline.core.errors import ClusterError, ConnectionLostError, cause_line
-from pipeline.core.files import content_digest
-
-PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED = "PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"
-ENDED = frozenset({STOPPED, SUCCEEDED, FAILED})
-
-
-@dataclass(frozen=True)
-class Next:
-    """What to do: `submit` an attempt, `follow` one that is there, or nothing, since it is `done`.
-
-    Attributes:
-        id: the attempt's submission id.
-        after: how the attempt before it ended, if it is not the first.
-    """
-
-    action: Literal["submit", "follow", "done"]
-    id: str
-    attempt: int
-    after: str | None = None
-
-
-def first_id(name: str, recipe: Mapping[str, Any], package: str, environment: Mapping[str, str]) -> str:
-    """The id of a recipe's first attempt: the recipe's name, and a digest of everything that decides what the job does.
-
-    Args:
-        recipe: the resolved recipe's values.
-        package: digest of the files that the job takes along.
-        environment: what is passed on and decides where results go; no secret, which may change without meaning anything.
-    """
-    whole = content_digest({"recipe": dict(recipe), "package": package, "environment": dict(environment)})
-    return f"kasa-{name}-{whole[:12]}"
-
-
-def next_step(first: str, statuses: Mapping[str, str], again: bool = False) -> Next:
-    """Decide by the newest attempt.
-
-    Args:
-        statuses: submission id -> status of all jobs on the cluster.
-        again: start another attempt also where the newest succeeded.
-    """
-    newest = 0
-    while attempt_id(first, newest + 1) in statuses:
-        newest += 1
-    if newest == 0:
-        return Next("submit", first, 1)
-    status = statuses[attempt_id(first, newest)]
-    if status not in ENDED:
-        return Next("follow", attempt_id(first, newest), newest)
-    if status == SUCCEEDED and not again:
-        return Next("done", attempt_id(first, newest), newest)
-    return Next("submit", attempt_id(first, newest + 1), newest + 1, status)
-
-
-def attempt_id(first: str, attempt: int) -> str:
-    """The id of the attempt with that number, counted from 1."""
-    return first if attempt == 1 else f"{first}-{attempt}"
-
 
 Result = TypeVar("Result")
 
-# Ray's client waits without an end for an answer; uploading a package takes its time.
+# Ray's client has no time-out of its own. Uploading a package takes longer than any other request.
 _ANSWER_S, _UPLOAD_S = 20.0, 900.0
 
 
 @dataclass(frozen=True)
 class JobState:
-    """How a job stands: Ray's status, the exit code of its command if that has ended, and Ray's words on it."""
+    """The state of a job.
+
+    Attributes:
+        status: Ray's status.
+        exit_code: of the job's command, if that has ended.
+        message: Ray's explanation.
+    """
 
     status: str
     exit_code: int | None
@@ -92,15 +36,12 @@ class JobState:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the job is over."""
         return self.status in ENDED
 
 
 class Dashboard:
-    """A cluster's jobs.
-
-    Every method raises `ConnectionLostError` where the dashboard does not answer.
-    """
+    """The jobs of a cluster. Every method raises `ConnectionLostError` where the dashboard does not answer."""
 
     def __init__(self, address: str) -> None:
         """Connect.
@@ -114,7 +55,7 @@ class Dashboard:
         self.address = address.rstrip("/")
         if not self.address.startswith(("http://", "https://")):
             raise ClusterError(f"--address {address} must be that of Ray's dashboard, such as http://HEAD:8265")
-        # Ray takes the address from the environment before the one it is given.
+        # Ray prefers the address in the environment to the one that it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         from ray.exceptions import AuthenticationError
@@ -136,14 +77,14 @@ class Dashboard:
             ) from None
 
     def statuses(self) -> dict[str, str]:
-        """Submission id -> status of all jobs that were submitted."""
+        """The status of all submitted jobs by their submission id."""
         jobs = self._ask(self._client.list_jobs)
         return {job.submission_id: str(job.status) for job in jobs if job.submission_id}
 
     def submit(
         self, submission_id: str, command: str, package: Path, environment: Mapping[str, str], metadata: dict[str, str]
     ) -> bool:
-        """Send the package and start the job; false where a job of that id is there already."""
+        """Upload the package and start the job; returns false if a job of that id exists already."""
         runtime = {"working_dir": str(package), "env_vars": dict(environment)}
         try:
             _within(
@@ -152,7 +93,7 @@ class Dashboard:
                     entrypoint=command, submission_id=submission_id, runtime_env=runtime, metadata=metadata
                 ),
             )
-        except RuntimeError as error:  # how Ray words a refusal
+        except RuntimeError as error:  # what Ray raises for any refusal
             if submission_id in self.statuses():
                 return False
             raise ClusterError(f"the cluster at {self.address} refuses the job: {cause_line(error)}") from error
@@ -161,20 +102,20 @@ class Dashboard:
         return True
 
     def state(self, submission_id: str) -> JobState:
-        """How the job stands."""
+        """The state of a job."""
         details: Any = self._ask(lambda: self._client.get_job_info(submission_id))
         return JobState(str(details.status), details.driver_exit_code, details.message or "")
 
     def stop(self, submission_id: str) -> None:
-        """Ask the job to end; SIGTERM, and after a few seconds SIGKILL."""
+        """Have Ray stop a job: SIGTERM, and after a few seconds SIGKILL."""
         self._ask(lambda: self._client.stop_job(submission_id))
 
     def whole_log(self, submission_id: str) -> str:
-        """Everything the job has written so far."""
+        """Everything that a job has written so far."""
         return self._ask(lambda: self._client.get_job_logs(submission_id))
 
     async def log_pieces(self, submission_id: str) -> AsyncIterator[str]:
-        """What the job writes, from its beginning, as it comes; ends with the job."""
+        """What a job writes, from its beginning and as it comes, until the job ends."""
         try:
             async for piece in self._client.tail_job_logs(submission_id):
                 yield piece
@@ -189,7 +130,7 @@ class Dashboard:
 
 
 def _within(patience_s: float, call: Callable[[], Result]) -> Result:
-    """The call's result, or TimeoutError; the call then goes on in a thread that keeps nobody waiting."""
+    """Run a call in a daemon thread and return its result; after `patience_s` seconds leave it alone and raise TimeoutError."""
     answers: queue.Queue[tuple[Result | None, BaseException | None]] = queue.Queue()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Following a job to its end over a connection that may break."""
+"""Following a job to its end, over a connection that may break."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Protocol
 
-from pipeline.apps.jobs.client import STOPPED, SUCCEEDED, JobState
+from pipeline.apps.jobs.attempts import STOPPED, SUCCEEDED
+from pipeline.apps.jobs.client import JobState
 from pipeline.core.errors import ConnectionLostError
 
-# How long a dashboard may be away, and how often it is tried meanwhile.
+# Seconds that a dashboard may be away, and seconds between attempts to reach it.
 PATIENCE_S, PAUSE_S = 60.0, 2.0
-# A job that says nothing for so long is asked whether it still runs: a broken connection is silent too.
+# After so many silent seconds the job's state is asked for: a broken connection is silent too.
 _SILENCE_S = 15.0
 
 
 class Followed(Protocol):
-    """What is needed of a cluster to follow a job; see `pipeline.apps.jobs.client.Dashboard`."""
+    """The part of `pipeline.apps.jobs.client.Dashboard` that following a job needs."""
 
     def state(self, submission_id: str) -> JobState: ...
     def whole_log(self, submission_id: str) -> str: ...
@@ -33,7 +34,15 @@ def follow(
     patience_s: float = PATIENCE_S,
     pause_s: float = PAUSE_S,
 ) -> JobState:
-    """Pass on what the job writes, each part once, until it ends.
+    """Pass on what a job writes, each part once, until the job ends.
+
+    Args:
+        dashboard: the cluster.
+        job: submission id of the job.
+        write: takes pieces of the log.
+        say: takes remarks on the connection.
+        patience_s: seconds that the dashboard may be away.
+        pause_s: seconds between attempts to reach it.
 
     Raises:
         ConnectionLostError: the dashboard stayed away for `patience_s`.
@@ -42,7 +51,7 @@ def follow(
 
 
 def exit_code_of(state: JobState) -> int:
-    """The exit code that an ended job stands for: its command's own, 1 where a signal or the cluster ended it."""
+    """The exit code of an ended job: that of its command, or 1 where a signal or the cluster ended it."""
     if state.status == SUCCEEDED:
         return 0
     code = state.exit_code or 1
@@ -73,7 +82,7 @@ class _Follower:
             await asyncio.sleep(pause_s)
 
     async def _pass_on(self) -> None:
-        """Until the log ends, or the job turns out to have ended in silence."""
+        """Pass the log on until it ends, or until the job turns out to have ended silently."""
         pieces = self._dashboard.log_pieces(self._job)
         position = 0  # a log is always sent from its beginning
         coming = asyncio.ensure_future(anext(pieces, None))

@@ -1,4 +1,4 @@
-"""What a recipe must be to run elsewhere: checked here, before anything is sent, with the errors of a run."""
+"""Checks that a recipe can run on a cluster, before anything is sent and with the errors of a run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
 
 def check_inputs(recipe: Recipe, recipe_file: Path, folder: Path) -> list[Path]:
-    """The files and folders that the recipe names by relative path, its own file first: the job must take them along.
+    """The files and folders that a job must take along: those that its recipe names by relative path.
 
-    What is named by absolute path, on a hub or by a URL is looked for by the job alone.
+    Inputs named by absolute path, on a hub or by a URL are left to the job.
+
+    Args:
+        recipe: the resolved recipe.
+        recipe_file: its file.
+        folder: the working directory, which the job takes along.
+
+    Returns:
+        Absolute paths, the recipe's own file first.
 
     Raises:
-        KasaError: what is wrong with them, or with the recipe's other settings, as `kasa run` would say it.
+        KasaError: an input or a setting is wrong, as `kasa run` would find.
         JobError: one lies outside `folder`, the working directory.
         WorkspaceError: the workspace is a relative path.
     """
@@ -60,7 +68,7 @@ def _is_elsewhere(name: str) -> bool:
 
 
 def _inside(path: Path, folder: Path, what: str) -> Path:
-    # Not resolved: a link inside the folder to something outside is followed when the package is made.
+    # Not resolved: links in the folder that lead out of it are followed when the package is written.
     absolute = Path(os.path.normpath(folder / path))
     if not absolute.is_relative_to(folder):
         raise JobError(

@@ -1,7 +1,6 @@
-"""The files that a job takes along: the working directory without the rubbish, and the pipeline's own code.
+"""The package of a job: the files of the working directory that are not ignored, and the pipeline's own code.
 
-They are chosen, counted and digested here, not by Ray, so that the digest in the job's id, the size that is checked and
-what is sent are the same files.
+They are chosen here and not by Ray, so that the digest in the job's id, the checked size and the upload cover the same files.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import pipeline
 from kasa.files import file_digest
 from pipeline.core.errors import JobError
 
-# Ray stores the package in one message to its head; a little room for the message's other parts.
+# Ray stores a package in one message of at most 512 MiB to its head; 1 MiB is left for the message's other parts.
 PACKAGE_LIMIT_BYTES = 512 * 2**20 - 2**20
-# What a file costs in the archive beside its content and, twice, its name.
+# Bytes of a file in the archive beside its content and, twice, its name.
 _ENTRY_BYTES = 128
 _LARGEST_SHOWN = 5
 
@@ -30,28 +29,28 @@ RUBBISH = frozenset(
     {".git", ".hg", ".svn", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".cache"}
     | {".ipynb_checkpoints", ".tox", ".nox", ".idea", ".vscode", "node_modules", "mlruns"}
 )
-# A folder with one of these is a virtual environment, or a run's workspace.
+# A folder with one of these files is a virtual environment, or a run's workspace.
 _MARKS = ("pyvenv.cfg", "mlflow.db")
 
 
 @dataclass(frozen=True)
 class Package:
-    """Files by their name inside the package, and a digest of names, rights and contents."""
+    """The files of a package by their name in it, and a digest of names, permissions and contents."""
 
     files: dict[str, Path]
     digest: str
 
 
 def make_package(folder: Path, needed: Sequence[Path], workspace: Path) -> Package:
-    """Choose the files.
+    """Choose the files of a package.
 
     Args:
         folder: the working directory.
         needed: files and folders in it that are taken along whatever `.gitignore` says.
-        workspace: of the recipe; left out where it lies in the folder.
+        workspace: the recipe's workspace, which is left out if it lies in the folder.
 
     Raises:
-        JobError: they are too large for Ray, one cannot be read, or one stands where the pipeline's code must be.
+        JobError: the files are too large for Ray, one cannot be read, or one is in the place of the pipeline's code.
     """
     try:
         files = {
@@ -71,7 +70,7 @@ def make_package(folder: Path, needed: Sequence[Path], workspace: Path) -> Packa
 
 
 def write_package(package: Package, archive: Path) -> None:
-    """Write the files as a zip archive; the same files make the same bytes."""
+    """Write a package as a zip archive; the same files give the same bytes."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out:
         for name in sorted(package.files):
             entry = zipfile.ZipInfo(name)
@@ -85,7 +84,7 @@ def write_package(package: Package, archive: Path) -> None:
 def _chosen(
     folder: Path, left_out: tuple[Path, ...], rules: tuple[tuple[Path, GitIgnoreSpec], ...] = ()
 ) -> Iterator[Path]:
-    """The files that are not ignored, in folders that are neither."""
+    """The files below a folder, without those that are ignored or lie in rubbish."""
     for file in (folder / ".gitignore", folder / ".rayignore"):
         if file.is_file():
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -97,7 +96,7 @@ def _chosen(
         if path.is_file():
             yield path
         elif is_folder and not _is_rubbish(path, left_out):
-            # A link to a folder it lies in itself would never end.
+            # Else a link to a folder that it lies in would be followed for ever.
             yield from _chosen(path, (*left_out, path.resolve()), rules)
 
 
@@ -112,7 +111,7 @@ def _is_rubbish(folder: Path, left_out: tuple[Path, ...]) -> bool:
 
 
 def _ignored(path: Path, is_folder: bool, rules: Iterable[tuple[Path, GitIgnoreSpec]]) -> bool:
-    """As git has it: the last pattern that matches decides, and files further down come after those further up."""
+    """Whether git would ignore a path: the last matching pattern decides, and deeper ignore files come later."""
     ignored = False
     for folder, spec in rules:
         name = path.relative_to(folder).as_posix() + ("/" if is_folder else "")

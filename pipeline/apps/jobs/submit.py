@@ -1,4 +1,4 @@
-"""`kasa submit`: check a recipe, send it as a job or find the job that it already is, and follow it."""
+"""`kasa submit`: check a recipe, submit it as a job or find the job that it already is, and follow it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
-from pipeline.apps.jobs.client import (
-    FAILED,
-    RUNNING,
-    STOPPED,
-    SUCCEEDED,
-    Dashboard,
-    JobState,
-    Next,
-    first_id,
-    next_step,
-)
+from pipeline.apps.jobs.attempts import FAILED, RUNNING, STOPPED, SUCCEEDED, Next, first_id, next_step
+from pipeline.apps.jobs.client import Dashboard, JobState
 from pipeline.apps.jobs.follow import exit_code_of, follow
 from pipeline.apps.jobs.inputs import check_inputs
 from pipeline.apps.jobs.package import Package, make_package, write_package
@@ -31,7 +22,7 @@ from pipeline.config.recipe import Recipe, load_recipe, recipe_values
 from pipeline.core.console import console
 from pipeline.core.errors import ClusterError, ConnectionLostError, JobError
 
-# Where a run's results go: the same recipe sent to another place is another job.
+# Variables that decide where results go: the same recipe with other results is another job.
 _PLACES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
 _PASSED_ON = (
     *_PLACES,
@@ -53,11 +44,14 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a submission.
+    """The result of a submission.
 
     Attributes:
-        status: Ray's word for the job's state when this command last looked.
-        exit_code: this command's own; that of the job, if it has been followed to its end.
+        job: submission id of the attempt.
+        attempt: its number, counted from 1.
+        address: of the cluster's dashboard.
+        status: Ray's status of the job when it was last asked for.
+        exit_code: of this command; that of the job, if it was followed to its end.
     """
 
     job: str
@@ -79,11 +73,15 @@ def submit_and_follow(
     again: bool,
     variables: Sequence[str],
 ) -> Outcome:
-    """Send the recipe as a job, unless it is one already, and follow it to its end unless told otherwise.
+    """Submit a recipe as a job, unless it is one already, and follow it to its end.
 
     Args:
-        again: start another attempt also where the job has succeeded.
-        variables: `NAME` or `NAME=VALUE`, passed on beside what is always passed on.
+        recipe_file: the recipe.
+        overrides: changes to it.
+        address: of the cluster's dashboard.
+        follow_it: whether to follow the job.
+        again: whether to start another attempt although the job has succeeded.
+        variables: `NAME` or `NAME=VALUE`, environment variables for the job beside those that are always passed on.
 
     Raises:
         KasaError: the recipe is wrong or cannot run elsewhere, or the cluster cannot be used; nothing has been sent.
@@ -104,7 +102,7 @@ def submit_and_follow(
         dashboard = Dashboard(address)
         step = next_step(first, dashboard.statuses(), again)
         if step.action == "submit" and not _send(dashboard, step, recipe, command, package, environment):
-            step = next_step(first, dashboard.statuses())  # somebody was faster by a moment
+            step = next_step(first, dashboard.statuses())  # someone else has just submitted it
     except ConnectionLostError as error:
         raise ClusterError(
             f"{address} stopped answering: {error}; submit again, the same job is not made twice"
@@ -136,7 +134,7 @@ def passed_environment(surroundings: Mapping[str, str], variables: Sequence[str]
 
 
 def how_to_follow(job: str, address: str) -> str:
-    """Commands for somebody who comes back later."""
+    """Commands to follow or stop a job later."""
     return (
         f"follow it with `ray job logs --follow --address {address} {job}` or the same command again, stop it with "
         f"`ray job stop --address {address} {job}`"
@@ -157,12 +155,12 @@ def _send(
 
 def _say_step(step: Next, address: str) -> None:
     if step.action == "done":
-        _say(f"job {step.id} has succeeded already; nothing to do (--again runs it anew)")
+        _say(f"job {step.id} has succeeded already; nothing to do (--again runs it again)")
     elif step.action == "follow":
         _say(f"job {step.id} is there already; {address}/#/jobs/{step.id}")
     else:
         words = {FAILED: "failed", STOPPED: "was stopped", SUCCEEDED: "succeeded"}
-        before = f"; the attempt before it {words[step.after]}, and it goes on from there" if step.after else ""
+        before = f"; the attempt before it {words[step.after]}, and it resumes from there" if step.after else ""
         _say(f"job {step.id} started{before}; {address}/#/jobs/{step.id}")
 
 
@@ -185,17 +183,17 @@ def _say_end(state: JobState, job: str, code: int) -> None:
     if state.status == SUCCEEDED:
         _say(f"job {job} succeeded")
     elif state.status == STOPPED:
-        _say(f"job {job} was stopped; the same command goes on from where it was")
+        _say(f"job {job} was stopped; the same command resumes it")
     elif state.exit_code is None:
-        # Ray's message otherwise repeats the end of the log.
-        _say(f"job {job} failed: {state.message}; the same command goes on from where it was")
+        # Where the command has ended, Ray's message only repeats the end of the log.
+        _say(f"job {job} failed: {state.message}; the same command resumes it")
     else:
-        remedy = "mend that and submit again" if code == 2 else "the same command goes on from where it was"
+        remedy = "mend that and submit again" if code == 2 else "the same command resumes it"
         _say(f"job {job} failed with exit code {state.exit_code}; {remedy}")
 
 
 def _interrupted(dashboard: Dashboard, job: str) -> str:
-    """Ask what is to become of the job; its status then."""
+    """Ask the user whether to stop the job; returns its status after that."""
     if not _stop_wanted():
         _say(f"the job goes on; {how_to_follow(job, dashboard.address)}")
         return RUNNING
@@ -207,11 +205,7 @@ def _interrupted(dashboard: Dashboard, job: str) -> str:
     except ConnectionLostError as error:
         _say(f"the job could not be stopped ({error}); {how_to_follow(job, dashboard.address)}")
         return RUNNING
-    _say(
-        f"job {job} was stopped; the same command goes on from where it was"
-        if state.ended
-        else f"job {job} is stopping"
-    )
+    _say(f"job {job} was stopped; the same command resumes it" if state.ended else f"job {job} is stopping")
     return state.status
 
 

@@ -1,6 +1,6 @@
-"""Prompts for a judge, in MT-Bench's form: a question of one turn or several, its category, perhaps reference answers.
+"""Questions for a judge in MT-Bench's form, and a model's answers to them.
 
-A model's answers to a prompt set, turn after turn, shared out over Ray workers; an interrupted share goes on where it was.
+Questions are sharded over Ray workers; an interrupted shard resumes where its journal ends.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ from kasa.files import file_digest
 from pipeline.core.errors import DataError
 from pipeline.core.journal import JournalWriter, Record, read_journal
 from pipeline.data.readers import RawRow, read_rows
+from pipeline.models.heads import LANGUAGE_MODEL
 from pipeline.models.prompting import Message, Prompting
-from pipeline.serving.generation import Answerer, greedy_answers, load_answerer
+from pipeline.serving.inference import LoadedModel, load_model
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, turn by turn; `references` has an answer for each turn, or none."""
+    """A question of one or several turns.
+
+    Attributes:
+        id: its `question_id`, or its line.
+        category: its category; may be empty.
+        turns: what the user says.
+        references: a good answer to each turn; empty where there are none.
+    """
 
     id: str
     category: str
@@ -31,18 +39,19 @@ class Question:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The questions of a file, and the sha256 of its bytes."""
+    """The questions of a file, and the SHA-256 of its bytes."""
 
     questions: tuple[Question, ...]
     digest: str
 
 
 def read_prompt_set(file: Path) -> PromptSet:
-    """Questions from rows `{"question_id": ..., "category": ..., "turns": [...], "reference": [...]}`, of which `turns` (or
-    `prompt`, for a single turn) is required.
+    """Read questions from rows `{"question_id": ..., "category": ..., "turns": [...], "reference": [...]}`.
+
+    Only `turns` is required, or `prompt` instead for a single turn.
 
     Raises:
-        DataError: the file cannot be read, or a row is no question; with its line.
+        DataError: the file cannot be read, or a row is no question; the error names its line.
     """
     questions = tuple(_question(row, number) for number, row in enumerate(read_rows(file), start=1))
     if len({question.id for question in questions}) != len(questions):
@@ -74,12 +83,19 @@ def _question(row: RawRow, number: int) -> Question:
 
 @dataclass(frozen=True)
 class AnswerShard:
-    """A share of the questions: `index`, `index + count`, ...
+    """One worker's share of the questions: those at `index`, `index + count`, ...
 
     Attributes:
-        base_folder, adapter: the model; the plain base where `adapter` is None.
-        prompting: how it is asked.
-        journal: where answers go: records of `question` (its id) and `answers` (one for each turn).
+        base_folder: the base model.
+        adapter: the adapter; None for the plain base.
+        prompting: the form of its prompts.
+        precision: `fp32` or `bf16`.
+        questions: all questions.
+        max_new_tokens: length limit of an answer.
+        batch_size: questions answered at once.
+        index: number of this shard.
+        count: how many shards there are.
+        journal: file for the answers: records of `question` (its id) and `answers` (one per turn).
     """
 
     base_folder: Path
@@ -95,36 +111,34 @@ class AnswerShard:
 
 
 def answer_shard(shard: AnswerShard) -> list[Record]:
-    """Answer the share's questions that its journal lacks; returns all answers of the share."""
+    """Answer the questions of the shard that its journal lacks; returns all answers of the shard."""
     torch.set_num_threads(1)
     journal = JournalWriter(shard.journal, keep=lambda record: True)
     done = {record["question"] for record in journal.kept}
-    open_ = [question for question in shard.questions[shard.index :: shard.count] if question.id not in done]
-    if open_:
-        answerer = load_answerer(shard.base_folder, shard.adapter, shard.precision, shard.prompting)
-        open_.sort(key=lambda question: -len(question.turns[0]))
-        for start in range(0, len(open_), shard.batch_size):
-            chosen = open_[start : start + shard.batch_size]
-            answers = _converse(answerer, chosen, shard.max_new_tokens)
+    missing = [question for question in shard.questions[shard.index :: shard.count] if question.id not in done]
+    if missing:
+        loaded = load_model(shard.base_folder, shard.adapter, shard.precision, LANGUAGE_MODEL, shard.prompting)
+        missing.sort(key=lambda question: -len(question.turns[0]))
+        for start in range(0, len(missing), shard.batch_size):
+            chosen = missing[start : start + shard.batch_size]
+            answers = _converse(loaded, chosen, shard.max_new_tokens)
             journal.append([{"question": q.id, "answers": a} for q, a in zip(chosen, answers, strict=True)])
     return read_journal(shard.journal)
 
 
-def _converse(answerer: Answerer, questions: Sequence[Question], max_new_tokens: int) -> list[list[str]]:
-    """Each question's answers; all that have a further turn are asked it together."""
+def _converse(loaded: LoadedModel, questions: Sequence[Question], max_new_tokens: int) -> list[list[str]]:
+    """The answers to each question; all questions that have a further turn are asked it in one batch."""
     answers: list[list[str]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [index for index, question in enumerate(questions) if turn < len(question.turns)]
-        prompts = [_prompt_ids(answerer, questions[index].turns[: turn + 1], answers[index]) for index in asked]
-        for index, text in zip(
-            asked, greedy_answers(answerer.model, answerer.tokenizer, prompts, max_new_tokens), strict=True
-        ):
+        prompts = [_prompt_ids(loaded, questions[index].turns[: turn + 1], answers[index]) for index in asked]
+        for index, text in zip(asked, loaded.generate(prompts, max_new_tokens), strict=True):
             answers[index].append(text)
     return answers
 
 
-def _prompt_ids(answerer: Answerer, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+def _prompt_ids(loaded: LoadedModel, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
     said = [Message("user", turns[0])]
     for answer, turn in zip(answers, turns[1:], strict=True):
         said += [Message("assistant", answer), Message("user", turn)]
-    return answerer.prompting.conversation_ids(answerer.tokenizer, said)
+    return loaded.prompting.conversation_ids(loaded.tokenizer, said)

@@ -1,6 +1,6 @@
-"""A judge behind an OpenAI-compatible endpoint: what it is asked, and what its words mean.
+"""A judge behind an OpenAI-compatible endpoint: its instructions, its requests, and how its answers are read.
 
-The instructions are this project's own: grades are comparable with one another, not with published MT-Bench scores.
+The instructions are this project's own, so grades are comparable with each other and not with published MT-Bench scores.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask: `messages` of the chat, and what else the answer is filed under."""
+    """One request to the judge: the `messages` of the chat, and a key (`about`) that the caller finds the answer by."""
 
     messages: Messages
     about: tuple[Any, ...]
 
 
 class Judge:
-    """Asks once for everything: what has been answered before, in any run, is read from `cache`.
+    """A client of a judge that never asks the same twice: answers of all runs are kept in a cache.
 
     Args:
         endpoint: the address up to and including `/v1`.
         model: the judge's name there.
-        api_key: None for an endpoint that wants none.
-        cache: a journal of all answers so far.
-        side_by_side: how many requests are under way at once.
+        api_key: None for an endpoint that needs none.
+        cache: a journal of all answers.
+        side_by_side: most requests at once.
     """
 
     def __init__(self, endpoint: str, model: str, api_key: str | None, cache: Path, side_by_side: int = 8) -> None:
@@ -70,10 +70,10 @@ class Judge:
         self._writing = threading.Lock()
 
     def ask_all(self, requests: Sequence[Request], on_answer: Callable[[int], None] = lambda done: None) -> list[str]:
-        """The judge's words for each request, in order.
+        """The judge's answers, in the order of the requests.
 
         Raises:
-            JudgeError: the endpoint cannot be reached or refuses; answers so far are kept.
+            JudgeError: the endpoint cannot be reached or refuses; the answers so far are kept.
         """
         with ThreadPoolExecutor(self._side_by_side) as pool:
             waiting = [pool.submit(self._ask, request.messages) for request in requests]
@@ -100,7 +100,7 @@ class Judge:
         except self._errors.APIConnectionError as error:
             raise JudgeError(
                 f"{self.endpoint} does not answer ({_first_line(error)}); the verdicts so far are kept, the same command "
-                "goes on from there"
+                "resumes from there"
             ) from None
         answer = (reply.choices[0].message.content if reply.choices else None) or ""
         with self._writing:
@@ -110,7 +110,7 @@ class Judge:
 
 
 def grading(question: Question, turn: int, answers: Sequence[str]) -> Messages:
-    """Asks for a grade of the answer to turn `turn` (from 0)."""
+    """Messages that ask for a grade of the answer to turn `turn`, counted from 0."""
     parts = [_conversation(question, turn, answers)]
     if question.references:
         parts.append(f"[A good answer to the last turn]\n{question.references[turn]}")
@@ -118,7 +118,7 @@ def grading(question: Question, turn: int, answers: Sequence[str]) -> Messages:
 
 
 def comparing(question: Question, turn: int, first: Sequence[str], second: Sequence[str]) -> Messages:
-    """Asks which answer to turn `turn` (from 0) is better."""
+    """Messages that ask which of two answers to turn `turn`, counted from 0, is better."""
     parts = [
         f"[First assistant]\n{_conversation(question, turn, first)}",
         f"[Second assistant]\n{_conversation(question, turn, second)}",
@@ -129,21 +129,28 @@ def comparing(question: Question, turn: int, first: Sequence[str], second: Seque
 
 
 def read_grade(words: str) -> float | None:
-    """The grade a judge's words end with, 1 to 10; None where they name none."""
+    """The last grade that a judge's answer names, 1 to 10; None where it names none."""
     found = _GRADE.findall(words)
     grade = float(found[-1]) if found else None
     return grade if grade is not None and 1 <= grade <= HIGHEST_GRADE else None
 
 
 def read_verdict(words: str) -> str | None:
-    """`first`, `second` or `tie`; None where the words name none."""
+    """The last verdict that a judge's answer names: `first`, `second` or `tie`; None where it names none."""
     found = _VERDICT.findall(words)
     return found[-1].lower() if found else None
 
 
 def won(shown_first: str | None, shown_second: str | None) -> float | None:
-    """How a model fared that was shown first once and second once: 1 won both times, 0 lost both times, 0.5 anything
-    between; None where a verdict is missing."""
+    """The points of a model in one comparison in both orders.
+
+    Args:
+        shown_first: the verdict when the model's answer was shown first.
+        shown_second: the verdict when it was shown second.
+
+    Returns:
+        1 if it won both times, 0 if it lost both times, else 0.5; None where a verdict is missing.
+    """
     if shown_first is None or shown_second is None:
         return None
     points = {"first": 1, "tie": 0, "second": -1}[shown_first] - {"first": 1, "tie": 0, "second": -1}[shown_second]

@@ -1,7 +1,7 @@
-"""`kasa judge`: two models answer a prompt set, a judge grades both and compares them; the result with its intervals.
+"""`kasa judge`: two models answer questions, a judge grades and compares the answers, and intervals say how sure that is.
 
-Everything is kept in `WORKSPACE/judgements`: answers under the digests of model and prompts, the judge's words under what
-it was asked. The same command again does what is missing.
+Everything is kept in `WORKSPACE/judgements`: answers under the digests of model and questions, and the judge's answers under
+its requests. So the same command again only does what is missing.
 """
 
 from __future__ import annotations
@@ -30,15 +30,27 @@ from pipeline.serving.export import ModelSource, model_source
 from pipeline.tracking.runs import Tracking
 
 BASE = "base"
-# A judge whose words mean so little cannot be relied on.
+# Share of answers without a grade or verdict above which a judge cannot be relied on.
 _MOST_UNREADABLE = 0.2
 
+# Answers to the turns of each question, by its id.
 Answers = Mapping[str, list[str]]
+# One entry per turn, by (question id, model) and by (question id, place in which the model was shown).
+Grades = dict[tuple[str, str], list[float]]
+Verdicts = dict[tuple[str, str], list[str | None]]
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How the models answer: greedily, at most `max_new_tokens` tokens, on `workers` processes."""
+    """How the models answer, with greedy decoding.
+
+    Attributes:
+        max_new_tokens: length limit of an answer.
+        batch_size: questions that a worker answers at once.
+        workers: number of worker processes.
+        gpu: whether each has a GPU.
+        precision: `fp32` or `bf16`.
+    """
 
     max_new_tokens: int
     batch_size: int
@@ -49,16 +61,21 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The result.
+    """The judgement of a model against an opponent.
 
     Attributes:
-        grades: model -> its mean grade, 1 to 10.
-        difference: of the grades, model - opponent, on the same questions.
-        win_rate: the share of comparisons the model wins, a draw counting half; both orders are asked, and a comparison
+        model: the model.
+        opponent: the other model, or `base`.
+        judge: name of the judge.
+        questions: number of questions.
+        grades: model -> mean grade, 1 to 10.
+        difference: model - opponent of the grades, on the same questions.
+        win_rate: the share of comparisons that the model wins; a draw counts half. Both orders are asked, and a comparison
             that depends on the order is a draw.
         by_category: category -> model -> mean grade.
-        unreadable: how many of the judge's answers, of all, named no grade or verdict; they count for nothing.
-        folder: where answers and result are.
+        unreadable: answers of the judge without a grade or verdict, which are left out.
+        asked: number of the judge's answers.
+        folder: where answers and result are kept.
     """
 
     model: str
@@ -88,10 +105,20 @@ def judge_models(
     base: Path | None,
     bars: ProgressBars,
 ) -> Judgement:
-    """Have `model` and `opponent` (`base`: the model's own base, without its adapter) answer, and the answers judged.
+    """Have two models answer questions, and have the answers judged.
+
+    Args:
+        model: adapter folder or registry URI.
+        opponent: likewise, or `base` for the model's own base without its adapter.
+        prompts: file with the questions.
+        judge: the judge.
+        settings: how the models answer.
+        workspace: where everything is kept.
+        base: the base's folder, where it is not the recorded one.
+        bars: where progress is shown.
 
     Raises:
-        KasaError: a model, the prompts or the judge is not what it should be.
+        KasaError: a model, the questions or the judge is not what it should be.
     """
     asked = read_prompt_set(prompts)
     answer = partial(_answers, asked=asked, settings=settings, workspace=workspace, bars=bars)
@@ -125,7 +152,7 @@ def _answers(
     workspace: Path,
     bars: ProgressBars,
 ) -> dict[str, list[str]]:
-    """Answers by question id; kept under the bytes of everything they depend on."""
+    """Answers by question id, kept under a digest of everything that they depend on."""
     assert source.base is not None
     form = Prompting.load(source.folder)
     content = {
@@ -172,29 +199,9 @@ def _judged(
     folder: Path,
     bars: ProgressBars,
 ) -> Judgement:
-    mine, theirs = answers[model], answers[opponent]
-    requests: list[Request] = []
-    for question in asked.questions:
-        ours, others = mine[question.id], theirs[question.id]
-        for turn in range(len(question.turns)):
-            requests += [
-                Request(grading(question, turn, ours), (question.id, "grade", model)),
-                Request(grading(question, turn, others), (question.id, "grade", opponent)),
-                Request(comparing(question, turn, ours, others), (question.id, "verdict", "first")),
-                Request(comparing(question, turn, others, ours), (question.id, "verdict", "second")),
-            ]
+    requests = _requests(asked.questions, model, opponent, answers)
     words = judge.ask_all(requests, lambda done: bars.update("judge", done, len(requests), "verdicts"))
-    grades: dict[tuple[str, str], list[float]] = defaultdict(list)
-    verdicts: dict[tuple[str, str], list[str | None]] = defaultdict(list)
-    unreadable = 0
-    for request, said in zip(requests, words, strict=True):
-        question_id, kind, which = request.about
-        found = read_grade(said) if kind == "grade" else read_verdict(said)
-        unreadable += found is None
-        if kind == "verdict":
-            verdicts[question_id, which].append(found)  # type: ignore[arg-type]
-        elif found is not None:
-            grades[question_id, which].append(found)  # type: ignore[arg-type]
+    grades, verdicts, unreadable = _read(requests, words)
     if unreadable > _MOST_UNREADABLE * len(requests):
         raise JudgeError(
             f"{unreadable} of {len(requests)} answers of the judge {judge.model} name no grade or verdict; choose a model "
@@ -223,13 +230,43 @@ def _judged(
     )
 
 
-def _results(
-    questions: Sequence[Question],
-    grades: Mapping[tuple[str, str], list[float]],
-    verdicts: Mapping[tuple[str, str], list[str | None]],
-    who: str,
-) -> list[dict[str, Any]]:
-    """A result for each question: the mean over its turns, since the turns of one question hang together."""
+def _requests(
+    questions: Sequence[Question], model: str, opponent: str, answers: Mapping[str, Answers]
+) -> list[Request]:
+    """Four requests for each turn: a grade of either answer, and a comparison in both orders."""
+    requests: list[Request] = []
+    for question in questions:
+        ours, theirs = answers[model][question.id], answers[opponent][question.id]
+        for turn in range(len(question.turns)):
+            requests += [
+                Request(grading(question, turn, ours), (question.id, "grade", model)),
+                Request(grading(question, turn, theirs), (question.id, "grade", opponent)),
+                Request(comparing(question, turn, ours, theirs), (question.id, "verdict", "first")),
+                Request(comparing(question, turn, theirs, ours), (question.id, "verdict", "second")),
+            ]
+    return requests
+
+
+def _read(requests: Sequence[Request], words: Sequence[str]) -> tuple[Grades, Verdicts, int]:
+    """The grades and verdicts in the judge's answers, and how many answers hold none."""
+    grades: Grades = defaultdict(list)
+    verdicts: Verdicts = defaultdict(list)
+    unreadable = 0
+    for request, said in zip(requests, words, strict=True):
+        question, kind, which = request.about
+        if kind == "verdict":
+            verdict = read_verdict(said)
+            verdicts[question, which].append(verdict)
+            unreadable += verdict is None
+        elif (grade := read_grade(said)) is not None:
+            grades[question, which].append(grade)
+        else:
+            unreadable += 1
+    return grades, verdicts, unreadable
+
+
+def _results(questions: Sequence[Question], grades: Grades, verdicts: Verdicts, who: str) -> list[dict[str, Any]]:
+    """A result for each question: the mean over its turns, which are not independent samples."""
     results = []
     for question in questions:
         result: dict[str, Any] = {"sample": question.id}

@@ -1,4 +1,4 @@
-"""How much arithmetic a run takes, and how long that lasts, from shapes alone."""
+"""The arithmetic of a run and how long it takes, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kasa.targets import Target
 from kasa.truncation import CALIBRATED, Truncation
 from pipeline.apps.planning.memory import GIB, AdaptedModule, BlockShape
 
-# fp64 on one core, by the count below: 25e9 to 55e9 a second measured on an AMD EPYC, for sides of 1024 to 4096.
+# FLOPs per second in fp64 on one core, by the count below; 25e9 to 55e9 were measured on an AMD EPYC for sides of 1024 to 4096.
 SPECTRA_FLOPS_PER_CORE = 3e10
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A GPU: dense bf16 peak by its vendor's data sheet, and the memory that torch finds on it, rounded down."""
+    """A GPU: its dense bf16 peak by the vendor's data sheet, and the memory that torch finds on it, rounded down."""
 
     name: str
     bf16_tflops: float
@@ -44,13 +44,15 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class SpectraCost:
-    """What the spectra stage takes.
+    """The cost of the spectra stage.
 
     Attributes:
-        core_seconds: for all weights, on one core; weights are independent, so cores divide it.
+        weights: number of weights.
+        flops: FLOPs for all weights.
+        core_seconds: seconds for all weights on one core; weights are independent, so cores divide it.
         task_gib: host memory of the largest weight's task.
-        calibration_gib: covariances of all layer inputs, and of the gradients that the rule looks at, fp32, which each
-            calibration worker holds beside the base; 0 where truncation looks at weights alone.
+        calibration_gib: fp32 covariances of all layer inputs, and of output gradients where the rule needs them, which each
+            calibration worker holds beside the base; 0 where truncation depends on weights alone.
     """
 
     weights: int
@@ -99,7 +101,7 @@ def spectra_cost(targets: Sequence[Target], rank: int, truncation: Truncation) -
 
 
 def _weighted_sides(out_features: int, in_features: int, truncation: Truncation) -> list[int]:
-    """The sides of a weight of which a rule wants the covariance; that of the gradients only where it is no larger."""
+    """The sides of a weight whose covariance a rule needs; that of the gradients only where it is no larger."""
     if truncation not in CALIBRATED:
         return []
     gradients = truncation == "loss" and out_features <= in_features
@@ -115,8 +117,8 @@ def _triplets_flops(out_features: int, in_features: int, rank: int, truncation: 
 
 
 def _triplets_bytes(out_features: int, in_features: int, truncation: Truncation) -> int:
-    """The fp64 weight and its Gram matrix, the latter twice for the solver; where it is weighted, the weight before and
-    after, and each covariance in fp32 and fp64, shifted, and its root."""
+    """Bytes of the fp64 weight and its Gram matrix (twice, for the solver); with weighting also the weighted weight, and each
+    covariance in fp32, in fp64, shifted, and its root."""
     k = min(out_features, in_features)
     weight = 8 * out_features * in_features
     sides = _weighted_sides(out_features, in_features, truncation)
@@ -124,13 +126,13 @@ def _triplets_bytes(out_features: int, in_features: int, truncation: Truncation)
 
 
 def _covariance_bytes(targets: Sequence[Target], truncation: Truncation) -> int:
-    """fp32: one I x I matrix for each distinct input, one O x O matrix for each weight whose gradients count."""
+    """fp32 bytes of one I x I matrix for each distinct input, and one O x O matrix for each weight whose gradients count."""
     sides = [_weighted_sides(target.out_features, target.in_features, truncation) for target in targets]
     inputs = {_input_of(target): side[0] for target, side in zip(targets, sides, strict=True) if side}
     return 4 * sum(side**2 for side in [*inputs.values(), *(gradient for side in sides for gradient in side[1:])])
 
 
 def _input_of(target: Target) -> tuple[str, bool, int]:
-    """What tells inputs apart: the attention's output is no input of q, k or v."""
+    """A key that modules with the same input share. The attention's output is no input of q, k or v."""
     parent, _, name = target.name.rpartition(".")
     return parent, name == "o_proj", target.in_features

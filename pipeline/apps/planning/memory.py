@@ -1,8 +1,8 @@
-"""How much memory one training worker needs, from shapes alone.
+"""The memory that one training worker needs, computed from shapes alone.
 
-Counted is what is in use when the backward pass of a micro-batch begins, which is the peak of a step: all that rests, the
-activations, and the logits. Not counted are gaps in an allocator's free lists and other processes. `make bench ONLY=plan`
-compares the sum with real training (docs/decisions.md, section Plan).
+The peak of a step is when the backward pass of a micro-batch begins: weights and states, activations, and logits are in use.
+Gaps in an allocator's free lists and other processes are not counted. `make bench ONLY=plan` compares the sum with real
+training (docs/decisions.md, section Plan).
 
 Legend: e = bytes per element, h = hidden size, f = intermediate size, q = heads x head size, k = key-value heads x head
 size, V = vocabulary, r = adapter rank, D = dropped rank.
@@ -27,11 +27,11 @@ from pipeline.config.deepspeed import (
 
 GIB = 2**30
 
-# What a worker holds before it holds a model. On a CPU: Python with torch, transformers, datasets and DeepSpeed, measured by
-# the check `plan`. On a GPU: the CUDA context with the workspaces of cuBLAS and NCCL; assumed, not measured.
+# A worker without a model. On a CPU: Python with torch, transformers, datasets and DeepSpeed, measured by the check `plan`.
+# On a GPU: the CUDA context with the workspaces of cuBLAS and NCCL; assumed, not measured.
 PROCESS_GIB = {"cpu": 0.58, "gpu": 1.0}
 
-# DeepSpeed 0.19.8's own values where a configuration is silent, in elements.
+# DeepSpeed 0.19.8's defaults, in elements.
 _REDUCE_BUCKET = 500_000_000
 _MAX_LIVE = 1_000_000_000
 _PERSISTENCE_THRESHOLD = 100_000
@@ -41,7 +41,10 @@ _PERSISTENCE_THRESHOLD = 100_000
 class MemoryItem:
     """One use of memory on every worker.
 
-    `on_host` is true for what stays in host memory although the worker has a GPU.
+    Attributes:
+        kind: what the memory is for.
+        gib: its size in GiB.
+        on_host: whether it is host memory although the worker has a GPU.
     """
 
     kind: str
@@ -90,10 +93,11 @@ class ForwardPass:
     """One micro-batch on one worker.
 
     Attributes:
-        rows, row_tokens: rows side by side, and the tokens of the longest, to which the others are padded.
+        rows: number of rows.
+        row_tokens: tokens of the longest row, to which the others are padded.
+        element_bytes: bytes per element of weights and activations (e).
         masked: whether attention needs a mask: rows are padded, or hold several samples that must not see each other.
-        element_bytes: e of weights and activations.
-        dropout_mask_bytes: of one element of a dropout mask; 0 without dropout.
+        dropout_mask_bytes: bytes per element of a dropout mask; 0 without dropout.
         checkpointing: whether blocks are recomputed in the backward pass.
     """
 
@@ -112,17 +116,18 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Partitioning:
-    """What a DeepSpeed configuration makes of memory.
+    """How a DeepSpeed configuration distributes memory.
 
     Attributes:
         stage: ZeRO stage, 0 to 3.
-        workers: among which it partitions.
-        offload_optimizer, offload_weights: kept in host memory; gradients go with the optimizer.
+        workers: number of workers that it partitions over.
+        offload_optimizer: whether optimizer states and gradients are kept in host memory.
+        offload_weights: whether frozen weights are kept in host memory.
         bucket: elements of the buffers in which gradients are reduced (two where communication overlaps).
         max_live: elements of other workers' weights that stage 3 gathers ahead.
-        persistence: tensors of fewer elements stay whole on every worker at stage 3.
-        copy_workers: among how many ZeRO++ shares out a second copy of the weights; 1 without one.
-        quantised: frozen weights are kept in 8 bits.
+        persistence: number of elements below which a tensor stays whole on every worker at stage 3.
+        copy_workers: workers that hold one secondary copy of the weights between them (ZeRO++); 1 without one.
+        quantised: whether frozen weights are kept in 8 bits.
     """
 
     stage: int
@@ -136,7 +141,7 @@ class Partitioning:
     quantised: bool = False
 
     def frozen_bytes(self, elements: int, element_bytes: int) -> float:
-        """What a worker keeps of frozen weights that are partitioned at stage 3."""
+        """Bytes of frozen weights on one worker, which stage 3 partitions."""
         if self.stage < 3:
             return elements * element_bytes
         shares = 1 / self.workers + (1 / self.copy_workers if self.copy_workers > 1 else 0)
@@ -172,7 +177,7 @@ def worker_memory(
     gpu: bool,
     spectra_rank: int,
 ) -> tuple[MemoryItem, ...]:
-    """Every use of memory on one worker; without activations and logits where the block's `shape` is unknown."""
+    """All uses of memory on one worker, without activations and logits where the block's `shape` is unknown."""
     e = forward.element_bytes
     items = [
         MemoryItem("process", PROCESS_GIB["gpu" if gpu else "cpu"]),
@@ -189,7 +194,7 @@ def worker_memory(
 
 
 def block_shape(config: Any) -> BlockShape | None:
-    """The block sizes in a transformers configuration; None where it does not name them."""
+    """The block sizes of a transformers configuration; None where it does not name them."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     heads, vocabulary = getattr(text, "num_attention_heads", None), getattr(text, "vocab_size", None)
@@ -219,10 +224,10 @@ def frozen_factor_parameters(adapted: Sequence[AdaptedModule]) -> int:
 def activation_bytes(
     shape: BlockShape, adapted: Sequence[AdaptedModule], forward: ForwardPass, zero_stage: int
 ) -> float:
-    """What the backward pass keeps of one micro-batch, in bytes, without the logits.
+    """Bytes that the backward pass keeps of one micro-batch, without the logits.
 
     Korthikanti et al. 2022 (arXiv 2205.05198, eq. 1) count s b h (34 + 5 a s / h) bytes per layer for a GPT in 16 bit.
-    Counted anew here for a LLaMA block with a frozen base, per layer and token:
+    This is the count for a LLaMA block with a frozen base, per layer and token:
 
         two RMS norms         8 h    (their input in fp32)
         attention             2 q e  (q, output), and k and v: 2 q e where there is a mask, for then they are repeated to
@@ -261,7 +266,7 @@ def logits_bytes(vocabulary: int, tokens: int) -> int:
 
 
 def gathered_bytes(model: nn.Module, element_bytes: int, parts: Partitioning) -> int:
-    """Other workers' weights that stage 3 holds whole at a time, in bytes.
+    """Bytes of other workers' weights that stage 3 holds gathered at a time.
 
     DeepSpeed gathers ahead at each module, faster than modules use weights up, until `stage3_max_live_parameters`
     elements are whole; the weight that is needed next comes on top. A single worker's weights are whole already.
@@ -273,7 +278,7 @@ def gathered_bytes(model: nn.Module, element_bytes: int, parts: Partitioning) ->
 
 
 def optimizer_bytes(trainable: int, parts: Partitioning) -> float:
-    """fp32 master weights and Adam's two moments on one worker: 12 bytes per trainable parameter, divided by the workers.
+    """Bytes of fp32 master weights and Adam's two moments on one worker: 12 per trainable parameter, divided by the workers.
 
     Stage 0, which trains in fp32 alone, needs no master copy and divides nothing: 8 bytes.
     """
@@ -284,7 +289,7 @@ def _adapter_items(
     adapted: Sequence[AdaptedModule], element_bytes: int, parts: Partitioning, spectra_rank: int, gpu: bool
 ) -> list[MemoryItem]:
     adapter, factors = trainable_parameters(adapted), frozen_factor_parameters(adapted)
-    # The worker holds on to the spectra, and to an fp32 copy of the factors that it saves with the adapter.
+    # The worker keeps the spectra, and an fp32 copy of the factors to save them with the adapter.
     kept = factors + sum(spectra_rank * (module.features + 1) for module in adapted)
     frozen = parts.frozen_bytes(factors, element_bytes)
     if parts.stage == 3:
@@ -304,7 +309,7 @@ def _training_items(
 ) -> list[MemoryItem]:
     trainable = trainable_parameters(adapted)
     share = parts.workers if parts.stage >= 2 else 1
-    # On a CPU memory counts from when it is written, and no more than all gradients ever are.
+    # On a CPU memory counts once it is written to, and gradients never fill more than their own size.
     bucket = parts.bucket if gpu else min(parts.bucket, trainable)
     return [
         MemoryItem("gradients", element_bytes * trainable / share / GIB, parts.offload_optimizer),
@@ -320,7 +325,7 @@ def _block_bytes(shape: BlockShape, forward: ForwardPass) -> int:
 
 
 def _shared_inputs(adapted: Sequence[AdaptedModule]) -> int:
-    """Features per token that the adapters keep, without the attention's output, which is kept in any case."""
+    """Input features per token that adapters keep, without the attention's output, which is kept in any case."""
     inputs = {
         (module.target.name.rpartition(".")[0], module.target.in_features)
         for module in adapted
@@ -330,7 +335,7 @@ def _shared_inputs(adapted: Sequence[AdaptedModule]) -> int:
 
 
 def _stacked_elements(module: AdaptedModule, forward: ForwardPass) -> int:
-    """Elements that an adapter makes anew from its tensors in each pass and keeps for the way back."""
+    """Elements that an adapter stacks from its tensors in each forward pass and keeps for the backward pass."""
     target, width = module.target, module.rank + module.dropped
     if not module.dropped or forward.dropout_mask_bytes:
         return width * target.out_features

@@ -1,7 +1,7 @@
-"""What a run will need, before anything is fetched or started: parameters, steps, memory, FLOPs, time, disk.
+"""Estimates of a run before anything is fetched or started: parameters, steps, memory, FLOPs, time, disk.
 
-`kasa plan` answers from the base model's configuration alone, for any number of GPUs and every ZeRO stage; `kasa run
---dry-run` adds what this machine has already. Both make the same `Estimate`.
+`kasa plan` estimates from the base model's configuration alone, for any number of GPUs and every ZeRO stage. `kasa run
+--dry-run` adds what this machine already has. Both return the same `Estimate`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import nn
 
 from kasa.targets import Target, select_targets
 from kasa.truncation import dropped_rank
-from pipeline.apps.planning.compute import ACCELERATORS, Accelerator, SpectraCost, spectra_cost, training_flops
+from pipeline.apps.planning.compute import SpectraCost, spectra_cost, training_flops
+from pipeline.apps.planning.hardware import Hardware
 from pipeline.apps.planning.memory import (
     GIB,
     AdaptedModule,
@@ -30,7 +31,7 @@ from pipeline.apps.planning.memory import (
     worker_memory,
 )
 from pipeline.config.deepspeed import complete_config, config_names, load_deepspeed_config
-from pipeline.config.recipe import Recipe, parse_recipe, recipe_values
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import BaseModelError, RecipeError
 from pipeline.data.forms import check_form
 from pipeline.methods.choice import check_ranks
@@ -40,28 +41,13 @@ from pipeline.training.batches import optimizer_steps
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
-# Of a GPU's memory: what the caching allocator leaves in gaps.
+# Share of a GPU's memory that a plan may fill: the caching allocator leaves gaps.
 USABLE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What training would run on.
-
-    Attributes:
-        gpu_memory_gib: of one GPU; None leaves open what fits.
-        peak_tflops: of one worker, in the recipe's precision; None leaves the time open.
-        utilisation: the share of the peak that is reached.
-    """
-
-    gpu_memory_gib: float | None = None
-    peak_tflops: float | None = None
-    utilisation: float = 0.4
-
-
-@dataclass(frozen=True)
 class DataFacts:
-    """What is known of the training split: rows, and tokens of a row on average and at most."""
+    """The training split as far as it is known: number of rows, and tokens per row on average and at most."""
 
     rows: int
     mean_tokens: float
@@ -73,9 +59,11 @@ class StageMemory:
     """Memory of one worker under one DeepSpeed configuration.
 
     Attributes:
-        deepspeed: its name, as `train.deepspeed` has it.
-        fits: whether a GPU holds it with a tenth to spare; None where the GPU's memory is unknown.
-        refused: why the pipeline does not train so; None where it does.
+        deepspeed: its name, as in `train.deepspeed`.
+        zero_stage: its ZeRO stage.
+        items: the uses of memory.
+        fits: whether a GPU holds them with a tenth to spare; None where the GPU's memory is unknown.
+        refused: why the pipeline refuses the configuration; None where it does not.
     """
 
     deepspeed: str
@@ -86,36 +74,50 @@ class StageMemory:
 
     @property
     def device_gib(self) -> float:
-        """GiB that one worker needs where it computes (its GPU, or host memory without one)."""
+        """Memory that one worker needs where it computes: on its GPU, or on the host without one."""
         return sum(item.gib for item in self.items if not item.on_host)
 
     @property
     def host_gib(self) -> float:
-        """GiB of host memory that a worker with a GPU needs besides."""
+        """Host memory that a worker with a GPU needs besides."""
         return sum(item.gib for item in self.items if item.on_host)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a recipe comes to. None stands for what cannot be known yet; `unknown` says why, one line each.
+    """What a run needs. None stands for what cannot be known yet.
 
     Attributes:
-        gradient_accumulation: passes in a step; None where samples are packed, for their lengths decide.
-        pack_tokens: tokens of a pass of packed samples; None where they are padded.
-        row_tokens: tokens of the longest sample, which decides memory.
-        mean_row_tokens: tokens of a sample on average, which decides time; the longest where nothing else is known.
-        memory: under the recipe's own DeepSpeed configuration.
-        stages: under each configuration of its family, the recipe's own included.
-        activations_gib, activations_checkpointed_gib: under the recipe's own, without and with gradient checkpointing.
-        step_flops: of one optimizer step over all workers.
-        checkpoint_gib: adapter and Adam's moments, fp32.
+        base_parameters: parameters of the base model.
+        trainable_parameters: parameters of the adapters and of a new head.
+        adapted_modules: modules that carry an adapter.
+        frozen_factor_parameters: parameters of the dropped factors.
+        gpu: whether workers have a GPU each.
+        workers: number of training workers.
+        global_batch: samples per optimizer step.
+        micro_batch: samples per forward pass of one worker.
+        gradient_accumulation: gradient accumulation steps; None where samples are packed, since their lengths decide.
+        pack_tokens: most tokens in a forward pass of packed samples; None where samples are padded.
+        row_tokens: tokens of the longest sample, which decide memory.
+        mean_row_tokens: tokens of a sample on average, which decide time; of the longest where nothing else is known.
+        train_rows: number of training samples.
+        optimizer_steps: of the whole training.
+        hardware: what it would run on.
+        memory: of one worker under the recipe's own DeepSpeed configuration.
+        stages: of one worker under each configuration of its family, the recipe's own included.
+        activations_gib: activations under the recipe's own configuration without gradient checkpointing.
+        activations_checkpointed_gib: the same with gradient checkpointing.
+        step_flops: FLOPs of one optimizer step over all workers.
+        checkpoint_gib: a checkpoint: adapter and Adam's moments in fp32.
         adapter_gib: the trained adapter as it is stored, with its dropped factors.
+        spectra: what the decomposition costs.
+        unknown: why something is None, one line each.
     """
 
-    base_parameters: int | None
-    trainable_parameters: int | None
-    adapted_modules: int | None
-    frozen_factor_parameters: int | None
+    base_parameters: int | None = None
+    trainable_parameters: int | None = None
+    adapted_modules: int | None = None
+    frozen_factor_parameters: int | None = None
     gpu: bool
     workers: int
     global_batch: int
@@ -127,40 +129,40 @@ class Estimate:
     train_rows: int | None
     optimizer_steps: int | None
     hardware: Hardware
-    memory: StageMemory | None
-    stages: tuple[StageMemory, ...]
-    activations_gib: float | None
-    activations_checkpointed_gib: float | None
-    step_flops: float | None
-    checkpoint_gib: float | None
-    adapter_gib: float | None
-    spectra: SpectraCost | None
+    memory: StageMemory | None = None
+    stages: tuple[StageMemory, ...] = ()
+    activations_gib: float | None = None
+    activations_checkpointed_gib: float | None = None
+    step_flops: float | None = None
+    checkpoint_gib: float | None = None
+    adapter_gib: float | None = None
+    spectra: SpectraCost | None = None
     unknown: tuple[str, ...]
 
     @property
     def trainable_share(self) -> float | None:
-        """Trainable parameters divided by the base's."""
+        """Trainable parameters as a share of the base's."""
         if self.trainable_parameters is None or not self.base_parameters:
             return None
         return self.trainable_parameters / self.base_parameters
 
     @property
     def step_seconds(self) -> float | None:
-        """One optimizer step at the hardware's utilisation."""
+        """Seconds of one optimizer step at the hardware's utilisation."""
         if self.step_flops is None or self.hardware.peak_tflops is None:
             return None
         return self.step_flops / (self.workers * self.hardware.peak_tflops * 1e12 * self.hardware.utilisation)
 
     @property
     def training_seconds(self) -> float | None:
-        """All optimizer steps at the hardware's utilisation."""
+        """Seconds of all optimizer steps at the hardware's utilisation."""
         if self.step_seconds is None or self.optimizer_steps is None:
             return None
         return self.step_seconds * self.optimizer_steps
 
     @property
     def recommended(self) -> str | None:
-        """The configuration with the lowest ZeRO stage that fits: it communicates least."""
+        """The configuration with the lowest ZeRO stage that fits, since it communicates least."""
         return next((stage.deepspeed for stage in self.stages if stage.fits and not stage.refused), None)
 
 
@@ -194,48 +196,6 @@ def checked_targets(recipe: Recipe, model: nn.Module) -> list[Target]:
     return targets
 
 
-def hardware_of(
-    recipe: Recipe,
-    gpus: int | None,
-    nodes: int,
-    gpu: str | None,
-    gpu_memory_gib: float | None,
-    peak_tflops: float | None,
-    utilisation: float,
-) -> tuple[Recipe, Hardware]:
-    """What the options of `kasa plan` mean: the recipe on that many GPUs, and what they can do.
-
-    Raises:
-        RecipeError: the options contradict one another or the recipe, or name an unknown GPU.
-    """
-    if gpus is None and nodes > 1:
-        raise RecipeError(f"--nodes {nodes} needs --gpus, the number of GPUs on each")
-    if gpus is not None:
-        recipe = _on_gpus(recipe, gpus, nodes)
-    if not recipe.train.gpu and (gpu or gpu_memory_gib):
-        raise RecipeError("the recipe trains without GPUs; give --gpus N or train.gpu=true")
-    known = find_accelerator(gpu) if gpu else None
-    if known and recipe.train.precision == "bf16":
-        peak_tflops = peak_tflops or known.bf16_tflops
-    memory_gib = gpu_memory_gib or (known.memory_gib if known else None)
-    return recipe, Hardware(memory_gib, peak_tflops, utilisation)
-
-
-def find_accelerator(name: str) -> Accelerator:
-    """A GPU by its name, in any case.
-
-    Raises:
-        RecipeError: it is not in the table.
-    """
-    found = ACCELERATORS.get(name.lower())
-    if found is None:
-        names = ", ".join(accelerator.name for accelerator in ACCELERATORS.values())
-        raise RecipeError(
-            f"--gpu {name!r} is not in the table ({names}); give --gpu-memory-gib and --peak-tflops instead"
-        )
-    return found
-
-
 def estimate(
     recipe: Recipe,
     model: nn.Module | None,
@@ -254,25 +214,86 @@ def estimate(
         data: the training split, where it is prepared; else every row is taken to be as long as the recipe allows.
 
     Raises:
-        RecipeError: the recipe's DeepSpeed configuration is none, or is refused.
+        RecipeError: the recipe's DeepSpeed configuration does not exist, or is refused.
     """
     train, hardware = recipe.train, hardware or Hardware()
-    own = complete_config(load_deepspeed_config(train.deepspeed), train)
+    deepspeed = complete_config(load_deepspeed_config(train.deepspeed), train)
     rows = recipe.data.train_rows if data is None else min(data.rows, recipe.data.train_rows or data.rows)
     longest = recipe.data.max_tokens if data is None else data.longest_tokens
     mean = float(longest) if data is None else data.mean_tokens
+    shape = None if model is None else block_shape(getattr(model, "config", None))
+    if shape is not None and recipe.base.head != "language-model":
+        shape = replace(shape, vocabulary=0)  # a new head has a few outputs, not a vocabulary of logits
+    of_model = {} if model is None else _of_model(recipe, model, shape, targets, longest, mean, hardware, deepspeed)
+    accumulation = math.ceil(train.batch_size / (train.workers * train.micro_batch_size))
+    return Estimate(
+        gpu=train.gpu,
+        workers=train.workers,
+        global_batch=train.batch_size,
+        micro_batch=train.micro_batch_size,
+        gradient_accumulation=accumulation if train.pack_tokens is None else None,
+        pack_tokens=train.pack_tokens,
+        row_tokens=longest,
+        mean_row_tokens=mean,
+        train_rows=rows,
+        optimizer_steps=None if rows is None else optimizer_steps(train, rows),
+        hardware=hardware,
+        unknown=_unknown(recipe, model, shape, rows, hardware),
+        **of_model,
+    )
+
+
+def _of_model(
+    recipe: Recipe,
+    model: nn.Module,
+    shape: BlockShape | None,
+    targets: Sequence[Target],
+    longest: int,
+    mean: float,
+    hardware: Hardware,
+    deepspeed: dict[str, Any],
+) -> dict[str, Any]:
+    """The fields of an `Estimate` that follow from the model: parameters, memory, FLOPs, disk and spectra."""
+    train = recipe.train
     adapted = [
         AdaptedModule(target, recipe.adapter.rank, dropped_rank(target, recipe.adapter.truncation, recipe.dropped_rank))
         for target in targets
     ]
-    shape = None if model is None else block_shape(getattr(model, "config", None))
     trainable = trainable_parameters(adapted)
-    if model is not None and recipe.base.head != "language-model":
-        # A new head has a few outputs, not a vocabulary of logits, and is trained whole.
-        shape = None if shape is None else replace(shape, vocabulary=0)
+    if recipe.base.head != "language-model":
         trainable += sum(p.numel() for name in head_modules(model) for p in model.get_submodule(name).parameters())
-    known = model is not None
-    forward = ForwardPass(
+    forward = _forward_pass(recipe, longest)
+
+    def memory_of(name: str, config: dict[str, Any], **changes: bool) -> StageMemory:
+        parts = Partitioning.from_config(config, train.workers)
+        needs = replace(forward, **changes)
+        items = worker_memory(model, shape, adapted, needs, parts, gpu=train.gpu, spectra_rank=recipe.spectra_rank)
+        return _judged(StageMemory(name, parts.stage, items), recipe, hardware)
+
+    def activations_gib(checkpointing: bool) -> float | None:
+        items = memory_of(train.deepspeed, deepspeed, checkpointing=checkpointing).items
+        return next((item.gib for item in items if item.kind == "activations"), None)
+
+    frozen = frozen_factor_parameters(adapted)
+    return {
+        "base_parameters": base_parameters(model),
+        "trainable_parameters": trainable,
+        "adapted_modules": len(adapted),
+        "frozen_factor_parameters": frozen,
+        "memory": memory_of(train.deepspeed, deepspeed),
+        "stages": tuple(memory_of(name, load_deepspeed_config(name)) for name in _family(recipe)),
+        "activations_gib": activations_gib(False),
+        "activations_checkpointed_gib": activations_gib(True),
+        "step_flops": _step_flops(recipe, model, shape, adapted, mean),
+        "checkpoint_gib": 3 * 4 * trainable / GIB,
+        "adapter_gib": 4 * (trainable + frozen) / GIB,
+        "spectra": spectra_cost(targets, recipe.spectra_rank, recipe.adapter.truncation),
+    }
+
+
+def _forward_pass(recipe: Recipe, longest: int) -> ForwardPass:
+    train = recipe.train
+    return ForwardPass(
         rows=train.micro_batch_size if train.pack_tokens is None else 1,
         row_tokens=train.pack_tokens or longest,
         masked=train.micro_batch_size > 1 or train.pack_tokens is not None,
@@ -281,66 +302,9 @@ def estimate(
         checkpointing=train.gradient_checkpointing,
     )
 
-    def memory_of(
-        name: str, config: dict[str, Any], *, checkpointing: bool = train.gradient_checkpointing
-    ) -> StageMemory:
-        assert model is not None
-        parts = Partitioning.from_config(config, train.workers)
-        needs = replace(forward, checkpointing=checkpointing)
-        items = worker_memory(model, shape, adapted, needs, parts, gpu=train.gpu, spectra_rank=recipe.spectra_rank)
-        return _judged(StageMemory(name, parts.stage, items), recipe, hardware)
-
-    return Estimate(
-        base_parameters=base_parameters(model) if model is not None else None,
-        trainable_parameters=trainable if known else None,
-        adapted_modules=len(adapted) if known else None,
-        frozen_factor_parameters=frozen_factor_parameters(adapted) if known else None,
-        gpu=train.gpu,
-        workers=train.workers,
-        global_batch=train.batch_size,
-        micro_batch=train.micro_batch_size,
-        gradient_accumulation=(
-            math.ceil(train.batch_size / (train.workers * train.micro_batch_size))
-            if train.pack_tokens is None
-            else None
-        ),
-        pack_tokens=train.pack_tokens,
-        row_tokens=longest,
-        mean_row_tokens=mean,
-        train_rows=rows,
-        optimizer_steps=None if rows is None else optimizer_steps(train, rows),
-        hardware=hardware,
-        memory=memory_of(train.deepspeed, own) if known else None,
-        stages=tuple(memory_of(name, load_deepspeed_config(name)) for name in _family(recipe)) if known else (),
-        activations_gib=_activations_gib(memory_of(train.deepspeed, own, checkpointing=False)) if known else None,
-        activations_checkpointed_gib=(
-            _activations_gib(memory_of(train.deepspeed, own, checkpointing=True)) if known else None
-        ),
-        step_flops=_step_flops(recipe, model, shape, adapted, mean),
-        checkpoint_gib=3 * 4 * trainable / GIB if known else None,
-        adapter_gib=4 * (trainable + frozen_factor_parameters(adapted)) / GIB if known else None,
-        spectra=spectra_cost(targets, recipe.spectra_rank, recipe.adapter.truncation) if known else None,
-        unknown=_unknown(recipe, model, shape, rows, hardware),
-    )
-
-
-def _on_gpus(recipe: Recipe, gpus: int, nodes: int) -> Recipe:
-    """The recipe with a worker for each GPU; a `cpu_...` configuration becomes its `gpu_...` counterpart."""
-    values = recipe_values(recipe)
-    deepspeed = recipe.train.deepspeed
-    counterpart = deepspeed.replace("cpu_", "gpu_", 1)
-    values["train"] |= {
-        "gpu": True,
-        "workers": gpus * nodes,
-        "deepspeed": counterpart if counterpart in config_names() else deepspeed,
-    }
-    if "precision" not in recipe.train.model_fields_set:
-        values["train"]["precision"] = "auto"
-    return parse_recipe(values, f"--gpus {gpus} --nodes {nodes}")
-
 
 def _family(recipe: Recipe) -> list[str]:
-    """The configurations to compare: stage 0, the recipe's own, and all made for its kind of machine and so many workers."""
+    """Names of the configurations to compare: stage 0, the recipe's own, and all for its kind of machine and number of workers."""
     kind, workers = "gpu_" if recipe.train.gpu else "cpu_", recipe.train.workers
     names = {"cpu_zero0", recipe.train.deepspeed, *(name for name in config_names() if name.startswith(kind))}
     all_parts = {name: Partitioning.from_config(load_deepspeed_config(name), workers) for name in names}
@@ -361,14 +325,10 @@ def _judged(memory: StageMemory, recipe: Recipe, hardware: Hardware) -> StageMem
 
 
 def _mask_bytes(recipe: Recipe) -> int:
-    """Of a dropout mask's element: a byte on a GPU; on a CPU masks have the type of the data."""
+    """Bytes of one element of a dropout mask: one on a GPU; on a CPU those of the activations' type."""
     if not recipe.adapter.dropout:
         return 0
     return 1 if recipe.train.gpu else _ELEMENT_BYTES[recipe.train.precision]
-
-
-def _activations_gib(memory: StageMemory) -> float | None:
-    return next((item.gib for item in memory.items if item.kind == "activations"), None)
 
 
 def _step_flops(

@@ -26,7 +26,7 @@ def audit(work: Work, key: StageKey, prepared: Artifact, spectra: Artifact) -> A
     context, recipe, targets = work.context, work.recipe, work.inputs.targets
 
     def make(folder: Path) -> dict[str, Any]:
-        from pipeline.spectra.calibration_jobs import WORST_LAYERS, AuditJob, audit_truncation  # torch
+        from pipeline.spectra.audit import WORST_LAYERS, AuditJob, audit_truncation  # torch
 
         journal = folder / "progress.jsonl"
         rewrite_journal(journal, keep=lambda record: False)

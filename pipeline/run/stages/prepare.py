@@ -17,7 +17,7 @@ from pipeline.core.journal import Record, append_journal
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
-from pipeline.evaluation.choices import check_suitable
+from pipeline.evaluation.suitability import check_suitable
 from pipeline.metrics.catalogue import metrics_for_classes
 from pipeline.models.heads import Head
 from pipeline.run.stage_runs import SPLITS, log_artifact, log_datasets, run_stage

@@ -99,7 +99,7 @@ def _decompose(work: Work, pieces: Sequence[SpectrumTask]) -> None:
 def _calibrate(work: Work, prepared: Artifact, folder: Path) -> tuple[Path, ...]:
     """Run the calibration text through the base, shared out over the training workers; the folders of their sums."""
     from kasa.calibration import CALIBRATION_JSON  # torch
-    from pipeline.spectra.calibration_jobs import CalibrationShard, calibrate_shard, first_rows
+    from pipeline.spectra.calibration import CalibrationShard, calibrate_shard, first_rows
 
     context, recipe = work.context, work.recipe
     count = recipe.train.workers

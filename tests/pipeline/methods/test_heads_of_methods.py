@@ -19,7 +19,7 @@ from pipeline.methods.peft import norm_names
 from pipeline.models.base import BaseModel
 from pipeline.models.heads import Head, head_modules
 from pipeline.models.loading import load_base
-from pipeline.serving.prediction import load_predictor
+from pipeline.serving.inference import load_model
 from pipeline.spectra.decomposition import leading_triplets
 from tests.support.encoders import write_encoder
 
@@ -67,7 +67,7 @@ def test_the_head_is_trained_saved_and_read_again(base: Path, name: str, tmp_pat
         for path, parameter in adapted.parameters.items():
             parameter.copy_(values[path])
         expected = model(**BATCH).logits
-        ours = load_predictor(base, tmp_path / "adapter", "fp32", HEAD, seed=5).model
+        ours = load_model(base, tmp_path / "adapter", "fp32", HEAD, seed=5).model
         torch.testing.assert_close(ours(**BATCH).logits, expected, atol=1e-5, rtol=1e-4)
         assert (load_base(base, "fp32", HEAD, 5).eval()(**BATCH).logits - expected).abs().max() > 1e-3
         if name != "full":

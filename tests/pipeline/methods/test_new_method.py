@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kasa import find_targets
-from pipeline.apps.compare.methods import entrant_names, entrants
+from pipeline.apps.compare.methods import compared_methods, method_names
 from pipeline.apps.compare.trials import trial, trial_keys
 from pipeline.apps.recipe_docs import recipe_page
 from pipeline.config.methods import METHODS, MethodSpec
@@ -56,8 +56,8 @@ def test_it_is_compared_built_saved_and_loaded(recipe: Callable[..., Recipe], tm
     folder = tmp_path / "base"
     model = load_base(folder, "fp32").eval()
     targets = find_targets(model, "all-linear")
-    assert entrant_names("kasa,spare") == ["kasa", "spare"]
-    compared, lora = entrants(recipe(), ["spare", "lora"], targets, model)
+    assert method_names("kasa,spare") == ["kasa", "spare"]
+    compared, lora = compared_methods(recipe(), ["spare", "lora"], targets, model)
     assert compared.parameters == lora.parameters
     keys = [trial_keys(trial(one, 0, 1e-3), "b", "s", targets) for one in (compared, lora)]
     assert keys[0].keys() == keys[1].keys()

@@ -22,7 +22,7 @@ COMPUTING = ("kasa", "pipeline.data", "pipeline.metrics", "pipeline.models", "pi
              "pipeline.training", "pipeline.evaluation", "pipeline.serving")  # fmt: skip
 # What a stage's own module imports of them without its result depending on it.
 NO_RESULT = {
-    ("prepare", "pipeline.evaluation.choices"): "refuses data that the evaluation could not use",
+    ("prepare", "pipeline.evaluation.suitability"): "refuses data that the evaluation could not use",
     ("prepare", "pipeline.metrics.catalogue"): "refuses a metric that the classes do not allow",
     ("spectra", "pipeline.spectra.memory"): "what a task reserves on its node",
 }

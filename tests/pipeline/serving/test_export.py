@@ -159,7 +159,7 @@ def test_a_model_too_large_to_be_compared(kasa: Kasa, adapter: Path, monkeypatch
 def test_peft_kasa_and_back(kasa: Kasa, base: Path, adapter: Path) -> None:
     code, out, _ = kasa("export", adapter, "peft", "--format", "peft-kasa")
     assert code == 0
-    assert "PEFT computes the truncation anew" in out
+    assert "PEFT recomputes the truncation" in out
     assert "the same beta and gamma pull much harder" in out
     assert "from peft import PeftModel" in out
     code, out, _ = kasa("import", "peft", "back", "--base", base)
@@ -191,7 +191,13 @@ def tracking(tmp_path: Path) -> Iterator[Tracking]:
 
 
 def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter: Path) -> None:
-    settings = {"base_name": "gone", "base_folder": str(base), "precision": "fp32", "max_new_tokens": 1}
+    settings = {
+        "head": "language-model",
+        "base_name": "gone",
+        "base_folder": str(base),
+        "precision": "fp32",
+        "max_new_tokens": 1,
+    }
     code = Path(served_model.__file__)
     run, registry = tracking.start_run("register", {}), Registry(Path("work"))
     package = ModelPackage(code, (), {"adapter": adapter}, settings, (), "A prompt.")

@@ -96,7 +96,7 @@ def test_a_judge_that_fails_in_the_middle_has_not_answered_in_vain(server: Answe
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "_RETRIES", 0)
-    with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9/v1 does not answer .* the same command goes on from there"):
+    with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9/v1 does not answer .* the same command resumes from there"):
         Judge("http://127.0.0.1:9/v1", "m", None, tmp_path / "v.jsonl").ask_all(
             [Request(grading(QUESTION, 0, FIRST), ())]
         )

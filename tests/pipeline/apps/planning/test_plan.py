@@ -23,6 +23,7 @@ from kasa.layer import KasaUpdate
 from kasa.spectra import Triplets
 from kasa.targets import Target
 from pipeline.apps.planning.compute import spectra_cost, training_flops
+from pipeline.apps.planning.hardware import Hardware, hardware_of
 from pipeline.apps.planning.memory import (
     GIB,
     PROCESS_GIB,
@@ -39,7 +40,7 @@ from pipeline.apps.planning.memory import (
     optimizer_bytes,
     trainable_parameters,
 )
-from pipeline.apps.planning.plan import DataFacts, Estimate, Hardware, estimate, hardware_of, plan_training
+from pipeline.apps.planning.plan import DataFacts, Estimate, estimate, plan_training
 from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.config.training import TrainSettings
 from pipeline.core.errors import BaseModelError, RecipeError

@@ -10,8 +10,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kasa import find_targets
-from pipeline.apps.compare.methods import DEFAULT_RATES, choose_rate, comparable, entrant_names, entrants, tuned_rates
-from pipeline.apps.compare.run import plan_comparison
+from pipeline.apps.compare.methods import (
+    DEFAULT_RATES,
+    choose_rate,
+    comparable,
+    compared_methods,
+    method_names,
+    tuned_rates,
+)
+from pipeline.apps.compare.plan import plan_comparison
 from pipeline.apps.compare.trials import trial, trial_keys
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
@@ -40,24 +47,24 @@ class Base:
 
 
 def test_names() -> None:
-    assert entrant_names("base, kasa:loss,lora") == ["kasa:loss", "lora"]
+    assert method_names("base, kasa:loss,lora") == ["kasa:loss", "lora"]
     with pytest.raises(RecipeError, match="no method 'lroa'; did you mean lora"):
-        entrant_names("kasa,lroa")
+        method_names("kasa,lroa")
     with pytest.raises(RecipeError, match="names lora twice"):
-        entrant_names("lora,lora")
+        method_names("lora,lora")
     with pytest.raises(RecipeError, match="names no method to train"):
-        entrant_names("base")
+        method_names("base")
 
 
 @pytest.mark.parametrize("name", comparable())
 def test_what_is_counted_is_what_is_trained(recipe: Build, name: str) -> None:
     model = meta()
     targets = find_targets(model, "all-linear")
-    (entrant,) = entrants(recipe({"adapter.truncation": "none"}), [name], targets, model)
-    if entrant.recipe.decomposes:
+    (compared,) = compared_methods(recipe({"adapter.truncation": "none"}), [name], targets, model)
+    if compared.recipe.decomposes:
         pytest.skip("needs spectra; trains as many as kasa:none or lora")
     real = LlamaForCausalLM(CONFIG)
-    made = entrant.recipe
+    made = compared.recipe
     method = method_of(made, Base(), targets, None)  # type: ignore[arg-type]
     if made.adapter.method == "kasa":
         from kasa import attach
@@ -66,7 +73,7 @@ def test_what_is_counted_is_what_is_trained(recipe: Build, name: str) -> None:
         trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
     else:
         trained = sum(p.numel() for p in method.attach(real, 0, 100).parameters.values())
-    assert trained == entrant.parameters
+    assert trained == compared.parameters
 
 
 @pytest.mark.parametrize("rank", [4, 16])
@@ -74,7 +81,7 @@ def test_every_method_with_a_rank_comes_near_the_budget(recipe: Build, rank: int
     model = meta()
     targets = find_targets(model, "all-linear")
     given = recipe({"adapter.rank": rank, "adapter.truncation": "weight"})
-    found = {one.name: one for one in entrants(given, comparable(), targets, model)}
+    found = {one.name: one for one in compared_methods(given, comparable(), targets, model)}
     budget = found["kasa"].parameters
     for name, one in found.items():
         adapter = one.recipe.adapter
@@ -96,7 +103,7 @@ def test_a_trial_needs_the_spectra_that_its_method_begins_with(recipe: Build) ->
         # Which drops nothing that would have to be audited.
         "corda": {"prepare", "spectra", "train", "evaluate"},
     }.items():
-        (one,) = entrants(recipe(), [name], targets, model)
+        (one,) = compared_methods(recipe(), [name], targets, model)
         assert set(trial_keys(trial(one, 0, 1e-3), "b", "s", targets)) == stages
         assert "evaluate" not in trial_keys(trial(one, 0, 1e-3, is_tuning=True), "b", "s", targets)
 
