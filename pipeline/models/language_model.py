@@ -1,9 +1,9 @@
-"""Batches for a causal language model, and the loss of each sample's labelled tokens; training and evaluation share it.
+"""Batches for a causal language model, and the losses of their labelled tokens. Training and evaluation share them.
 
-Samples share a forward pass in one of two ways: padded on the left, a row each, or packed end to end into one row. The
-(large) output layer runs over the positions alone that predict a label.
+The samples of a forward pass are either padded on the left, one row each, or packed end to end into one row. The output
+layer, which is large, runs only over the positions that predict a label.
 
-Legend: B = rows, T = tokens, K = positions with a label.
+Legend: B = rows, T = tokens, K = positions that predict a label, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Batch:
     """Samples for one forward pass.
 
     Attributes:
-        input_ids_BT, position_ids_BT: the model's inputs; positions count from 0 in every sample.
-        attention_mask_BT: 0 for padding. None for packed samples, which transformers keeps apart by their positions.
-        predicting_K: the positions whose logits predict a label in some row, ascending.
-        labels_BK: the labels after these positions; `IGNORED` where there is none.
-        token_count: tokens that are not padding.
+        input_ids_BT, position_ids_BT: The model's inputs. Positions count from 0 in every sample.
+        attention_mask_BT: 0 for padding. None for packed samples, which transformers separates by their positions.
+        predicting_K: The positions whose logits predict a label in some row, ascending.
+        labels_BK: The labels that these positions predict; `IGNORED` if there is none.
+        token_count: The number of tokens that are not padding.
     """
 
     input_ids_BT: torch.Tensor
@@ -50,7 +50,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample], pad_token: int = 0) -> Batch:
-    """Pad samples with `input_ids` and `labels` on the left: a row each."""
+    """Pad samples, which have `input_ids` and `labels`, on the left: one row each."""
     longest = max(len(sample["input_ids"]) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token)
     mask = torch.zeros(len(samples), longest, dtype=torch.long)
@@ -65,7 +65,7 @@ def collate(samples: Sequence[Sample], pad_token: int = 0) -> Batch:
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
-    """Samples with `input_ids` and `labels` end to end in one row. No token sees those of another sample."""
+    """Pack samples, which have `input_ids` and `labels`, end to end into one row. No token attends to another sample."""
     input_ids = torch.cat([torch.as_tensor(sample["input_ids"]) for sample in samples])
     positions = torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])
     labels = torch.cat([_labels(sample) for sample in samples])
@@ -74,13 +74,13 @@ def pack(samples: Sequence[Sample]) -> Batch:
 
 def _labels(sample: Sample) -> torch.Tensor:
     labels = torch.tensor(sample["labels"])
-    # The first token has nothing before it to be predicted from.
+    # Nothing precedes the first token, so nothing predicts it.
     labels[0] = IGNORED
     return labels
 
 
 def _predicted(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(`predicting_K`, `labels_BK`) of a batch; one position without any label where there are none."""
+    """(`predicting_K`, `labels_BK`) of a batch. If it has no labels at all, one position without a label."""
     labelled_K = (labels_BT != IGNORED).any(dim=0).nonzero()[:, 0]
     if not len(labelled_K):
         labelled_K = torch.tensor([labels_BT.shape[1] - 1])
@@ -88,7 +88,7 @@ def _predicted(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross entropy of each label in nats, fp32, shape (B, K); zero where there is no label."""
+    """The cross entropy of each label in nats, fp32, shape (B, K); zero where there is no label."""
     inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
     if batch.attention_mask_BT is not None:
         inputs["attention_mask"] = batch.attention_mask_BT
@@ -103,12 +103,12 @@ def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """How many tokens the model chooses from."""
+    """The size V of the model's vocabulary."""
     config: Any = model.config
     return int(config.get_text_config().vocab_size)
 
 
 def limits_logits(model: nn.Module) -> bool:
-    """Whether the model can compute the logits of some positions alone (`logits_to_keep`)."""
+    """Whether the model can compute the logits of selected positions only (`logits_to_keep`)."""
     inner = getattr(model, "module", model)
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -1,4 +1,4 @@
-"""The base model with its weights, and with the head it is given. The door to transformers' model classes."""
+"""Loading the base model with its weights and its head."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_base(folder: Path, precision: str, head: Head = LANGUAGE_MODEL, seed: int = 0) -> nn.Module:
-    """The model with its weights on the CPU (or partitioned, where ZeRO-3 has been announced), in evaluation mode.
+    """Load the model in evaluation mode, on the CPU, or partitioned if an `HfDeepSpeedConfig` for ZeRO-3 is alive.
 
-    A new head is drawn from the seed, whatever the checkpoint holds, and stays in fp32: a value or a ranking of logits needs
-    more than the eight bits of bf16. It takes inputs of any floating type.
+    A new head is initialised from the seed, whatever the checkpoint holds. It stays in fp32, because a value or a ranking of
+    logits needs more than the eight bits of a bf16 mantissa, and takes inputs of any floating type.
+
+    Args:
+        precision: `fp32` or `bf16`.
+        seed: Seeds the initial weights of a new head.
 
     Raises:
-        BaseModelError: the model lacks weights of its body, or transformers has no such head for it.
+        BaseModelError: The checkpoint lacks weights of the body, or transformers has no such head for the model.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -40,7 +44,7 @@ def _with_new_head(folder: Path, precision: str, head: Head, seed: int) -> nn.Mo
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would say at length that the head is new
+    logging.set_verbosity_error()  # it would explain at length that the head is new
     classes = head.classes or ("value",)
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -66,14 +70,17 @@ def _with_new_head(folder: Path, precision: str, head: Head, seed: int) -> nn.Mo
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     for name in names:
-        _start_anew(model.get_submodule(name), name, seed, float(getattr(model.config, "initializer_range", 0.02)))
+        _initialise(model.get_submodule(name), name, seed, float(getattr(model.config, "initializer_range", 0.02)))
     return model
 
 
-def _start_anew(module: nn.Module, name: str, seed: int, spread: float) -> None:
-    """Give a module fp32 parameters as transformers starts them: weights normal, biases 0, scales of norms 1."""
+def _initialise(module: nn.Module, name: str, seed: int, spread: float) -> None:
+    """Give a module fp32 parameters as transformers initialises them: weights normal, biases 0, scales of norms 1.
+
+    Each parameter is drawn from a generator of its own, so its values do not depend on what else the head has.
+    """
     for path, parameter in list(module.named_parameters()):
-        # Under ZeRO-3 the parameter is empty, and what replaces it is whole until the engine starts.
+        # Under ZeRO-3 the parameter is empty. Its replacement has its full shape until the engine partitions it.
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         owner, attribute = module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         if attribute == "bias":

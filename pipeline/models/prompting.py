@@ -1,6 +1,6 @@
-"""From text to token ids, one way for training, evaluation and use: an adapter keeps its `prompting.json` beside it.
+"""From text to token ids, in the same way for training, evaluation and serving. An adapter has a `prompting.json` beside it.
 
-What generation sees are exactly the tokens that training put before the answer; see `_continue`.
+Generation starts from exactly the tokens that training put before the answer; see `_continue`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FILE_NAME = "prompting.json"
 IGNORED = -100
 PLACE = "{prompt}"
 
-# Any tokenizer with the interface of `transformers.PreTrainedTokenizerBase`; importing that takes seconds.
+# Any tokenizer with the interface of `transformers.PreTrainedTokenizerBase`, whose import takes seconds.
 Tokenizer = Any
 
 
@@ -30,8 +30,13 @@ class Message(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A tokenised conversation: `labels` are the ids to be learned and -100 elsewhere; the first `prompt_tokens` ids
-    lie before the last assistant turn, and generation starts from them."""
+    """A tokenised conversation.
+
+    Attributes:
+        input_ids: Its token ids.
+        labels: The ids to be learned, and -100 elsewhere.
+        prompt_tokens: How many ids lie before the last assistant turn. Generation starts from these.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -39,15 +44,17 @@ class Encoded(NamedTuple):
 
 
 class TemplateError(DataError):
-    """The tokenizer's chat template refuses one conversation (a role, an order); others may be fine."""
+    """The tokenizer's chat template rejects one conversation (a role, an order). Others may be accepted."""
 
 
 @dataclass(frozen=True)
 class Prompting:
     """How prompts are written.
 
-    `prompt_template` wraps the user's prompt at `{prompt}`; with `chat_template` the tokenizer's template then wraps
-    the conversation, which begins with `system_prompt` unless it has a system message of its own.
+    Attributes:
+        prompt_template: Wraps the prompt of the user, which replaces `{prompt}`.
+        chat_template: Whether the tokenizer's chat template then wraps the conversation.
+        system_prompt: Begins the conversation, unless that has a system message of its own.
     """
 
     prompt_template: str = PLACE
@@ -56,14 +63,14 @@ class Prompting:
 
     @classmethod
     def from_settings(cls, data: DataSettings, tokenizer: Tokenizer, form: str = "auto") -> Prompting:
-        """The recipe's choices; the tokenizer decides where `chat_template` is left open.
+        """The prompting that a recipe asks for. If it leaves `chat_template` open, the tokenizer decides.
 
         Args:
-            form: The form of the data, once known: `completion` is plain text and takes no template of either kind,
-                `chat` needs the chat template and no prompt template.
+            form: The form of the data, once it is known. `completion` is plain text and takes no template of either kind.
+                `chat` needs the chat template and takes no prompt template.
 
         Raises:
-            DataError: the settings contradict each other, the form or the tokenizer.
+            DataError: The settings contradict each other, the form or the tokenizer.
         """
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token, so answers could never end; set its eos_token")
@@ -90,7 +97,7 @@ class Prompting:
         """Read `prompting.json` from a folder.
 
         Raises:
-            ModelError: the file is missing or damaged.
+            ModelError: The file is missing or damaged.
         """
         path = folder / FILE_NAME
         try:
@@ -103,24 +110,24 @@ class Prompting:
             raise ModelError(f"{path} is damaged ({error}); copy it again from the run that made it") from None
 
     def wrap(self, prompt: str) -> str:
-        """The prompt inside the prompt template."""
+        """The prompt in the prompt template."""
         return self.prompt_template.replace(PLACE, prompt)
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
-        """Token ids that generation starts from, for a prompt as the user types it.
+        """The token ids from which the answer to a prompt is generated.
 
         Raises:
-            TemplateError: the chat template refuses the conversation.
+            TemplateError: The chat template rejects the conversation.
         """
         return self.conversation_ids(tokenizer, [Message("user", prompt)])
 
     def conversation_ids(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> list[int]:
-        """Token ids that generation starts from after a conversation that ends with a user turn, as the user types it.
+        """The token ids from which the answer to a conversation is generated, which ends with a user turn.
 
-        Without a chat template the turns follow each other in paragraphs, each prompt in the prompt template.
+        Without a chat template the turns become paragraphs, with each prompt in the prompt template.
 
         Raises:
-            TemplateError: the chat template refuses the conversation.
+            TemplateError: The chat template rejects the conversation.
         """
         turns = [Message(role, self.wrap(text) if role == "user" else text) for role, text in conversation]
         if not self.chat_template:
@@ -128,24 +135,24 @@ class Prompting:
         return _tokens(tokenizer, self._render(tokenizer, turns, generation=True))
 
     def answer_ids(self, tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
-        """Token ids of an answer to a prompt, ended by EOS as in training: what follows `prompt_ids`.
+        """The token ids of an answer, ended by EOS as in training. They continue `prompt_ids` of the same prompt.
 
         Raises:
-            TemplateError: the chat template refuses the conversation.
+            TemplateError: The chat template rejects the conversation.
         """
         encoded = self.encode(tokenizer, [Message("user", self.wrap(prompt)), Message("assistant", answer)])
         return encoded.input_ids[encoded.prompt_tokens :]
 
     def encode(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> Encoded:
-        """Token ids and labels of a conversation that ends with an assistant turn.
+        """Tokenise a conversation that ends with an assistant turn.
 
-        Every assistant turn is labelled, and the last id is EOS. User turns are taken as they are: apply `wrap` first.
-        A lone assistant turn is plain text: everything is labelled, with no chat template. Without chat template only
-        that and a pair of user and assistant turns can be encoded.
+        Every assistant turn is labelled, and the last id is EOS. User turns are taken as they are: apply `wrap` first. A lone
+        assistant turn is plain text: all of it is labelled, and no chat template is applied. Without a chat template only
+        such a text or a pair of a user and an assistant turn can be encoded.
 
         Raises:
-            TemplateError: the chat template refuses the conversation.
-            DataError: the chat template does not keep earlier text as it was, so labels cannot be placed.
+            TemplateError: The chat template rejects the conversation.
+            DataError: The chat template changes earlier turns as the conversation grows, so labels cannot be placed.
         """
         if [turn.role for turn in conversation] == ["assistant"]:
             return _encode_text(tokenizer, conversation[0].content)
@@ -169,7 +176,7 @@ class Prompting:
             text = self._render(tokenizer, conversation[: index + 1], generation=False)
             ids = _until_eos(tokenizer, _continue(tokenizer, ids, before, text), prompt_tokens)
             labels += ids[prompt_tokens:]
-            # What the template writes after EOS (often a line break) belongs to the next turn's prefix.
+            # Text that the template writes after EOS, often a line break, belongs to the prefix of the next turn.
             text = _cut_after_eos(tokenizer, before, text)
         if ids[-1] != tokenizer.eos_token_id:
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
@@ -208,7 +215,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
-    """What the tokenizer makes of a text, or a pair of them, for a new head: `input_ids`, perhaps `token_type_ids`."""
+    """Tokenise a text or a pair of texts for a new head: `input_ids`, and `token_type_ids` if the tokenizer gives them."""
     encoded = tokenizer(*texts)
     return {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
 
@@ -240,16 +247,19 @@ def _encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
 
 
 def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids before an answer. Spaces at the prompt's end belong to the answer: tokenizers join a space to the word behind it,
-    and after one that stands alone a model has hardly ever seen a word begin."""
+    """The ids before an answer. Spaces at the end of the prompt are moved to the answer.
+
+    Tokenizers join a space to the word after it. After a space that is a token of its own, a model has hardly ever seen a
+    word begin.
+    """
     return _tokens_with_bos(tokenizer, prompt.rstrip(" "))
 
 
 def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> list[int]:
-    """Ids of `longer`, which must begin with `text`; they begin with `ids`, the ids of `text`.
+    """The ids of `longer`, which begins with `text`. They begin with `ids`, the ids of `text`.
 
-    A token may span the boundary ("a" + "b" -> "ab"). Generation could never meet such a token there, so the rest is
-    then tokenised on its own. It is not always so because some tokenizers put a space before text that stands alone.
+    If a token spans the boundary ("a" + "b" -> "ab"), the rest is tokenised by itself, because generation could never meet
+    such a token there. Otherwise it is not, because some tokenizers put a space before text that stands alone.
     """
     if not longer.startswith(text):
         raise DataError(
@@ -261,7 +271,7 @@ def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> l
 
 
 def _until_eos(tokenizer: Tokenizer, ids: list[int], start: int) -> list[int]:
-    """Cut what follows the last EOS at or after `start`; everything is kept where there is none."""
+    """Cut what follows the last EOS at or after `start`. Without an EOS everything is kept."""
     for index in range(len(ids) - 1, start - 1, -1):
         if ids[index] == tokenizer.eos_token_id:
             return ids[: index + 1]
@@ -279,7 +289,7 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _tokens_with_bos(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
-    # Some tokenizers end every text with EOS; nothing could follow it.
+    # Some tokenizers end every text with EOS, after which nothing could follow.
     while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids.pop()
     return ids

@@ -1,12 +1,9 @@
-"""Batches for a model with a new head, and the loss of each sample; training and evaluation share it.
+"""Batches for a model with a new head, the losses of their samples, and the features that the head reads.
 
-Samples are padded on the right, as encoders have it.
+Training and evaluation share the batches and losses. Samples are padded on the right, as encoders expect. Truncation of the
+base looks at the features, because the outputs of a head that is not trained yet say nothing about the base.
 
-Legend: B = samples, T = tokens, C = outputs of the head.
-
-What a new head reads: before it is trained its answers say nothing of the base, the representation below it does.
-
-Legend: B = samples, F = features.
+Legend: B = samples, T = tokens, C = outputs of the head, F = features.
 """
 
 from __future__ import annotations
@@ -32,9 +29,9 @@ class LabelledBatch:
     """Samples for one forward pass.
 
     Attributes:
-        inputs: the model's inputs by name, each (B, T).
-        labels_B: number of the class, or value; NaN where there is none. fp64.
-        token_count: tokens that are not padding.
+        inputs: The model's inputs by name, each of shape (B, T).
+        labels_B: The number of the class, or the value; NaN where there is none. fp64.
+        token_count: The number of tokens that are not padding.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -48,11 +45,11 @@ class LabelledBatch:
 
 
 def collate_labelled(samples: Sequence[Sample], pad_token: int) -> LabelledBatch:
-    """Pad samples with `input_ids`, perhaps `token_type_ids`, and perhaps a `label`: a row each.
+    """Pad samples on the right: one row each.
 
     Args:
-        samples: at least one.
-        pad_token: the model's own (`padding_token`): some models count positions, or look for a text's end, by it.
+        samples: At least one. Each has `input_ids`, and may have `token_type_ids` and a `label`.
+        pad_token: The model's own (`padding_token`). Some models count positions, or find the end of a text, by it.
     """
     longest = max(len(sample["input_ids"]) for sample in samples)
     input_ids_BT = torch.full((len(samples), longest), pad_token)
@@ -71,21 +68,21 @@ def collate_labelled(samples: Sequence[Sample], pad_token: int) -> LabelledBatch
 
 
 def padding_token(model: nn.Module) -> int:
-    """The token that the model takes for padding."""
+    """The id of the token that the model takes for padding."""
     config: Any = model.config
     return int(config.pad_token_id)
 
 
 def head_outputs(model: nn.Module, batch: LabelledBatch) -> torch.Tensor:
-    """The head's outputs, fp32, shape (B, C): a logit for each class, or the value alone."""
+    """The outputs of the head, fp32, shape (B, C): one logit for each class, or one value."""
     known = inspect.signature(getattr(model, "module", model).forward).parameters
-    # Some tokenizers tell the texts of a pair apart for models that do not.
+    # Some tokenizers give token types for models that take none.
     logits_BC: torch.Tensor = model(**{name: ids_BT for name, ids_BT in batch.inputs.items() if name in known}).logits
     return logits_BC.float()
 
 
 def sample_losses(outputs_BC: torch.Tensor, labels_B: torch.Tensor, head: Head) -> torch.Tensor:
-    """Cross entropy in nats, or squared error, of each sample; shape (B,), zero where there is no label."""
+    """The cross entropy in nats, or the squared error, of each sample; shape (B,), zero where there is no label."""
     known_B = labels_B.isfinite()
     labels_B = labels_B.nan_to_num()
     if head.kind == "classification":
@@ -96,7 +93,7 @@ def sample_losses(outputs_BC: torch.Tensor, labels_B: torch.Tensor, head: Head) 
 
 
 def features(model: nn.Module, samples: Sequence[Sample]) -> torch.Tensor:
-    """What the last linear module of the head reads of samples of one length, fp32, shape (B, F)."""
+    """The inputs of the last linear module of the head for samples of one length, fp32, shape (B, F)."""
     inside = [module for name in head_modules(model) for module in model.get_submodule(name).modules()]
     last = [module for module in inside if isinstance(module, nn.Linear)][-1]
     seen: list[torch.Tensor] = []
@@ -109,8 +106,11 @@ def features(model: nn.Module, samples: Sequence[Sample]) -> torch.Tensor:
 
 
 def probe(features_BF: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
-    """The sum of the features under random signs, each sample's own: its gradients have, on average, the second moments of
-    those of all features. The signs depend on the text alone, whatever worker reads it."""
+    """The sum of the features, each multiplied by a random sign.
+
+    On average the gradients of this sum have the second moments of the gradients of all features. The signs of a sample
+    depend on its tokens only, so it does not matter which worker reads it.
+    """
     signs = np.stack([_signs(sample, features_BF.shape[1]) for sample in samples])
     return (features_BF * torch.from_numpy(signs).to(features_BF)).sum()
 
@@ -121,7 +121,7 @@ def _signs(sample: Sample, count: int) -> np.ndarray:
 
 
 def read_samples(model: nn.Module, batches: Sequence[Sequence[Sample]], gradients: bool) -> Iterator[int]:
-    """Run samples through the model, and with `gradients` a probe of their features backward; the tokens of each pass."""
+    """Run batches through the model, and with `gradients` a probe of their features backward. Yields each pass's token count."""
     for batch in batches:
         with torch.set_grad_enabled(gradients):
             features_BF = features(model, batch)
@@ -131,7 +131,7 @@ def read_samples(model: nn.Module, batches: Sequence[Sequence[Sample]], gradient
 
 
 def changed_share(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
-    """The energy of the difference as a share of that of `before`; both batch by batch."""
+    """The squared norm of the change of the features, relative to that of `before`. Both are given batch by batch."""
     before, after = ([one_BF.detach() for one_BF in side] for side in (before, after))
     change = sum(float((old_BF - new_BF).double().square().sum()) for old_BF, new_BF in zip(before, after, strict=True))
     return change / sum(float(old_BF.double().square().sum()) for old_BF in before)

@@ -56,7 +56,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @pytest.fixture(autouse=True)
 def _empty_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_shapes, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(model_shapes, "_cached_folder", lambda *_: None)
 
 
 def _recipe(**sections: dict[str, Any]) -> Recipe:
