@@ -103,7 +103,7 @@ def package_of(
     labels = recipe.base.head != "language-model"
     prompts = (prompt for prompt in load_prepared(made["prepare"].folder).heldout["prompt"] if prompt.strip())
     return ModelPackage(
-        code=_ROOT / "pipeline" / "registry" / ("served_labels.py" if labels else "served_model.py"),
+        code=_ROOT / "pipeline" / "serving" / ("served_labels.py" if labels else "served_model.py"),
         packages=_PACKAGES,
         artifacts={
             ADAPTER: made["train"].folder / ADAPTER,

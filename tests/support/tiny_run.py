@@ -28,10 +28,10 @@ class Bench:
     folder: Path
 
     def start(
-        self, workspace: str, *overrides: str, environment: Mapping[str, str] | None = None
+        self, workspace: str, *overrides: str, environment: Mapping[str, str] | None = None, is_cold: bool = False
     ) -> subprocess.Popen[str]:
         arguments = ["run", "recipe.yaml", f"workspace={workspace}", *overrides, "--json"]
-        return start_kasa(arguments, self.folder, environment)
+        return start_kasa(arguments, self.folder, environment, is_cold)
 
     def copy_beginning(self, made: Mapping[str, str], workspace: str) -> None:
         """Give a new workspace what a run has made before training."""
