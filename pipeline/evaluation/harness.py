@@ -15,6 +15,7 @@ import torch
 
 from pipeline.config.settings import HarnessSettings
 from pipeline.core.files import atomic_write
+from pipeline.evaluation.results import harness_tasks
 from pipeline.models.prompting import Prompting
 from pipeline.serving.generation import load_answerer
 
@@ -41,7 +42,6 @@ def run_harness(job: HarnessJob) -> None:
     """Evaluate the task with the harness's own prompts; the model answers as it is loaded, without a chat template."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def run_harness(job: HarnessJob) -> None:
     found: Any = simple_evaluate(
         model,
         tasks=[job.task],
-        task_manager=TaskManager(include_path=job.settings.include),
+        task_manager=harness_tasks(job.settings),
         limit=job.settings.limit,
         bootstrap_iters=0,
         log_samples=True,

@@ -12,6 +12,7 @@ usage: python -m tests.support.fork_server OWNER_PROCESS SOCKET
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -32,6 +33,7 @@ from tests.support.forking import LARGEST_REQUEST, VARIABLE, note_environment, s
 
 ROOT = Path(__file__).resolve().parents[2]
 _START_S = 120.0
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def ensure_server() -> None:
@@ -65,8 +67,10 @@ def _environment() -> dict[str, str]:
     """What everything is imported in; its settings of Ray are those of the product's own connection."""
     from pipeline.cluster.connection import _DRIVER_ENVIRONMENT
 
+    rays = {**_DRIVER_ENVIRONMENT, "RAY_AUTH_MODE": "token"}
+
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "KASA_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | _DRIVER_ENVIRONMENT
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | rays
 
 
 def _import_everything() -> None:
@@ -177,6 +181,8 @@ def _become(request: Mapping[str, Any], added: Mapping[str, str], own_path: Sequ
     sys.path[:] = [first, *filter(None, given.split(os.pathsep)), *own_path]
     tempfile.tempdir = None
     np.random.seed()  # Python's own generator sees to itself
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, int(os.environ["MALLOC_MMAP_THRESHOLD_"]))
     # Read during the imports, and set in Ray's workers alone.
     if os.environ.get("TRANSFORMERS_VERBOSITY") == "error":
         transformers.logging.set_verbosity_error()

@@ -29,7 +29,10 @@ LARGEST_REQUEST = 2**22
 _READ_AT_START = (
     "PYTHON", "LD_", "MALLOC_", "GLIBC_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "CUDA_", "DS_", "HF_HOME", "HF_HUB_CACHE",
     "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS", "TRANSFORMERS_OFFLINE", "ARROW_", "RAY_TRAIN_", "RAY_ACCEL_", "RAY_DEDUP_",
+    "RAY_AUTH_MODE",
 )  # fmt: skip
+# What the server can still set in a fork.
+_SET_AFTERWARDS = {"MALLOC_MMAP_THRESHOLD_"}
 
 
 class ForkedProcess(subprocess.Popen[Any]):
@@ -113,7 +116,9 @@ def is_forkable(environment: Mapping[str, str]) -> bool:
         return False
     # The product sets its variables for Ray itself, before it imports Ray, and MKL's to the same as OMP's.
     defaults = {name: value for name, value in servers.items() if name.startswith("RAY_")} | {"MKL_NUM_THREADS": "1"}
-    return defaults | _read_at_start(environment) == defaults | servers
+    if "RAY_ADDRESS" in environment:
+        del defaults["RAY_AUTH_MODE"]  # as that cluster has it
+    return defaults | _read_at_start(environment) == servers | {"MKL_NUM_THREADS": "1"}
 
 
 def _note(environment: Mapping[str, str]) -> Path:
@@ -121,7 +126,8 @@ def _note(environment: Mapping[str, str]) -> Path:
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(_READ_AT_START)}
+    names = [name for name in environment if name.startswith(_READ_AT_START) and name not in _SET_AFTERWARDS]
+    return {name: environment[name] for name in names}
 
 
 def ask(
