@@ -36,7 +36,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         del os.environ[forking.VARIABLE]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "s3" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
     items.sort(key=_turn)
 
 

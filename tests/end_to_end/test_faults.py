@@ -13,7 +13,7 @@ from pipeline.run.graph import STAGES
 from tests.support.processes import beneath, end_all
 from tests.support.tiny_run import Bench, adapter_bytes, assert_recorded_once, mid_training, parents
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from tests.support.job_scenarios import SCENARIOS, Findings, Jobs, missing_data,
 from tests.support.ray_head import ray_head
 from tests.support.tiny_run import Bench
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("jobs")]
 
 
 @pytest.fixture(scope="module")

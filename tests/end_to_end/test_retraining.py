@@ -39,6 +39,7 @@ def test_a_scheduler_may_call_it_as_it_likes(tmp_path: Path) -> None:
     assert max(scenario.noop_seconds) < 30
 
 
+@pytest.mark.processes
 def test_a_tick_with_nothing_to_do_loads_none_of_the_heavy_libraries() -> None:
     code = (
         "import sys, pipeline.cli.main, pipeline.apps.retrain; print(*{name.partition('.')[0] for name in sys.modules})"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +35,12 @@ from tests.support.forking import LARGEST_REQUEST, VARIABLE, note_environment, s
 
 ROOT = Path(__file__).resolve().parents[2]
 _START_S = 120.0
+# Nothing that starts a thread or touches a device: neither would live on in a fork.
+_IMPORTED = (
+    "scipy.stats", "datasets", "deepspeed", "mlflow.pyfunc", "peft", "ray.train.v2.torch.torch_trainer",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "pipeline.cli.main", "pipeline.run.flow", "pipeline.training.worker", "pipeline.evaluation.worker",
+)  # fmt: skip
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
@@ -74,21 +82,9 @@ def _environment() -> dict[str, str]:
 
 
 def _import_everything() -> None:
-    # Nothing that starts a thread or touches a device: neither would live on in a fork.
-    import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
-    import mlflow.pyfunc
-    import peft  # noqa: F401
-    import ray.train.v2.torch.torch_trainer
-    import scipy.stats  # noqa: F401
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    for name in _IMPORTED:
+        importlib.import_module(name)
     from ray._private import ray_constants
-
-    import pipeline.cli.main
-    import pipeline.evaluation.worker
-    import pipeline.run.flow
-    import pipeline.training.worker  # noqa: F401
 
     # An absolute path, so that joining it to the folder of Ray's script gives it as it is.
     ray_constants.SETUP_WORKER_FILENAME = str(ROOT / "tests" / "support" / "fork_launcher.py")
@@ -174,9 +170,8 @@ def _become(request: Mapping[str, Any], added: Mapping[str, str], own_path: Sequ
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update({**added, **request["environment"]})
-    is_module = request["arguments"][0] == "-m"
-    sys.argv = request["arguments"][is_module:]
-    first = os.getcwd() if is_module else os.path.dirname(sys.argv[0])
+    kind = request["arguments"][0]
+    first = {"-m": os.getcwd(), "-c": ""}.get(kind, os.path.dirname(kind))
     given = os.environ.get("PYTHONPATH", "")
     sys.path[:] = [first, *filter(None, given.split(os.pathsep)), *own_path]
     tempfile.tempdir = None
@@ -188,6 +183,20 @@ def _become(request: Mapping[str, Any], added: Mapping[str, str], own_path: Sequ
         transformers.logging.set_verbosity_error()
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1":
         constants.HF_HUB_DISABLE_PROGRESS_BARS = True
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """What `python ARGUMENTS` runs, as the module `__main__`."""
+    if arguments[0] == "-m":
+        sys.argv = list(arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(arguments[1], "<string>", "exec"), vars(sys.modules["__main__"]))
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def main() -> None:
@@ -205,10 +214,7 @@ def main() -> None:
     except _Child as child:
         request = child.args[0]
     _become(request, added, own_path)
-    if request["arguments"][0] == "-m":
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    _run(request["arguments"])
 
 
 if __name__ == "__main__":

@@ -38,13 +38,14 @@ _SET_AFTERWARDS = {"MALLOC_MMAP_THRESHOLD_"}
 class ForkedProcess(subprocess.Popen[Any]):
     """A child of the server, with the interface of a child of this process.
 
-    `args` is what follows the interpreter: `-m MODULE ARGUMENT...` or `SCRIPT ARGUMENT...`.
+    `args` is what follows the interpreter: `-m MODULE ARGUMENT...`, `-c CODE ARGUMENT...` or `SCRIPT ARGUMENT...`.
     """
 
     _connection: socket.socket
 
     def _execute_child(self, *arguments: Any) -> None:
         given = inspect.signature(subprocess.Popen._execute_child).bind(self, *arguments).arguments  # type: ignore[attr-defined]
+        sys.audit("subprocess.Popen", sys.executable, given["args"], given["cwd"], given["env"])  # as its own does
         with open(os.devnull, "rb") as nothing:
             inherited = (nothing.fileno(), 1, 2)
             streams = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
@@ -83,7 +84,7 @@ def start_python(
     """`python ARGUMENTS`, forked from the server where that gives what a fresh interpreter would.
 
     Args:
-        arguments: `-m MODULE ARGUMENT...` or `SCRIPT ARGUMENT...`.
+        arguments: `-m MODULE ARGUMENT...`, `-c CODE ARGUMENT...` or `SCRIPT ARGUMENT...`.
         environment: all of it.
         is_cold: never a fork.
         options: of `subprocess.Popen`: `cwd`, `stdin`, `stdout`, `stderr`, `text`, `start_new_session`.
@@ -131,7 +132,11 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def ask(
-    arguments: Sequence[str], folder: str | Path, environment: Mapping[str, str], streams: Sequence[int], new_session: bool
+    arguments: Sequence[str],
+    folder: str | Path,
+    environment: Mapping[str, str],
+    streams: Sequence[int],
+    new_session: bool,
 ) -> tuple[socket.socket, int]:
     """Have a process forked; returns a connection and its process number.
 

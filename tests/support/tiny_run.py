@@ -95,9 +95,7 @@ def assert_recorded_once(bench: Bench, workspace: str, result: dict[str, Any]) -
     assert sorted(point.step for point in history) == list(range(1, STEPS + 1))
 
 
-def mid_training(
-    bench: Bench, workspace: str, process: subprocess.Popen[str], step: int = 3
-) -> list[psutil.Process]:
+def mid_training(bench: Bench, workspace: str, process: subprocess.Popen[str], step: int = 3) -> list[psutil.Process]:
     """Wait until an odd step is done, behind the checkpoint of the one before; returns the training workers by rank."""
     wait_for(lambda: any(record.get("step", 0) >= step for record in bench.journal(workspace)), process, PATIENCE_S)
     roll_call = next((bench.folder / workspace / "artifacts" / "train").glob(f"*.partial/{ROLL_CALL}"))

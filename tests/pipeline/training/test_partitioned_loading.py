@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.ranks import start_ranks
 
 
+@pytest.mark.processes
 def test_two_ranks_load_a_half_each_and_compute_in_one_type(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

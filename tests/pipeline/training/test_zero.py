@@ -10,7 +10,7 @@ import pytest
 from tests.support.ranks import start_ranks
 
 # Each number of processes is trained once, not once in every test process.
-pytestmark = pytest.mark.xdist_group("zero")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("zero")]
 # Stage 3 both with every parameter partitioned and with the small ones kept whole on every rank.
 FP32 = ["0 fp32", "1 fp32", "2 fp32", "2 fp32 packed", "3 fp32", "3 fp32 packed", "3 fp32 persistent"]
 BF16 = ["1 bf16", "2 bf16", "3 bf16"]
