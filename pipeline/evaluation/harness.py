@@ -18,6 +18,7 @@ import torch
 
 from pipeline.config.evaluate import HarnessSettings
 from pipeline.core.files import atomic_write
+from pipeline.evaluation.suitability import harness_tasks
 from pipeline.models.heads import LANGUAGE_MODEL
 from pipeline.models.prompting import Prompting
 from pipeline.serving.inference import load_model
@@ -50,7 +51,6 @@ def run_harness(job: HarnessJob) -> None:
     """Evaluate the task with the harness's own prompts, without a chat template, and write `out`."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def run_harness(job: HarnessJob) -> None:
     found: Any = simple_evaluate(
         model,
         tasks=[job.task],
-        task_manager=TaskManager(include_path=job.settings.include),
+        task_manager=harness_tasks(job.settings),
         limit=job.settings.limit,
         bootstrap_iters=0,
         log_samples=True,

@@ -32,7 +32,7 @@ class Unwanted:
 sys.meta_path.insert(0, Unwanted())
 """
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("workspace")]
 
 
 def test_a_run_leaves_what_it_promises(bench: Bench, first: dict[str, Any]) -> None:

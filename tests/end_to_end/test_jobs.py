@@ -18,7 +18,7 @@ from tests.support.ray_head import Head, ray_head, ray_job_submit
 from tests.support.submitted_jobs import Jobs, finish, hear
 from tests.support.tiny_run import Bench, parents
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("jobs")]
 
 MODULE = "ray_jobs.run_pipeline"
 

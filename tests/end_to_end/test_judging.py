@@ -11,7 +11,7 @@ from tests.support.judge_server import judge_server
 from tests.support.processes import start_kasa
 from tests.support.tiny_run import PATIENCE_S, Bench
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
+pytestmark = pytest.mark.cluster
 
 
 def test_an_adapter_is_judged_against_its_base(bench: Bench, first: dict[str, Any]) -> None:

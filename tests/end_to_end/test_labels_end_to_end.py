@@ -24,7 +24,6 @@ from tests.support.tiny_run import Bench
 
 
 @pytest.mark.cluster
-@pytest.mark.xdist_group("end_to_end")
 def test_a_head_goes_through_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_encoder(tmp_path / "base", "bert")
     generator = random.Random(0)

@@ -26,7 +26,7 @@ from tests.support.commands import run_kasa
 from tests.support.serving import Stranger, adapter_logits, apart, ask, load_as_stranger, served
 from tests.support.tiny_run import Bench
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("workspace")]
 
 PROMPTS = ["count 16 from 196", "count 3 from 7"]
 SEQUENCES = [torch.arange(1, 40)[None], torch.arange(7, 20)[None]]

@@ -100,6 +100,7 @@ def test_a_scheduler_may_call_it_as_it_likes(scheduled: Scheduled) -> None:
     assert [stage["name"] for stage in planned if stage["action"] != "reuse"] == []
 
 
+@pytest.mark.processes
 def test_a_tick_with_nothing_to_do_loads_none_of_the_heavy_libraries() -> None:
     code = (
         "import sys, pipeline.cli.main, pipeline.apps.retrain; print(*{name.partition('.')[0] for name in sys.modules})"

@@ -16,7 +16,7 @@ from tests.support.processes import wait_for
 from tests.support.tiny_run import PATIENCE_S, STEPS, Bench, parents, runs_under
 from tests.support.tracking_server import TrackingServer, curve_faults, outage, tracking_server
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("end_to_end")]
+pytestmark = pytest.mark.cluster
 
 KILL_AFTER, GO_ON = 5, 10
 

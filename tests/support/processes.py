@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,24 +12,26 @@ from typing import TypeVar
 import psutil
 
 from tests.support import ROOT
+from tests.support.forking import start_python
 
 Found = TypeVar("Found")
 
 
 def start_kasa(
-    arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None, is_cold: bool = False
 ) -> subprocess.Popen[str]:
     """`kasa ARGUMENTS` in `folder`; its output can be read at the end.
 
-    Of the surroundings' settings of Ray and MLflow it sees those in `environment` alone.
+    Of the surroundings' settings of Ray and MLflow it sees those in `environment` alone. In a test it is a fork of a
+    process that has imported everything, unless `is_cold`.
     """
     surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "KASA_"))}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli.main", *arguments],
+    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return start_python(
+        ["-m", "pipeline.cli.main", *arguments],
+        {**surroundings, **fixed, **(environment or {})},
+        is_cold,
         cwd=folder,
-        env=surroundings
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        | {**(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -31,13 +31,14 @@ from pipeline.run.stages.train import deepspeed_settings
 from pipeline.training.job import TrainJob
 from pipeline.training.worker import train_worker
 from tests.support import ROOT
+from tests.support.forking import start_python
 
 
 @dataclass(frozen=True)
 class Group:
     """Processes of one process group, with a log file for each rank."""
 
-    processes: Sequence[subprocess.Popen[bytes]]
+    processes: Sequence[subprocess.Popen[Any]]
     logs: Sequence[Path]
 
     def wait(self) -> None:
@@ -67,16 +68,17 @@ def start_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes, logs = [], [folder / f"rank-{rank}-of-{workers}.log" for rank in range(workers)]
     for rank, path in enumerate(logs):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
         with path.open("w") as log:
             processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, *arguments],
+                start_python(
+                    ["-m", module, *arguments],
+                    {**os.environ, **shared, **ranks, **(environment or {})},
                     cwd=ROOT,
-                    env={**os.environ, **shared, **ranks, **(environment or {})},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )

@@ -28,10 +28,10 @@ class Bench:
     folder: Path
 
     def start(
-        self, workspace: str, *overrides: str, environment: Mapping[str, str] | None = None
+        self, workspace: str, *overrides: str, environment: Mapping[str, str] | None = None, is_cold: bool = False
     ) -> subprocess.Popen[str]:
         arguments = ["run", "recipe.yaml", f"workspace={workspace}", *overrides, "--json"]
-        return start_kasa(arguments, self.folder, environment)
+        return start_kasa(arguments, self.folder, environment, is_cold)
 
     def copy_beginning(self, made: Mapping[str, str], workspace: str) -> None:
         """Give a new workspace what a run has made before training."""
@@ -95,9 +95,9 @@ def assert_recorded_once(bench: Bench, workspace: str, result: dict[str, Any]) -
     assert sorted(point.step for point in history) == list(range(1, STEPS + 1))
 
 
-def mid_training(bench: Bench, workspace: str, process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Wait until step 3 is done, behind the checkpoint of step 2; returns the training workers by rank."""
-    wait_for(lambda: any(record.get("step", 0) >= 3 for record in bench.journal(workspace)), process, PATIENCE_S)
+def mid_training(bench: Bench, workspace: str, process: subprocess.Popen[str], step: int = 3) -> list[psutil.Process]:
+    """Wait until an odd step is done, behind the checkpoint of the one before; returns the training workers by rank."""
+    wait_for(lambda: any(record.get("step", 0) >= step for record in bench.journal(workspace)), process, PATIENCE_S)
     roll_call = next((bench.folder / workspace / "artifacts" / "train").glob(f"*.partial/{ROLL_CALL}"))
     said = [(roll_call / f"{rank}.process").read_text(encoding="utf-8") for rank in range(2)]
     return [psutil.Process(int(words.split()[1])) for words in said]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import time
 from pipeline.cli.main import end_on_sigterm
@@ -17,6 +19,7 @@ finally:
 """
 
 
+@pytest.mark.processes
 def test_sigterm_ends_a_command_in_order() -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -71,6 +71,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("_one_process")
 @pytest.mark.parametrize(
     ("name", "precision"),

@@ -50,21 +50,25 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1]) | {"said": done.stderr}
 
 
+@pytest.mark.processes
 def test_a_run_takes_what_it_has_and_asks_nobody(seen: dict[str, Any]) -> None:
     assert seen["at first"] == seen["after a commit"] == ["one"]
     assert seen["requests of a run"] == []
 
 
+@pytest.mark.processes
 def test_a_look_fetches_what_is_new_into_a_file_of_its_own(seen: dict[str, Any]) -> None:
     assert seen["after a look"] == ["one", "two"]
     assert seen["the first revision, by name"] == ["one"]
     assert seen["files"] == 2
 
 
+@pytest.mark.processes
 def test_a_look_at_nothing_new_is_one_request(seen: dict[str, Any]) -> None:
     assert len(seen["requests of a look at nothing new"]) == 1
 
 
+@pytest.mark.processes
 def test_without_a_hub_what_is_here_serves_and_that_is_said(seen: dict[str, Any]) -> None:
     assert seen["without a hub"] == ["one", "two"]
     assert "going on with revision" in seen["said"]

@@ -57,6 +57,7 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, folder, json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.processes
 def test_every_method_of_the_group(group: tuple[str, Path, dict[str, Any]]) -> None:
     name, _, found = group
     precision = GROUPS[name][1]
@@ -71,6 +72,7 @@ def test_every_method_of_the_group(group: tuple[str, Path, dict[str, Any]]) -> N
         assert facts["trainable_parameters"] > 0, method
 
 
+@pytest.mark.processes
 def test_peft_itself_loads_what_was_saved(group: tuple[str, Path, dict[str, Any]]) -> None:
     name, folder, _ = group
     token_ids = torch.arange(1, 9)[None]
@@ -86,6 +88,7 @@ def test_peft_itself_loads_what_was_saved(group: tuple[str, Path, dict[str, Any]
             assert torch.equal(ours.eval()(token_ids).logits, theirs.eval()(token_ids).logits), method
 
 
+@pytest.mark.processes
 def test_methods_that_change_the_base_are_saved_as_a_lora_of_twice_the_rank(
     group: tuple[str, Path, dict[str, Any]],
 ) -> None:
@@ -99,6 +102,7 @@ def test_methods_that_change_the_base_are_saved_as_a_lora_of_twice_the_rank(
         assert shapes == {(16, 64), (16, 160)}
 
 
+@pytest.mark.processes
 def test_without_d_it_stays_one(group: tuple[str, Path, dict[str, Any]]) -> None:
     name, folder, _ = group
     if "kasa-without-d" not in GROUPS[name][3]:

@@ -14,6 +14,7 @@ from kasa.targets import Target
 from pipeline.config.recipe import Weighted
 from pipeline.spectra.memory import decomposition_bytes
 from tests.support import ROOT
+from tests.support.forking import start_python
 from tests.support.ray_head import plain_environment
 
 SCRIPT = """
@@ -35,6 +36,7 @@ with open("/proc/self/status") as status:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("height", "width", "weighted"),
     [(2048, 4096, "both"), (3072, 1536, "inputs")],
@@ -86,11 +88,11 @@ print(json.dumps([beside, apart]))
 
 
 @pytest.mark.cluster
-@pytest.mark.xdist_group("end_to_end")
 def test_tasks_that_need_a_nodes_memory_do_not_meet_on_it(tmp_path: Path) -> None:
     environment = {**plain_environment(), "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-c", TASKS, str(tmp_path)]
-    out = subprocess.run(script, capture_output=True, text=True, check=True, env=environment, timeout=1200).stdout
+    process = start_python(["-c", TASKS, str(tmp_path)], environment, stdout=subprocess.PIPE, text=True)
+    out, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0
     beside, apart = json.loads(out.splitlines()[-1])
     assert beside == [3, 3, 3]
     assert all(one[1] <= other[0] for one, other in pairwise(sorted(apart)))

@@ -15,7 +15,7 @@ def s3() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(params=["s3", "memory"])
+@pytest.fixture(params=[pytest.param("s3", marks=pytest.mark.processes), "memory"])
 def store(request: pytest.FixtureRequest) -> ObjectStore:
     """An empty store of each kind."""
     if request.param == "s3":

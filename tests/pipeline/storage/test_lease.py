@@ -50,6 +50,7 @@ def test_a_process_id_used_again_is_another_process() -> None:
     assert pulse_of(held_until(NOW, machine="another boot", pid=os.getpid())) == "unknown"
 
 
+@pytest.mark.processes
 def test_a_zombie_is_gone(tmp_path: Path) -> None:
     process = _holding(tmp_path)
     (holder,) = [acquire(FileLeaseStore(tmp_path, "one"))]
@@ -112,11 +113,13 @@ def test_whoever_lost_the_lease_hears_of_it_and_leaves_the_new_holder_alone(tmp_
     assert json.loads(store.read().content or b"")["pid"] == 4321
 
 
+@pytest.mark.processes
 def test_of_processes_that_race_for_a_free_lease_one_gets_it(tmp_path: Path) -> None:
     for attempt in range(3):
         assert _race(tmp_path, attempt) == ["Holder"] * 3 + ["Lease"]
 
 
+@pytest.mark.processes
 def test_of_processes_that_race_for_a_crashed_holders_lease_one_gets_it(tmp_path: Path) -> None:
     crashed = _holding(tmp_path)
     assert isinstance(acquire(FileLeaseStore(tmp_path, "one")), Holder)
@@ -125,6 +128,7 @@ def test_of_processes_that_race_for_a_crashed_holders_lease_one_gets_it(tmp_path
     assert _race(tmp_path, 0) == ["Holder"] * 3 + ["Lease"]
 
 
+@pytest.mark.processes
 def test_a_holder_that_was_stopped_past_its_expiry_is_told_when_it_goes_on(tmp_path: Path) -> None:
     sleeper = _holding(tmp_path, duration_s=0.5)
     os.kill(sleeper.pid, signal.SIGSTOP)

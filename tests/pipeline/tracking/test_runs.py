@@ -144,6 +144,7 @@ def test_a_server_that_is_not_there_is_the_users_mistake(tmp_path: Path, monkeyp
         Tracking(tmp_path, "tried")
 
 
+@pytest.mark.processes
 def test_metrics_wait_for_a_database_that_is_away(on_postgres: Tracking, database: Postgres) -> None:
     """On PostgreSQL, behind a server: parameters, a resumed run, a curve through an outage, a version in the registry."""
     tracking, said = on_postgres, []

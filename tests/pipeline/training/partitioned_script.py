@@ -1,6 +1,6 @@
 """One rank of `test_partitioned_loading.py`: the first thing a process asks of DeepSpeed is to load a base partitioned.
 
-usage: python partitioned_script.py BASE_FOLDER
+usage: python -m tests.pipeline.training.partitioned_script BASE_FOLDER
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
@@ -22,10 +21,11 @@ from pipeline.config.deepspeed import complete_config, load_deepspeed_config, wi
 from pipeline.config.training import TrainSettings  # noqa: E402
 from pipeline.models.loading import load_base  # noqa: E402
 from pipeline.training import zero  # noqa: E402
+from tests.support.ranks import process_group  # noqa: E402
 
 
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    """Load, and write down what this rank holds."""
     settings = TrainSettings(
         workers=dist.get_world_size(), batch_size=4, micro_batch_size=1, deepspeed="cpu_zero3", precision="bf16"
     )
@@ -43,10 +43,10 @@ def main(folder: Path) -> None:
         "held": sum(parameter.ds_tensor.numel() for parameter in base),
         "whole": sum(parameter.ds_numel for parameter in base),
     }
-    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with process_group():
+        main(Path(sys.argv[1]))
+    os._exit(0)

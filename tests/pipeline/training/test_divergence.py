@@ -38,6 +38,7 @@ def test_a_step_without_a_norm() -> None:
     assert divergence({"loss": 3.0, "task_loss": 3.0}, *TokenObjective(256).largest_loss) is None
 
 
+@pytest.mark.processes
 def test_a_training_that_goes_wrong_names_step_samples_and_checkpoint(tmp_path: Path) -> None:
     base, spectra = small_base(tmp_path)
     values = small_recipe(base, tmp_path, 2, workers=1).model_dump(mode="json", by_alias=True)

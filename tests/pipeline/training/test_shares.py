@@ -8,6 +8,7 @@ from pipeline.config.recipe import parse_recipe
 from tests.support.small_training import outcome, prepare_run, small_base, small_recipe, train_run
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [2, 3])
 def test_three_workers_train_as_one(tmp_path: Path, stage: int) -> None:
     base, spectra = small_base(tmp_path)

@@ -13,7 +13,7 @@ from pipeline.config.recipe import parse_recipe
 from tests.support.small_training import STEPS, outcome, prepare_run, small_base, small_recipe, train_run
 
 # The champion is trained once, not once in every test process.
-pytestmark = pytest.mark.xdist_group("warm-start")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("warm-start")]
 
 ADAPTER = Path("work", "adapter")
 

@@ -74,6 +74,7 @@ def prepare(run: Path, base: Path, kind: str) -> Path:
     return run
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("kind", "architecture", "stage", "precision"),
     [("regression", "deberta-v2", 2, "bf16")],

@@ -67,6 +67,7 @@ def recipe_of(folder: Path, base: Path, stage: int, workers: int) -> Recipe:
     return parse_recipe(values, "validation")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_best_adapter_is_kept_also_across_a_kill(inputs: tuple[Path, Path, dict[str, Any]], stage: int) -> None:
     folder, base, spectra = inputs

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import ROOT
-
-SCRIPT = Path(__file__).with_name("zero_script.py")
+from tests.support.ranks import start_ranks
 
 # Each number of processes is trained once, not once in every test process.
-pytestmark = pytest.mark.xdist_group("zero")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("zero")]
 # Stage 3 both with every parameter partitioned and with the small ones kept whole on every rank.
 FP32 = ["0 fp32", "1 fp32", "2 fp32", "2 fp32 packed", "3 fp32", "3 fp32 packed", "3 fp32 persistent"]
 BF16 = ["1 bf16", "2 bf16", "3 bf16"]
@@ -30,27 +24,7 @@ WORLDS = (1, 2)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 0 of a process group of that size found out about all stages."""
     world, folder = request.param, tmp_path_factory.mktemp("zero")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    logs = [folder / f"rank-{rank}.log" for rank in range(world)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            str(rank),
-            str(world),
-            str(folder / "store"),
-            str(folder / "result.json"),
-        ]
-        environment |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
-        with log.open("w") as file:
-            processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
-    try:
-        codes = [process.wait(timeout=1200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    start_ranks("tests.pipeline.training.zero_script", [str(folder / "result.json")], world, folder).wait()
     return json.loads((folder / "result.json").read_text())
 
 

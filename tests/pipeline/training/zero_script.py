@@ -1,15 +1,16 @@
 """One rank of `test_zero.py`, run as a process of its own: ZeRO-3 patches torch for the whole process.
 
-usage: python zero_script.py RANK WORLD STORE_FILE RESULT.json
+usage: python -m tests.pipeline.training.zero_script RESULT.json
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 warnings.filterwarnings("ignore")
@@ -29,6 +30,7 @@ from pipeline.training import zero  # noqa: E402
 from pipeline.training.batches import BatchPlan  # noqa: E402
 from pipeline.training.objective import LabelObjective, Objective, TokenObjective  # noqa: E402
 from pipeline.training.step import optimizer_step  # noqa: E402
+from tests.support.ranks import process_group  # noqa: E402
 
 STEPS, HALF, BATCH, MICRO = 6, 3, 8, 2
 CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=4, singular_value_weight=1e-2, orthogonality_weight=1e-2)
@@ -186,9 +188,8 @@ def compare_resumed(
     }
 
 
-def main(rank: int, world: int, store: str, result: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), world_size=world, rank=rank)
+def measure() -> dict[str, Any]:
+    """Every case at this number of processes."""
     found: dict[str, Any] = {"plain": plain_losses(TOKENS), "plain head": plain_losses(LABELS)}
     # Stage 3 last: it leaves its marks on torch.
     found["2 fp32 packed"] = compare_resumed(2, torch.float32, pack_tokens=30)
@@ -200,12 +201,12 @@ def main(rank: int, world: int, store: str, result: str) -> None:
                     found[f"{stage} {name} head"] = compare_resumed(stage, dtype, task=LABELS)
     found["3 fp32 packed"] = compare_resumed(3, torch.float32, pack_tokens=30)
     found["3 fp32 persistent"] = compare_resumed(3, torch.float32, persistence=150)
-    if rank == 0:
-        with open(result, "w", encoding="utf-8") as file:
-            json.dump(found, file)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    with process_group():
+        result = measure()
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(result), encoding="utf-8")
+    os._exit(0)
