@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kasa.files import remove_folder
 from pipeline.core.console import console
 from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import PARTIAL, content_digest
@@ -133,25 +133,17 @@ class ArtifactStore:
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
             self._storage.publish(unfinished, folder, lease)
             if folder.exists():
-                discard(folder)
+                remove_folder(folder)
             os.replace(unfinished, folder)
         return Artifact(key.stage, key.key, folder, facts, reused=False)
 
     def remove(self, artifact: Artifact) -> None:
         """Forget an artifact that no longer stands for anything."""
         self._storage.remove(artifact.folder)
-        discard(artifact.folder)
+        remove_folder(artifact.folder)
 
     def _folder(self, key: StageKey) -> Path:
         return self.root / key.stage / key.key
-
-
-def discard(folder: Path) -> None:
-    """Delete an artifact's folder in a way that never leaves half of it under its name."""
-    aside = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
-    shutil.rmtree(aside)
 
 
 @contextmanager

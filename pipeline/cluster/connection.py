@@ -109,7 +109,7 @@ class _Connection:
                         if not starts_left:
                             raise ClusterError(
                                 f"Ray did not start on this machine in {_STARTS} attempts of 30 s each: it is too busy; "
-                                "end other programs, then the same command goes on from here"
+                                "end other programs, then the same command resumes from here"
                             ) from error
                 self.is_open = True
                 self.on_connected(_facts())
@@ -207,7 +207,7 @@ def _end_with_head(address: str, done: threading.Event) -> None:
             except OSError:
                 misses += 1
         if not done.is_set():
-            print("failed: Ray's head process died; the same command goes on from here", file=sys.stderr, flush=True)
+            print("failed: Ray's head process died; the same command resumes from here", file=sys.stderr, flush=True)
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

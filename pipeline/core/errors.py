@@ -65,8 +65,11 @@ class StorageError(Exception):
     """The store of a remote workspace failed during a run, for longer than its requests are retried."""
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's text with all white space collapsed, cut after `limit` characters; its type's name if it has no text."""
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of an error or warning with its white space collapsed, cut after `limit` characters.
+
+    If it has no text, the name of its type.
+    """
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from kasa.errors import AdapterFileError
 from kasa.interchange import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS, new_folder, write_peft_folder
 from kasa.targets import Target, is_within
-from pipeline.core.errors import TrainingError
+from pipeline.core.errors import TrainingError, one_line
 from pipeline.methods.method import Adapted, Tensors
 from pipeline.models.heads import LANGUAGE_MODEL, Head, head_modules
 
@@ -167,7 +167,7 @@ def inject(
         try:
             wrapped = peft.get_peft_model(model, config)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise TrainingError(f"PEFT cannot adapt this base so: {_first_line(error)}") from error
+            raise TrainingError(f"PEFT cannot adapt this base so: {one_line(error)}") from error
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)
     return wrapped, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -231,11 +231,11 @@ def load_peft_folder(model: nn.Module, folder: Path) -> None:
             warnings.simplefilter("always")
             peft.PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise AdapterFileError(f"{folder} cannot be put onto this base: {_first_line(error)}") from None
+        raise AdapterFileError(f"{folder} cannot be put onto this base: {one_line(error)}") from None
     for one in said:
         # PEFT only warns of tensors that the folder lacks.
         if "missing adapter keys" in str(one.message):
-            raise AdapterFileError(f"{folder} is not complete: {_first_line(one.message)}")
+            raise AdapterFileError(f"{folder} is not complete: {one_line(one.message)}")
 
 
 def base_of_peft_folder(folder: Path) -> str:
@@ -271,7 +271,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.artifacts.store import ArtifactStore, discard
+from kasa.files import remove_folder
+from pipeline.artifacts.store import ArtifactStore
 from pipeline.registry.store import Registry
 from pipeline.run.graph import STAGES
 from pipeline.run.lineage import Stored, stored_artifacts
@@ -72,7 +73,7 @@ def _remove(removal: Removal) -> bool:
     folder = removal.folder
     try:
         with FileLock(folder.with_name(f"{removal.key}.lock"), timeout=0):
-            shutil.rmtree(folder) if folder.suffix == ".old" else discard(folder)
+            shutil.rmtree(folder) if folder.suffix == ".old" else remove_folder(folder)
     except Timeout:
         return False
     return True

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.core.concurrency import in_background
 from pipeline.core.console import ProgressBars
 from pipeline.core.journal import JournalTail, Record
 from pipeline.run.context import RunContext
@@ -27,21 +28,14 @@ def watching(context: RunContext, folder: Path, run_id: str) -> Iterator[None]:
     curve = Delivery(context.tracking, run_id, CURVE, context.bars.say)
     system = Delivery(context.tracking, run_id, SYSTEM_SERIES, lambda line: None)
     watcher = _Watcher(context.bars, folder, curve, system)
-    stop = threading.Event()
 
-    def watch() -> None:
+    def watch(stop: threading.Event) -> None:
         while not stop.wait(_POLL_S):
             watcher.look()
         watcher.look()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    with delivering(curve), delivering(system), sampling(folder / SYSTEM):
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    with delivering(curve), delivering(system), sampling(folder / SYSTEM), in_background(watch):
+        yield
 
 
 class _Watcher:

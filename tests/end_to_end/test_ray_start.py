@@ -35,7 +35,7 @@ except KasaError as error:
         pytest.param(
             3,
             "Ray did not start on this machine in 3 attempts of 30 s each: it is too busy; end other programs, then the same "
-            "command goes on from here",
+            "command resumes from here",
             marks=pytest.mark.soak,
         ),
     ],

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.apps.judge.answers import Question
-from pipeline.core.errors import JudgeError
+from pipeline.core.errors import JudgeError, one_line
 from pipeline.core.journal import append_journal, read_journal
 
 HIGHEST_GRADE = 10
@@ -94,12 +94,12 @@ class Judge:
             reply = self._client.chat.completions.create(model=self.model, messages=messages, temperature=0)  # type: ignore[arg-type]
         except self._errors.APIStatusError as error:
             raise JudgeError(
-                f"the judge {self.model} at {self.endpoint} refuses ({error.status_code}: {_first_line(error)}); check its "
+                f"the judge {self.model} at {self.endpoint} refuses ({error.status_code}: {one_line(error, limit=200)}); check its "
                 "name and the key"
             ) from None
         except self._errors.APIConnectionError as error:
             raise JudgeError(
-                f"{self.endpoint} does not answer ({_first_line(error)}); the verdicts so far are kept, the same command "
+                f"{self.endpoint} does not answer ({one_line(error, limit=200)}); the verdicts so far are kept, the same command "
                 "resumes from there"
             ) from None
         answer = (reply.choices[0].message.content if reply.choices else None) or ""
@@ -167,7 +167,3 @@ def _conversation(question: Question, turn: int, answers: Sequence[str]) -> str:
 
 def _messages(instructions: str, parts: Sequence[str]) -> Messages:
     return [{"role": "system", "content": instructions}, {"role": "user", "content": "\n\n".join(parts)}]
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
