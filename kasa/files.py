@@ -31,9 +31,9 @@ def replacing(path: Path, exclusive: bool = False) -> Iterator[Path]:
         exclusive: The caller holds a lock, so what an earlier writer left behind when it was killed is deleted first.
     """
     if exclusive:
-        for left_behind in path.parent.glob(f".{path.name}.*.new"):
+        for left_behind in path.parent.glob(f".{path.name}.*.partial"):
             _delete(left_behind)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.new")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     _delete(temporary)  # process ids are used again
     try:
         yield temporary

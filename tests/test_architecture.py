@@ -39,12 +39,12 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 METHOD_LIBRARIES = {"kasa", "torch", "numpy", "scipy", "threadpoolctl", "safetensors"}
 DOORS = {
     # The last is no part of a run: a client of Ray's Jobs API, which speaks HTTP to a cluster and starts no Ray.
-    "ray": {"pipeline/cluster/connection.py", "pipeline/apps/jobs/client.py"},
+    "ray": {"pipeline/cluster/connection.py", "pipeline/cluster/workers.py", "pipeline/apps/jobs/client.py"},
     # The store, what is written to it, and MLflow's monitors of the machine; the registry, and what it serves.
     "mlflow": {
         "pipeline/tracking/server.py",
         "pipeline/tracking/runs.py",
-        "pipeline/tracking/system_metrics.py",
+        "pipeline/tracking/live_metrics.py",
         "pipeline/registry/store.py",
         "pipeline/serving/served_model.py",
     },

@@ -25,9 +25,9 @@ from benchmarks.texts import SEQUENCE_TOKENS, text_sets, token_rows
 from kasa import KasaConfig, KasaError, ModelWeights, attach, compute_spectra, find_targets, fold, penalty
 from kasa.peft_kasa import export_peft_kasa
 from pipeline.config.settings import BaseSettings
-from pipeline.data.prepare import load_tokenizer
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import load_base
+from pipeline.models.prompting import load_tokenizer
 
 RANK, ALPHA = 16, 32
 SINGULAR_VALUE_WEIGHT, ORTHOGONALITY_WEIGHT = 1e-4, 1e-3

@@ -28,9 +28,9 @@ from kasa import (
 )
 from kasa.adapter import trainable_parameters
 from pipeline.config.settings import BaseSettings
-from pipeline.data.prepare import load_tokenizer
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import DTYPES, load_base
+from pipeline.models.prompting import load_tokenizer
 
 RANK, ALPHA = 16, 32.0
 CALIBRATION_TOKENS, BATCH = 2048, 2

@@ -16,11 +16,13 @@ import numpy as np
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows
 from kasa import KasaError
-from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.workers import Resources, run_tasks
 from pipeline.config.evaluate import EvaluateSettings
 from pipeline.config.settings import DataSettings
 from pipeline.core.journal import Record, read_journal
-from pipeline.data.prepare import load_prepared, prepare_dataset
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.metrics.catalogue import METRICS

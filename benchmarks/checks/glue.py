@@ -15,7 +15,7 @@ from benchmarks.checks.demo import copy_sources
 from benchmarks.core import ROOT, CannotRunError, Measurement, Setting, check
 from kasa import KasaError, read_adapter
 from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.evaluation.results import read_samples
 from pipeline.metrics.intervals import measure
@@ -63,7 +63,7 @@ def glue(setting: Setting) -> Measurement:
 
 def _run(recipe: Recipe, metric: str, overrides: list[str], flaws: list[str]) -> dict[str, Any]:
     """Run the recipe; what was measured, after the saved head has been loaded again and asked the held-out texts."""
-    result = _command(["run", str(RECIPE), *overrides, f"workspace={recipe.place}", "--json"])
+    result = _command(["run", str(RECIPE), *overrides, f"workspace={recipe.location}", "--json"])
     folders = {stage: Path(folder) for stage, folder in result["artifacts"].items()}
     results = read_samples(folders["evaluate"] / RESULTS)
     interval = measure(results, [metric])[metric]

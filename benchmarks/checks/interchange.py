@@ -25,9 +25,9 @@ from kasa.targets import Target
 from kasa.truncation import Truncation
 from kasa.weighting import Weighting
 from pipeline.config.settings import BaseSettings
-from pipeline.data.prepare import load_tokenizer
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import load_base
+from pipeline.models.prompting import load_tokenizer
 from pipeline.serving.logit_difference import logits_of, text_sequences
 
 RANK = 16

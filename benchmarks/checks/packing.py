@@ -15,10 +15,10 @@ from benchmarks.core import CannotRunError, Measurement, Setting, check
 from benchmarks.texts import review_rows
 from kasa import KasaConfig, KasaError, attach, find_targets
 from pipeline.config.settings import BaseSettings
-from pipeline.data.prepare import load_tokenizer
 from pipeline.models.base import find_base
 from pipeline.models.language_model import Batch, collate, label_losses, pack
 from pipeline.models.loading import load_base
+from pipeline.models.prompting import load_tokenizer
 from pipeline.training.batches import BatchPlan
 
 SAMPLES = 192

@@ -16,9 +16,9 @@ from kasa.truncation import Truncation
 from kasa.weighting import Weighting
 from pipeline.config.methods import AdapterSettings
 from pipeline.config.settings import BaseSettings
-from pipeline.data.prepare import load_tokenizer
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import load_base
+from pipeline.models.prompting import load_tokenizer
 from pipeline.spectra.calibration import language_loss, read_texts
 
 RANKS = (8, 16, 32)

@@ -32,10 +32,10 @@ from kasa.truncation import CALIBRATED, Truncation
 from kasa.weighting import Weighting
 from pipeline.config.methods import AdapterSettings
 from pipeline.config.settings import BaseSettings
-from pipeline.data.prepare import load_tokenizer
 from pipeline.models.base import find_base
 from pipeline.models.language_model import collate, label_losses
 from pipeline.models.loading import load_base
+from pipeline.models.prompting import load_tokenizer
 from pipeline.training.batches import learning_rate
 
 RULES: tuple[Truncation, ...] = ("none", "weight", "authors", "activation", "loss")

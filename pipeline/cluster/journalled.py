@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pipeline.cluster.connection import Resources
+from pipeline.cluster.workers import Resources
 from pipeline.core.console import ProgressBars
 from pipeline.core.journal import JournalTail, Record
 
@@ -18,7 +18,7 @@ Follow = Callable[[Sequence[Record]], None]
 
 
 class RunTasks(Protocol):
-    """`pipeline.cluster.connection.run_tasks`, or what stands around it."""
+    """`pipeline.cluster.workers.run_tasks`, or what stands around it."""
 
     def __call__(
         self,

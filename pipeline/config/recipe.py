@@ -34,7 +34,7 @@ class Recipe(Section):
     name: str = Field(
         description="Names the MLflow experiment and the registered model.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
     )
-    place: str = Field(
+    location: str = Field(
         "workspace",
         alias="workspace",
         description="Folder for artifacts, MLflow's database and reports, on storage that all nodes share; or a URL such "
@@ -55,7 +55,7 @@ class Recipe(Section):
     @property
     def workspace(self) -> Path:
         """The folder of the workspace on this node."""
-        return local_folder(self.place)
+        return local_folder(self.location)
 
     @property
     def registered_name(self) -> str:

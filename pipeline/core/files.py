@@ -27,6 +27,8 @@ from kasa.files import file_digest, replacing
 # Names within a workspace. Unfinished work lies beside its final folder, under a name that ends in `PARTIAL`.
 ARTIFACTS, INPUTS = "artifacts", "inputs"
 PARTIAL = ".partial"
+# Folder of the adapter in a training's artifact and in a registered model.
+ADAPTER = "adapter"
 # This file says that an uploaded input is complete.
 COMPLETE = ".complete"
 
@@ -36,26 +38,22 @@ SETTLED_S = 10.0
 _FILE = "file://"
 
 
-def is_remote(place: Path | str) -> bool:
+def is_remote(location: Path | str) -> bool:
     """Whether a workspace is named by the URL of an object store. `file://` URLs name local folders."""
-    return "://" in str(place) and not str(place).startswith(_FILE)
+    return "://" in str(location) and not str(location).startswith(_FILE)
 
 
-def local_folder(place: Path | str) -> Path:
+def local_folder(location: Path | str) -> Path:
     """The folder of a workspace on this node. Nothing is created.
 
     A remote workspace has a copy below `$KASA_CACHE` (`~/.cache/kasa`), in a folder named after its URL.
     """
-    if not is_remote(place):
-        return Path(str(place).removeprefix(_FILE))
-    url = str(place).rstrip("/")
+    if not is_remote(location):
+        return Path(str(location).removeprefix(_FILE))
+    url = str(location).rstrip("/")
     cache = Path(os.environ.get("KASA_CACHE") or Path.home() / ".cache" / "kasa").expanduser().resolve()
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[-40:].strip("-")
     return cache / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-
-
-# Folder of the adapter in a training's artifact and in a registered model.
-ADAPTER = "adapter"
 
 
 def atomic_write(file: Path, content: str | bytes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from kasa.errors import nearest
 from pipeline.config.evaluate import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError
-from pipeline.data.prepare import PreparedDataset
+from pipeline.data.prepared import PreparedDataset
 from pipeline.evaluation.choices import choices_of, right_choice
 
 

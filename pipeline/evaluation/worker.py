@@ -15,7 +15,7 @@ import torch
 
 from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.journal import JournalWriter, Record, read_journal
-from pipeline.data.prepare import PreparedDataset, load_prepared
+from pipeline.data.prepared import PreparedDataset, load_prepared
 from pipeline.evaluation.scoring import score_labels, score_texts
 from pipeline.models.language_model import Sample
 from pipeline.models.prompting import Message, Prompting

@@ -28,8 +28,7 @@ from kasa.interchange import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS, new_folder,
 from kasa.targets import Target, is_within
 from pipeline.core.errors import TrainingError
 from pipeline.methods.method import Adapted, Tensors
-from pipeline.models.heads import LANGUAGE_MODEL, Head
-from pipeline.models.shapes import head_modules
+from pipeline.models.heads import LANGUAGE_MODEL, Head, head_modules
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe

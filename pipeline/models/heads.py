@@ -1,6 +1,6 @@
-"""What stands on top of the base: its own language model, or a new head that answers with a class or a number.
+"""The head on top of the base: its own language model head, or a new head that predicts a class or a number.
 
-A new head is as good as its training, so it is kept with the adapter, and `head.json` beside both says what its outputs mean.
+A new head is trained in full beside the adapter and stored with it. `head.json` beside both says what its outputs mean.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import ModelError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 FILE_NAME = "head.json"
-# How the two texts of a pair are written where there is one text to be given, as in `kasa generate`.
+# Separates the two texts of a pair where only one text can be given, as in `kasa generate`.
 PAIR_SEPARATOR = " ||| "
 
 
@@ -22,9 +26,9 @@ class Head:
     """The head of a model.
 
     Attributes:
-        kind: `language-model` is the base's own; the others are new.
-        classes: their names, in the order of the outputs; empty but for `classification`.
-        pairs: whether it was made for pairs of texts.
+        kind: `language-model` is the base's own head; the others are new.
+        classes: The names of the classes in the order of the outputs; empty unless `kind` is `classification`.
+        pairs: Whether it was trained on pairs of texts.
     """
 
     kind: HeadKind = "language-model"
@@ -33,26 +37,26 @@ class Head:
 
     @property
     def is_new(self) -> bool:
-        """Whether it is trained whole, beside the adapter."""
+        """Whether it is a new head, which is trained in full beside the adapter."""
         return self.kind != "language-model"
 
     @property
     def outputs(self) -> int:
-        """How many numbers a new head gives for a text."""
+        """How many numbers a new head gives for each text."""
         return len(self.classes) if self.kind == "classification" else 1
 
     def save(self, folder: Path) -> None:
-        """Write `head.json` into a folder; nothing for the base's own head."""
+        """Write `head.json` into a folder. Nothing is written for the base's own head."""
         if self.is_new:
             text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
             folder.joinpath(FILE_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Head:
-        """Read `head.json` from a folder; the base's own head where there is none.
+        """Read `head.json` from a folder. Without such a file it is the base's own head.
 
         Raises:
-            ModelError: the file is damaged.
+            ModelError: The file is damaged.
         """
         path = folder / FILE_NAME
         try:
@@ -65,3 +69,9 @@ class Head:
 
 
 LANGUAGE_MODEL = Head()
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The names of the modules of a transformers model beside its body: those of the new head of a model for labels."""
+    body = str(model.base_model_prefix)
+    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.core.errors import BaseModelError
-from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.heads import LANGUAGE_MODEL, Head, head_modules
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,12 +33,6 @@ def load_base(folder: Path, precision: str, head: Head = LANGUAGE_MODEL, seed: i
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[precision], attn_implementation="sdpa", local_files_only=True
     )
-
-
-def head_modules(model: nn.Module) -> list[str]:
-    """The names of the modules beside the body: the new head of a model for labels."""
-    body = str(model.base_model_prefix)
-    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
 
 
 def _with_new_head(folder: Path, precision: str, head: Head, seed: int) -> nn.Module:

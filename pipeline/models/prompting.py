@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import DataSettings
-from pipeline.core.errors import DataError, ModelError
+from pipeline.core.errors import BaseModelError, DataError, ModelError, one_line
 
 FILE_NAME = "prompting.json"
 IGNORED = -100
@@ -185,6 +185,26 @@ class Prompting:
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
         except (JinjaError, ValueError) as error:
             raise TemplateError(f"the chat template refuses the conversation: {error}") from None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a local Hugging Face folder.
+
+    Its own warnings about long texts are turned off, because the pipeline checks lengths itself.
+
+    Raises:
+        BaseModelError: The folder holds no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its many tokenizer formats raise
+        raise BaseModelError(
+            f"no tokenizer can be loaded from {folder}: {one_line(error)}; copy the whole model folder"
+        ) from None
+    tokenizer.model_max_length = 10**30
+    return tokenizer
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:

@@ -22,8 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.models.heads import Head
-from pipeline.models.loading import head_modules
+from pipeline.models.heads import Head, head_modules
 
 Sample = Mapping[str, Any]
 

@@ -23,7 +23,7 @@ from kasa.errors import nearest
 from kasa.targets import Outline, outline_of
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import BaseModelError
-from pipeline.models.loading import head_modules
+from pipeline.models.heads import head_modules
 
 _LLAMA_2: dict[str, Any] = {
     "model_type": "llama",

@@ -1,11 +1,10 @@
-"""Which version carries which alias after which event: pure functions from aliases to the aliases to be changed.
+"""Changes of a model's aliases: which ones an event calls for, and how they are made so that a crash leaves none half done.
 
-`champion` is the version in use, `previous` the champion before it, `challenger` the newest version that was kept out.
+`champion` is the version in use, `previous` the champion before it, `challenger` the newest version that was not promoted.
 
-Moving aliases so that nobody is left in between: what is intended is written down first, then done, then crossed out.
-
-The intention is a tag of the registered model. Whoever opens the model next, after a death in the middle, does the rest:
-every part may be done twice.
+The registry offers no transaction. So an intended change is first written to a tag of the registered model, then made, and
+then the tag is deleted. After a crash in between, whoever opens the model next finishes the change: every step may be
+repeated.
 """
 
 from __future__ import annotations
@@ -19,37 +18,39 @@ from typing import Any
 from pipeline.core.errors import ModelError
 from pipeline.registry.store import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, Registry
 
-# Alias -> version; None takes the alias away. In the order in which they are to be written: whoever dies in between
-# leaves a champion.
+HISTORY = "kasa.history"
+_INTENDED = "kasa.intended_move"
+
+# Alias -> version; None deletes the alias. In the order of writing, by which a crash in between always leaves a champion.
 AliasChanges = dict[str, str | None]
 
 
 def after_keeping_out(aliases: Mapping[str, str], version: str) -> AliasChanges:
-    """A version was registered and not promoted."""
+    """The changes after a version was registered and not promoted."""
     newest = int(aliases.get(CHALLENGER, "0")) < int(version)
     return {CHALLENGER: version} if newest and version not in (aliases.get(CHAMPION), aliases.get(PREVIOUS)) else {}
 
 
 def after_promotion(aliases: Mapping[str, str], version: str) -> AliasChanges:
-    """A version becomes the champion, and the champion the previous one."""
-    moves: AliasChanges = {}
+    """The changes that make a version the champion, and the champion the previous one."""
+    changes: AliasChanges = {}
     champion = aliases.get(CHAMPION)
     if champion != version:
         if champion is not None:
-            moves[PREVIOUS] = champion
+            changes[PREVIOUS] = champion
         elif aliases.get(PREVIOUS) == version:
-            moves[PREVIOUS] = None
-        moves[CHAMPION] = version
+            changes[PREVIOUS] = None
+        changes[CHAMPION] = version
     if aliases.get(CHALLENGER) == version:
-        moves[CHALLENGER] = None
-    return moves
+        changes[CHALLENGER] = None
+    return changes
 
 
 def after_rollback(aliases: Mapping[str, str], name: str) -> AliasChanges:
-    """The previous champion is the champion again, and the other way round: twice leads back.
+    """The changes that swap the champion and the previous one. Doing it twice leads back.
 
     Raises:
-        ModelError: there is nothing to go back to.
+        ModelError: There is no previous champion.
     """
     champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
     if previous is None or previous == champion:
@@ -58,20 +59,16 @@ def after_rollback(aliases: Mapping[str, str], name: str) -> AliasChanges:
     return {PREVIOUS: champion, CHAMPION: previous}
 
 
-HISTORY = "kasa.history"
-_INTENDED = "kasa.intended_move"
-
-
 @dataclass(frozen=True)
 class Event:
-    """What happened to a version.
+    """An event in the history of a version.
 
     Attributes:
-        version: its number.
+        version: The number of the version.
         what: `kept out`, `promoted`, `replaced`, `rolled back` or `restored`.
-        by: who did it: a person, or `gate`.
-        reason: in words.
-        at: when, ISO 8601 in UTC.
+        by: The person who did it, or `gate`.
+        reason: Why, in words.
+        at: The time in UTC, ISO 8601.
     """
 
     version: str
@@ -82,19 +79,19 @@ class Event:
 
 
 def event(version: str, what: str, by: str, reason: str) -> Event:
-    """An event of this moment."""
+    """An event that happens now."""
     return Event(version, what, by, reason, datetime.now(UTC).isoformat(timespec="milliseconds"))
 
 
-def change_aliases(registry: Registry, name: str, aliases: Mapping[str, str | None], events: list[Event]) -> None:
-    """Set aliases (or take them away: None), in the order given, and record the events on their versions."""
-    intended = {"aliases": list(aliases.items()), "events": [asdict(one) for one in events]}
+def change_aliases(registry: Registry, name: str, changes: Mapping[str, str | None], events: list[Event]) -> None:
+    """Make the changes in the order given, and record the events in the histories of their versions."""
+    intended = {"aliases": list(changes.items()), "events": [asdict(one) for one in events]}
     registry.client.set_registered_model_tag(name, _INTENDED, json.dumps(intended))
     finish_interrupted_change(registry, name)
 
 
 def finish_interrupted_change(registry: Registry, name: str) -> None:
-    """Do the rest of a move that was begun and not ended, if there is one."""
+    """Finish the change of aliases that a crash interrupted, if there is one."""
     model = registry.registered_model(name)
     text = model.tags.get(_INTENDED) if model else None
     if not text:
@@ -112,7 +109,7 @@ def finish_interrupted_change(registry: Registry, name: str) -> None:
 
 
 def history(version: ModelVersion) -> list[dict[str, Any]]:
-    """What happened to a version, oldest first, as JSON values."""
+    """The events in the history of a version, oldest first, as JSON values."""
     return list(json.loads(version.tags.get(HISTORY, "[]")))
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.artifacts.store import ArtifactStore
-from pipeline.cluster.connection import Resources, WorkerGroup, run_tasks, run_training_workers
+from pipeline.cluster.workers import Resources, WorkerGroup, run_tasks, run_training_workers
 from pipeline.config.recipe import Recipe, recipe_values
 from pipeline.core.console import ProgressBars
 from pipeline.core.files import ADAPTER
@@ -74,7 +74,7 @@ class RunContext:
         on_result: Callable[[Item, Result], None] = lambda item, result: None,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> list[Result]:
-        """As `pipeline.cluster.connection.run_tasks`; the tasks find what their items name, on whatever node they run."""
+        """As `pipeline.cluster.workers.run_tasks`; the tasks find what their items name, on whatever node they run."""
         with self.storage.synced():
             return run_tasks(self.storage.on_node(function), items, resources, on_result, while_waiting)
 
@@ -86,7 +86,7 @@ class RunContext:
         scratch: Path,
         interruptions: Path,
     ) -> None:
-        """As `pipeline.cluster.connection.run_training_workers`, likewise."""
+        """As `pipeline.cluster.workers.run_training_workers`, likewise."""
         with self.storage.synced():
             run_training_workers(self.storage.on_node(function), job, workers, scratch, interruptions)
 
@@ -178,7 +178,7 @@ def open_context(
         storage,
         ArtifactStore(workspace, storage),
         tracking,
-        tracking.waiting(Registry(workspace)),
+        tracking.retrying(Registry(workspace)),
         bars,
         parent,
         dict(state.get("children", {})),

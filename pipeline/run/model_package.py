@@ -14,7 +14,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.code import package_versions
 from pipeline.core.files import ADAPTER
 from pipeline.core.provenance import code_tags
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.results import write_samples
 from pipeline.metrics.intervals import RESAMPLES

@@ -32,7 +32,7 @@ def ready_workspace(recipe: Recipe) -> Workspace:
         WorkspaceError: it cannot be created or written, its disk is nearly full, a Ray job would lose it, or its store
             cannot be used.
     """
-    storage = open_workspace(recipe.place)
+    storage = open_workspace(recipe.location)
     _check_folder(storage.folder)
     return storage
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from pipeline.core.console import ProgressBars
 from pipeline.core.journal import JournalTail, Record
 from pipeline.run.context import RunContext
-from pipeline.tracking.delivery import Delivery, delivering
-from pipeline.tracking.system_metrics import SERIES as SYSTEM_SERIES
-from pipeline.tracking.system_metrics import sampling
+from pipeline.tracking.live_metrics import SYSTEM_SERIES, Delivery, delivering, sampling
 from pipeline.training.job import INTERRUPTIONS, JOURNAL, NOTICES
 
 # A metric of every step, and the journal of the machine's.

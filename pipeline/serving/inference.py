@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.data.prepare import load_tokenizer
 from pipeline.methods.loading import attach_folder
 from pipeline.models.heads import LANGUAGE_MODEL, PAIR_SEPARATOR, Head
 from pipeline.models.loading import load_base
-from pipeline.models.prompting import Prompting, encode_texts
+from pipeline.models.prompting import Prompting, encode_texts, load_tokenizer
 from pipeline.models.sequence_classification import Sample, collate_labelled, head_outputs, padding_token
 
 _LABELLED_TEXTS_PER_BATCH = 32

@@ -13,9 +13,9 @@ from kasa import attach_saved
 from kasa.adapter_file import SavedAdapter
 from pipeline.core.errors import BaseModelError
 from pipeline.core.machine import GIB, memory_gib
-from pipeline.data.prepare import load_tokenizer
 from pipeline.models.base import BaseModel
 from pipeline.models.loading import load_base
+from pipeline.models.prompting import load_tokenizer
 
 # Prose, code, a question and digits, for bases with a tokenizer.
 TEXTS = (

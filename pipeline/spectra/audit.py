@@ -19,7 +19,7 @@ from kasa.spectra_file import load_spectra
 from kasa.targets import Target
 from kasa.truncation import dropped_rank
 from pipeline.core.journal import append_journal
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.models.sequence_classification import Sample, changed_share, features
 from pipeline.spectra.calibration import equal_length_batches, first_rows, language_loss, load_on_device, token_count
 

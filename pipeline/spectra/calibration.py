@@ -18,7 +18,7 @@ from kasa import observe_layers
 from kasa.calibration import save_sums
 from kasa.targets import Target
 from pipeline.core.journal import append_journal, rewrite_journal
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.models.heads import Head
 from pipeline.models.language_model import collate, label_losses
 from pipeline.models.loading import load_base

@@ -1,8 +1,9 @@
-"""One at a time, on any number of hosts: a lease with an owner and an expiry, renewed while the owner lives.
+"""Leases: mutual exclusion between processes on any number of hosts.
 
-A holder that crashed on this machine is noticed at once, since its process is gone; one on another machine when the lease
-expires. So the clocks of the hosts must agree to within `CLOCKS_APART_S`. A holder that slept through its expiry may find
-another in its place: it asks (`Lease.confirm`) before it does what only one may do.
+A lease has a holder and an expiry, and the holder renews it while it lives. A holder that crashed on this machine is
+noticed at once, because its process is gone; one on another machine is noticed when its lease expires. So the clocks of
+the hosts must agree to within `CLOCKS_APART_S`. A holder that was suspended past its expiry may have lost the lease to
+another process: it calls `Lease.confirm` before it does what only one process may do.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipeline.core.errors import LeaseLostError
 from pipeline.storage.lease_stores import Entry, LeaseStore
 
 DURATION_S = 120.0
-RENEWALS = 6  # in that time
+RENEWALS = 6  # within that duration
 CLOCKS_APART_S = 30.0
 
 Verdict = Literal["free", "held", "take over"]
@@ -33,13 +34,13 @@ Pulse = Literal["alive", "gone", "unknown"]
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease.
+    """The process that holds a lease.
 
     Attributes:
-        id: random, new with every acquisition.
-        host: for people to read.
-        machine: which process table `pid` belongs to; see `this_machine`.
-        started: when the process was started, in the kernel's ticks: process ids are used again.
+        id: Random, new with every acquisition.
+        host: The host's name, for people to read.
+        machine: The process table that `pid` belongs to; see `this_machine`.
+        started: When the process was started, in the kernel's ticks. It tells the process from a later one with its id.
         since, expires: Unix time in seconds.
     """
 
@@ -57,24 +58,24 @@ class Holder:
 
 
 def decide(holder: Holder | None, pulse: Pulse, now: float) -> Verdict:
-    """Whether a lease may be taken.
+    """Decide whether a lease may be taken.
 
     Args:
-        holder: what is recorded; None where nobody holds it, or the record is unreadable.
-        pulse: of the holder's process; `unknown` where it runs on another machine.
+        holder: The recorded holder; None if there is none or the record is unreadable.
+        pulse: The state of the holder's process; `unknown` if it runs on another machine.
         now: Unix time in seconds.
     """
     if holder is None:
         return "free"
     if pulse == "gone":
         return "take over"
-    # A process of ours that lives and has not renewed hangs or was stopped; on this machine there is but one clock.
+    # A live process on this machine that did not renew hangs or was stopped. No allowance: it has the same clock.
     allowance = 0.0 if pulse == "alive" else CLOCKS_APART_S
     return "take over" if now > holder.expires + allowance else "held"
 
 
 class Lease:
-    """A lease that this process holds; a thread renews it. Made by `acquire`."""
+    """A lease that this process holds. A thread renews it. Obtained from `acquire`."""
 
     def __init__(self, store: LeaseStore, holder: Holder, version: str, duration_s: float) -> None:
         self.holder = holder
@@ -88,15 +89,15 @@ class Lease:
 
     @property
     def is_lost(self) -> bool:
-        """Whether another process is known to have taken it over."""
+        """Whether another process is known to have taken the lease over."""
         return self._version is None
 
     def confirm(self) -> None:
-        """Renew now: from here on nobody else takes the lease for `duration_s`.
+        """Renew the lease now, so that nobody else can take it for the next `duration_s` seconds.
 
         Raises:
-            LeaseLostError: another process has taken it over.
-            OSError: the store cannot be reached.
+            LeaseLostError: Another process has taken it over.
+            OSError: The store cannot be reached.
         """
         with self._turn:
             if self._version is not None:
@@ -111,7 +112,7 @@ class Lease:
                 )
 
     def release(self) -> None:
-        """Stop renewing, and let the next one in; nothing happens if the lease was lost."""
+        """Stop renewing and free the lease. Does nothing if the lease was lost."""
         self._stop.set()
         self._thread.join()
         with self._turn:
@@ -125,15 +126,18 @@ class Lease:
                 self.confirm()
             except LeaseLostError:
                 return
-            except Exception:  # the store is away for a moment; whoever asks `confirm` hears of it
+            except Exception:  # the store is unavailable for a moment; a caller of `confirm` gets the error
                 continue
 
 
 def acquire(store: LeaseStore, duration_s: float = DURATION_S) -> Lease | Holder:
-    """Take the lease if it is free or its holder is gone; otherwise who holds it.
+    """Take the lease if it is free or its holder is gone.
+
+    Returns:
+        The lease, or the process that holds it.
 
     Raises:
-        WorkspaceError: the store cannot be written.
+        WorkspaceError: The store cannot be written.
     """
     while True:
         entry = store.read()
@@ -157,7 +161,7 @@ def acquire(store: LeaseStore, duration_s: float = DURATION_S) -> Lease | Holder
 
 @contextmanager
 def released_after(lease: Lease) -> Iterator[None]:
-    """Release the lease when the block ends, however it ends."""
+    """Release the lease at the end of the block, also after an exception."""
     try:
         yield
     finally:
@@ -165,7 +169,7 @@ def released_after(lease: Lease) -> Iterator[None]:
 
 
 def pulse_of(holder: Holder) -> Pulse:
-    """Whether the holder's process lives, as far as this machine can see."""
+    """Whether the holder's process is alive, as far as this machine can see."""
     if holder.machine != this_machine():
         return "unknown"
     started = _start_ticks(holder.pid)
@@ -175,28 +179,30 @@ def pulse_of(holder: Holder) -> Pulse:
 
 
 def this_machine() -> str:
-    """The boot of this kernel and its process namespace: process ids mean the same where this is equal. Host names are no
-    use here, as containers may share one, or have one each on one machine."""
+    """The boot id of this kernel and the id of its process namespace: where both are equal, process ids mean the same.
+
+    Host names cannot serve for this: several containers may share one, or have one each on the same machine.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # no Linux: nobody's process is seen from here, and expiry decides alone
+    except OSError:  # not Linux: no process can be looked up, and the expiry alone decides
         return f"{socket.gethostname()} {uuid.uuid4().hex}"
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process was started, in ticks since boot; None where it is gone, or a zombie."""
+    """When a process was started, in ticks since boot; None if it is gone or a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The second field, the program's name in parentheses, may hold anything.
+    # The second field is the program's name in parentheses, which may hold any character.
     state, *fields = text.rpartition(")")[2].split()
     return None if state in "ZX" else int(fields[18])
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether it is a process of another user, of which `/proc` is mounted to tell nothing."""
+    """Whether the process exists but belongs to another user and `/proc` is mounted with `hidepid`."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -1,9 +1,8 @@
-"""Where a lease is kept: one small record that several processes, on several hosts, read and change.
+"""Where a lease is recorded: one small record that processes on several hosts read and change.
 
-Two operations are enough: read, and write on condition that nothing was written since. An object store with conditional
-put offers the same (`If-None-Match: *` to create, `If-Match: ETAG` to replace), so a lease works on either.
-
-Leases (`pipeline.storage.lease`) that are kept in the store, so that runs on machines without a common disk keep apart.
+Two operations are enough: read, and write if nothing was written since. A shared POSIX file system offers them through
+link(2), and an object store through conditional puts (`If-None-Match: *` to create, `If-Match: ETAG` to replace). The
+latter excludes each other's runs on machines that share no disk.
 """
 
 from __future__ import annotations
@@ -17,40 +16,44 @@ from typing import NamedTuple, Protocol
 from pipeline.core.errors import WorkspaceError
 from pipeline.storage.objects import ObjectStore
 
-# Generations kept behind the newest. A process that read one of them long ago and writes now finds the next one there
-# and fails, as it must; it would have to sleep through all of these renewals to find that place empty.
+# Generations kept besides the newest. A process that read one of them long ago and writes now must find its successor and
+# fail. It would have to sleep through this many renewals to find that name free again.
 _KEPT = 32
 
 
 class Entry(NamedTuple):
-    """What a store holds: the content, None where there is none; and its version, None where there never was any."""
+    """The state of a record: its content (None if it is absent or was deleted) and its version (None if it never existed)."""
 
     content: bytes | None
     version: str | None
 
 
 class LeaseStore(Protocol):
-    """A place for one record."""
+    """Holds one record."""
 
     def read(self) -> Entry:
-        """The record as it is now."""
+        """Read the record."""
 
     def write(self, content: bytes | None, unchanged: str | None) -> str | None:
-        """Create, replace or (with None) delete the record, if its version is still `unchanged`.
+        """Create, replace or delete the record, if its version is still `unchanged`.
+
+        Args:
+            content: The new content; None to delete the record.
+            unchanged: The version that was read.
 
         Returns:
-            The new version, or None where another was quicker.
+            The new version; None if another process has written meanwhile.
 
         Raises:
-            WorkspaceError: the store cannot be written.
+            WorkspaceError: The store cannot be written.
         """
 
 
 class FileLeaseStore:
     """A record in a folder of a POSIX file system, local or shared.
 
-    Each write is a file of its own, `NAME.GENERATION`, made by link(2): that is atomic, and fails where the name exists,
-    on NFS too. So "if unchanged" is "if the next generation does not exist". The highest generation is the record.
+    Each write creates a file of its own, `NAME.GENERATION`, by link(2), which is atomic and fails if the name exists, on NFS
+    too. So "if unchanged" means "if the next generation does not exist". The highest generation is the record.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -59,19 +62,19 @@ class FileLeaseStore:
         self._pattern = re.compile(re.escape(name) + r"\.(\d{9})")
 
     def read(self) -> Entry:
-        """As `LeaseStore.read`."""
+        """Read the record."""
         while True:
             generations = self._generations()
             if not generations:
                 return Entry(None, None)
             try:
                 content = self._file(generations[-1]).read_bytes()
-            except FileNotFoundError:  # cleared away meanwhile by one that wrote many newer
+            except FileNotFoundError:  # deleted meanwhile by a process that wrote many newer ones
                 continue
             return Entry(content or None, str(generations[-1]))
 
     def write(self, content: bytes | None, unchanged: str | None) -> str | None:
-        """As `LeaseStore.write`."""
+        """Write the record as `LeaseStore.write` describes."""
         self._folder.mkdir(parents=True, exist_ok=True)
         mine = int(unchanged or 0) + 1
         temporary = self._folder / f".{self._name}.{uuid.uuid4().hex}"
@@ -87,14 +90,14 @@ class FileLeaseStore:
         generations = self._generations()
         for old in generations[:-_KEPT]:
             self._file(old).unlink(missing_ok=True)
-        # If it is not the newest, its place was empty because it had been cleared away long ago.
+        # If it is not the newest, its name was free only because that generation had been deleted long ago.
         return str(mine) if generations[-1] == mine else None
 
     def _link(self, temporary: Path, place: Path) -> bool:
         try:
             os.link(temporary, place)
         except FileExistsError:
-            # NFS: the answer to a link that was made can be lost, and then the repeated request fails.
+            # NFS: the reply to a successful link can be lost, and the repeated request then fails.
             return temporary.stat().st_nlink == 2
         except OSError as error:
             raise WorkspaceError(
@@ -115,18 +118,18 @@ class FileLeaseStore:
 
 
 class ObjectLeaseStore:
-    """One record of a store, as `pipeline.storage.lease_stores.LeaseStore` has it. A record without content is one given back."""
+    """A record in an object store. An empty object is a deleted record."""
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self._store, self._name = store, name
 
     def read(self) -> Entry:
-        """The record as it is now."""
+        """Read the record."""
         content, version = self._store.read(self._name) or (b"", None)
         return Entry(content or None, version)
 
     def write(self, content: bytes | None, unchanged: str | None) -> str | None:
-        """Create, replace or (with None) give back the record if its version is still `unchanged`; the new version."""
+        """Write the record as `LeaseStore.write` describes."""
         if unchanged is None:
             return self._store.create(self._name, content or b"")
         return self._store.replace(self._name, content or b"", unchanged)

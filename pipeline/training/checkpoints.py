@@ -54,7 +54,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, kept: int, best: int | N
     for old in _complete(root)[:-kept]:
         if _step(old) != best:
             shutil.rmtree(old)
-    for orphan in root.glob(".step-*.new"):
+    for orphan in root.glob(".step-*.partial"):
         shutil.rmtree(orphan, ignore_errors=True)
 
 

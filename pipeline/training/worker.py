@@ -28,10 +28,10 @@ from pipeline.config.training import TrainSettings
 from pipeline.core.errors import TrainingError
 from pipeline.core.files import ADAPTER
 from pipeline.core.journal import JournalWriter, append_journal, read_journal
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.methods.method import Adapted
-from pipeline.models.heads import Head
-from pipeline.models.loading import head_modules, load_base
+from pipeline.models.heads import Head, head_modules
+from pipeline.models.loading import load_base
 from pipeline.training import zero
 from pipeline.training.batches import BatchPlan, learning_rate, optimizer_steps
 from pipeline.training.checkpoints import (

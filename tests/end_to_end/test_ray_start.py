@@ -16,7 +16,8 @@ TASK = """
 import sys
 from pathlib import Path
 from kasa import KasaError
-from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.workers import Resources, run_tasks
 
 try:
     with ray_cluster(Path(sys.argv[1]), 1, 0):

@@ -120,7 +120,7 @@ def plan_trials(plan: ComparisonPlan) -> list[TrialPlan]:
     methods = compared_methods(recipe, plan.methods, targets, meta_model(config, recipe.base.head))
     for method in methods:
         check_ranks(method.recipe, targets)
-    store = ArtifactStore(recipe.workspace, look_into(recipe.place))
+    store = ArtifactStore(recipe.workspace, look_into(recipe.location))
 
     def planned(one: Trial, parameters: int | None) -> TrialPlan:
         wanted = trial_keys(one, base.digest, sources.digest, targets)

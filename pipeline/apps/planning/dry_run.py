@@ -10,7 +10,7 @@ from pipeline.apps.planning.plan import DataFacts, Estimate, checked_targets, es
 from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.methods.choice import check_registrable
 from pipeline.models.base import BaseModel, find_base
@@ -84,7 +84,7 @@ def _stages(
     recompute: Sequence[str],
 ) -> tuple[StagePlan, ...]:
     """Each stage's key, as far as it is known, and whether its artifact is there."""
-    store = ArtifactStore(recipe.workspace, look_into(recipe.place))
+    store = ArtifactStore(recipe.workspace, look_into(recipe.location))
     known: dict[str, StageKey] = {}
     if base is not None and sources_digest is not None:
         inputs = KeyInputs(recipe, base.digest, sources_digest, targets, tracking_uri(recipe.workspace))

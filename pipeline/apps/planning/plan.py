@@ -35,7 +35,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.errors import BaseModelError, RecipeError
 from pipeline.data.forms import check_form
 from pipeline.methods.choice import check_ranks
-from pipeline.models.loading import head_modules
+from pipeline.models.heads import head_modules
 from pipeline.models.shapes import base_outline, built_in_names, meta_model, model_config
 from pipeline.training.batches import optimizer_steps
 

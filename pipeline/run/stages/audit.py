@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.connection import Resources
 from pipeline.cluster.journalled import counting, run_journalled_tasks
+from pipeline.cluster.workers import Resources
 from pipeline.config.recipe import Recipe
 from pipeline.core.console import console
 from pipeline.core.journal import rewrite_journal

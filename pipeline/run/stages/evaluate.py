@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.connection import Resources
 from pipeline.cluster.journalled import counting, run_journalled_tasks
+from pipeline.cluster.workers import Resources
 from pipeline.core.files import ADAPTER, atomic_write
 from pipeline.core.journal import Record, read_journal
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.results import (
     HARNESS_JSON,
     HarnessRow,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.connection import Resources
 from pipeline.cluster.journalled import run_journalled_tasks
+from pipeline.cluster.workers import Resources
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import RecipeError
 from pipeline.core.journal import Record, append_journal
-from pipeline.data.prepare import load_prepared, prepare_dataset
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.suitability import check_suitable
 from pipeline.metrics.catalogue import metrics_for_classes

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.connection import Resources
 from pipeline.cluster.journalled import counting, run_journalled_tasks
+from pipeline.cluster.workers import Resources
 from pipeline.config.recipe import Recipe
 from pipeline.core.journal import Record
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.run.stage_runs import log_artifact, run_stage
 from pipeline.run.warm_start import start_adapter
 from pipeline.run.work import Work

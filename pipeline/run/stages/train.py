@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.connection import Resources, WorkerGroup
+from pipeline.cluster.workers import Resources, WorkerGroup
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe
 from pipeline.config.training import TrainSettings
@@ -24,7 +24,7 @@ from pipeline.run.stages.spectra import FOLDER as SPECTRA
 from pipeline.run.training_watch import CURVE, SYSTEM, watching
 from pipeline.run.warm_start import start_adapter
 from pipeline.run.work import Work
-from pipeline.tracking.system_metrics import SERIES as SYSTEM_SERIES
+from pipeline.tracking.live_metrics import SYSTEM_SERIES
 from pipeline.training.job import (
     ATTACHED,
     ERRORS,

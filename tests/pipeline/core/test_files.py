@@ -58,7 +58,7 @@ def test_what_fails_leaves_the_old_one_and_nothing_else(is_folder: bool, tmp_pat
 
 
 def test_who_holds_the_lock_clears_away_what_a_killed_writer_left(tmp_path: Path) -> None:
-    left, other = tmp_path / ".path.1.2.new", tmp_path / ".another.1.2.new"
+    left, other = tmp_path / ".path.1.2.partial", tmp_path / ".another.1.2.partial"
     left.mkdir()
     other.touch()
     with replacing(tmp_path / "path", exclusive=True) as new:

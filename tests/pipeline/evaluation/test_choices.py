@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from pipeline.config.evaluate import EvaluateSettings
 from pipeline.core.errors import RecipeError
-from pipeline.data.prepare import load_prepared
+from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.choices import continuation_ids, named_choice, right_choice, score_choices
 from pipeline.evaluation.scoring import log_likelihoods
 from pipeline.evaluation.suitability import check_suitable

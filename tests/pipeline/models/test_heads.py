@@ -26,8 +26,8 @@ from pipeline.evaluation.scoring import score_labels
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
 from pipeline.metrics.intervals import measure
 from pipeline.models.base import BaseModel
-from pipeline.models.heads import Head
-from pipeline.models.loading import head_modules, load_base
+from pipeline.models.heads import Head, head_modules
+from pipeline.models.loading import load_base
 from pipeline.models.prompting import Prompting
 from pipeline.models.sequence_classification import changed_share, features, probe
 from pipeline.models.shapes import base_outline

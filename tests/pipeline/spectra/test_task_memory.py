@@ -55,7 +55,8 @@ TASKS = """
 import json, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.workers import Resources, run_tasks
 
 folder = Path(sys.argv[1])
 

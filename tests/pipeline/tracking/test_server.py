@@ -1,4 +1,4 @@
-"""Which errors mean that a store is away, as MLflow's client really raises them, and how long a call is tried again."""
+"""Which errors mean that a store is unavailable, as MLflow's client really raises them, and how long a call is retried."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.core.errors import TrackingAwayError, WorkspaceError
-from pipeline.tracking.server import PATIENCE_VARIABLE, absence, keep_trying, patience_s, patient
+from pipeline.tracking.server import RETRY_VARIABLE, retry, retry_limit_s, retrying, unavailable_reason
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -74,7 +74,7 @@ def error_of(call: Callable[[], object]) -> Exception:
 )
 def test_what_a_server_answers(server: str, status: int, why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Answer, "status", status)
-    assert absence(error_of(lambda: MlflowClient(server).get_run("a" * 32))) == why
+    assert unavailable_reason(error_of(lambda: MlflowClient(server).get_run("a" * 32))) == why
 
 
 @pytest.mark.parametrize(("status", "why"), [(503, "it answers with error 503"), (403, None)])
@@ -86,14 +86,17 @@ def test_an_artifact_that_is_not_taken(
     monkeypatch.setattr(Answer, "status", status)
     (tmp_path / "file").write_text("content")
     store = MlflowArtifactsRepository("mlflow-artifacts:/1/2/artifacts", tracking_uri=server)
-    assert absence(error_of(lambda: store.log_artifact(str(tmp_path / "file")))) == why
+    assert unavailable_reason(error_of(lambda: store.log_artifact(str(tmp_path / "file")))) == why
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert absence(error_of(lambda: MlflowClient("http://127.0.0.1:9").get_run("a" * 32))) == "connection refused"
+    assert (
+        unavailable_reason(error_of(lambda: MlflowClient("http://127.0.0.1:9").get_run("a" * 32)))
+        == "connection refused"
+    )
     unknown = error_of(lambda: MlflowClient("http://nobody.invalid").get_run("a" * 32))
-    assert absence(unknown) == "its name is not known"
+    assert unavailable_reason(unknown) == "its name is not known"
 
 
 def test_databases_that_are_busy_or_full() -> None:
@@ -106,15 +109,15 @@ def test_databases_that_are_busy_or_full() -> None:
     busy.__cause__ = OperationalError("INSERT", {}, sqlite3.OperationalError("database is locked"))
     full = MlflowException("full", error_code=TEMPORARILY_UNAVAILABLE)
     full.__cause__ = OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
-    assert absence(busy) == "its database is busy or away"
-    assert absence(full) is None
+    assert unavailable_reason(busy) == "its database is busy or away"
+    assert unavailable_reason(full) is None
 
 
 @pytest.mark.parametrize(
     "error", [ValueError("no"), OSError(28, "No space left"), PermissionError("no"), KeyError("x")]
 )
 def test_other_errors_mean_something_else(error: Exception) -> None:
-    assert absence(error) is None
+    assert unavailable_reason(error) is None
 
 
 def test_an_error_met_while_handling_an_absence_is_itself() -> None:
@@ -124,7 +127,7 @@ def test_an_error_met_while_handling_an_absence_is_itself() -> None:
         except ConnectionRefusedError:
             raise ValueError("our own mistake")  # noqa: B904
 
-    assert absence(error_of(call)) is None
+    assert unavailable_reason(error_of(call)) is None
 
 
 class Clock:
@@ -151,11 +154,9 @@ class Store:
         return one + two
 
 
-def try_add(store: Store, patience: float) -> tuple[int, list[str], Clock]:
+def try_add(store: Store, limit_s: float) -> tuple[int, list[str], Clock]:
     clock, said = Clock(), []
-    result = keep_trying(
-        lambda: store.add(1, two=2), "http://there", patience, clock.sleep, lambda: clock.now, said.append
-    )
+    result = retry(lambda: store.add(1, two=2), "http://there", limit_s, clock.sleep, lambda: clock.now, said.append)
     return result, said, clock
 
 
@@ -173,7 +174,7 @@ def test_a_connection_lost_once_is_not_worth_a_word() -> None:
     assert try_add(Store(1), 60)[:2] == (3, [])
 
 
-def test_pauses_do_not_grow_without_end_and_patience_is_kept() -> None:
+def test_pauses_do_not_grow_without_end_and_the_limit_is_kept() -> None:
     store = Store(10**6)
     with pytest.raises(TrackingAwayError, match=r"away for 60 s \(connection refused\).*the same command again"):
         try_add(store, 60)
@@ -183,23 +184,23 @@ def test_pauses_do_not_grow_without_end_and_patience_is_kept() -> None:
 def test_other_errors_are_not_tried_again() -> None:
     store = Store(0)
     with pytest.raises(TypeError):
-        keep_trying(lambda: store.add("1"), "there", 60)  # type: ignore[arg-type]
+        retry(lambda: store.add("1"), "there", 60)  # type: ignore[arg-type]
     assert store.calls == 1
 
 
-def test_an_object_made_patient_keeps_its_face() -> None:
-    store = patient(Store(1), "there", 60)
+def test_an_object_whose_calls_are_retried_keeps_its_face() -> None:
+    store = retrying(Store(1), "there", 60)
     assert store.add(1, two=2) == 3
     assert store.calls == 2
     assert store.name == "store"
 
 
-def test_the_patience_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(PATIENCE_VARIABLE, raising=False)
-    assert patience_s() == 600
-    monkeypatch.setenv(PATIENCE_VARIABLE, "2.5")
-    assert patience_s() == 2.5
+def test_the_limit_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RETRY_VARIABLE, raising=False)
+    assert retry_limit_s() == 600
+    monkeypatch.setenv(RETRY_VARIABLE, "2.5")
+    assert retry_limit_s() == 2.5
     for wrong in ("soon", "-1", "inf", "nan"):
-        monkeypatch.setenv(PATIENCE_VARIABLE, wrong)
-        with pytest.raises(WorkspaceError, match=PATIENCE_VARIABLE):
-            patience_s()
+        monkeypatch.setenv(RETRY_VARIABLE, wrong)
+        with pytest.raises(WorkspaceError, match=RETRY_VARIABLE):
+            retry_limit_s()
