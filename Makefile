@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := kasa pipeline ray_jobs benchmarks tests
+# In the order that tests/conftest.py gives them: the long ones first.
+TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test soak checks bench docs clean
+.PHONY: demo test quick soak checks bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/kasa run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 12
+	$(BIN)/python -m pytest $(TWO_PROCESSES) --durations 25
+
+quick: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(TWO_PROCESSES) -m "not cluster and not soak and not processes"
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "soak or cluster"

@@ -114,6 +114,7 @@ def test_cider_is_pycocoevalcaps() -> None:
     assert 0 < theirs < 10
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(METRICS["meteor"].lacks() is not None, reason="needs Java and the extra e2e")
 def test_meteor_of_samples_and_of_the_corpus_is_the_jars() -> None:
     from pycocoevalcap.meteor.meteor import Meteor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,8 +73,19 @@ def rendered(facts: ReportFacts, folder: Path) -> tuple[str, Page]:
     return text, page
 
 
-def test_full_report_has_everything_in_the_readers_order(tmp_path: Path) -> None:
-    _, page = rendered(full_facts(), tmp_path)
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
+    """The report of all facts: its charts of 30 blocks take seconds."""
+    return rendered(full_facts(), tmp_path_factory.mktemp("full"))
+
+
+def facts_of(**changes: Any) -> ReportFacts:
+    """All facts with some changed, of a model of one block."""
+    return full_facts(**({"layers": layer_facts(1)} | changes))
+
+
+def test_full_report_has_everything_in_the_readers_order(full: tuple[str, Page]) -> None:
+    _, page = full
     wanted = ["Promoted", "the whole interval lies above zero", "48.0%", "89.0%", "84.2%", "+41.0", "+35.2 to +46.5",
               "models:/quickstart@champion", "kasa ask", "Base and adapted", "18.41", "from 3.488 to 3.482", "Layers that lose most",
               "model.layers.1.self_attn.v_proj gives a loss of 3.489", "80 optimizer steps",
@@ -87,8 +99,8 @@ def test_full_report_has_everything_in_the_readers_order(tmp_path: Path) -> None
         position = found
 
 
-def test_page_loads_nothing_and_every_chart_is_labelled_with_ids_of_its_own(tmp_path: Path) -> None:
-    text, page = rendered(full_facts(), tmp_path)
+def test_page_loads_nothing_and_every_chart_is_labelled_with_ids_of_its_own(full: tuple[str, Page]) -> None:
+    text, page = full
     assert page.loaded == []
     assert not re.search(r"@import|@font-face|url\((?!['\"]?#)", text)
     # The gate, 2 intervals, the lost shares, 5 training charts, 7 module types, 6 stages.
@@ -99,14 +111,14 @@ def test_page_loads_nothing_and_every_chart_is_labelled_with_ids_of_its_own(tmp_
 
 
 def test_same_facts_give_the_same_bytes_and_leave_no_other_file(tmp_path: Path) -> None:
-    render_report(full_facts(), tmp_path / "a.html")
-    render_report(full_facts(), tmp_path / "b.html")
+    render_report(facts_of(), tmp_path / "a.html")
+    render_report(facts_of(), tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
 
 
-def test_charts_take_their_colours_from_the_page(tmp_path: Path) -> None:
-    text, _ = rendered(full_facts(), tmp_path)
+def test_charts_take_their_colours_from_the_page(full: tuple[str, Page]) -> None:
+    text, _ = full
     svgs = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "stroke: var(--adapted)" in svgs
     assert "fill: var(--muted)" in svgs
@@ -114,21 +126,21 @@ def test_charts_take_their_colours_from_the_page(tmp_path: Path) -> None:
 
 
 def test_tick_labels_keep_their_decimals(tmp_path: Path) -> None:
-    text, _ = rendered(full_facts(training=training_records(1)), tmp_path)
+    text, _ = rendered(facts_of(training=training_records(1)), tmp_path)
     parts = re.search(r"<svg[^>]*Task loss, singular.*?</svg>", text, flags=re.DOTALL)
     assert parts
     assert re.findall(r"<text[^>]*>([^<]*)<", parts[0])[1:] == ["0.001", "0.01", "0.1"]
 
 
 def test_kept_out_without_model_uri(tmp_path: Path) -> None:
-    text, page = rendered(full_facts(promoted=False, model_uri="", commands={}), tmp_path)
+    text, page = rendered(facts_of(promoted=False, model_uri="", commands={}), tmp_path)
     assert "Kept out" in page.text
     assert "Promoted" not in page.text
     assert '<dl class="commands">' not in text
 
 
 def test_single_step(tmp_path: Path) -> None:
-    text, page = rendered(full_facts(training=training_records(1)), tmp_path)
+    text, page = rendered(facts_of(training=training_records(1)), tmp_path)
     assert "One optimizer step, with a loss of" in page.text
     loss = re.search(r'<svg[^>]*aria-label="Loss by step.*?</svg>', text, flags=re.DOTALL)
     assert loss
@@ -175,7 +187,7 @@ def test_html_in_the_facts_stays_text(tmp_path: Path) -> None:
 
 
 def test_thirty_thousand_steps_stay_small(tmp_path: Path) -> None:
-    text, page = rendered(full_facts(training=training_records(30_000)), tmp_path)
+    text, page = rendered(facts_of(training=training_records(30_000)), tmp_path)
     assert len(text.encode()) < 2_000_000
     assert "30,000 optimizer steps" in page.text
 
@@ -199,7 +211,7 @@ def test_smoothing_is_a_mean_of_the_neighbours_without_padding() -> None:
 
 def test_penalty_that_is_zero_throughout_is_named_not_drawn(tmp_path: Path) -> None:
     records = [record | {"orthogonality_penalty": 0.0} for record in training_records(20)]
-    _, page = rendered(full_facts(training=records), tmp_path)
+    _, page = rendered(facts_of(training=records), tmp_path)
     assert "Zero throughout, so not drawn: orthogonality penalty." in page.text
 
 
@@ -208,7 +220,7 @@ def test_a_training_without_gradient_norms_has_no_chart_of_them(tmp_path: Path) 
     records = [
         {key: value for key, value in record.items() if key != "gradient_norm"} for record in training_records(5)
     ]
-    text, _ = rendered(full_facts(training=records), tmp_path)
+    text, _ = rendered(facts_of(training=records), tmp_path)
     assert 'aria-label="Tokens per second by step' in text
     assert "radient norm by step" not in text
 
@@ -229,7 +241,7 @@ def test_outcome_knows_the_direction(lower_is_better: bool, low: float, high: fl
     assert outcome(Interval((low + high) / 2, low, high), lower_is_better) == expected
 
 
-def test_the_harness_has_a_table_of_its_own(tmp_path: Path) -> None:
+def test_the_harness_has_a_table_of_its_own(full: tuple[str, Page], tmp_path: Path) -> None:
     rows = [
         HarnessRow("arc_easy/acc", False, {"base": 0.51, "adapted": 0.56}, {"base": Interval(0.05, 0.02, 0.08)}),
         HarnessRow("wikitext/word_perplexity", True, {"base": 21.5, "adapted": 23.25}, {}),
@@ -239,9 +251,9 @@ def test_the_harness_has_a_table_of_its_own(tmp_path: Path) -> None:
     assert easy.change is not None
     assert easy.change.outcome == "better"
     assert wikitext.change is None
-    text, _ = rendered(full_facts(harness=rows), tmp_path)
+    text, _ = rendered(facts_of(harness=rows), tmp_path)
     assert re.search(r"wikitext/word_perplexity<small>lower is better.*?>23\.25<", text, re.DOTALL)
-    assert "lm-evaluation-harness" not in rendered(full_facts(), tmp_path)[0]
+    assert "lm-evaluation-harness" not in full[0]
 
 
 def test_gate_comes_first_and_best_follows_the_direction() -> None:
@@ -257,7 +269,7 @@ def test_gate_comes_first_and_best_follows_the_direction() -> None:
 
 def test_right_answers_are_marked_after_stripping(tmp_path: Path) -> None:
     outputs = {"base": "negative", "adapted": " positive\n"}
-    text, _ = rendered(full_facts(samples=[SampleFacts("Good?", ["positive"], outputs)]), tmp_path)
+    text, _ = rendered(facts_of(samples=[SampleFacts("Good?", ["positive"], outputs)]), tmp_path)
     assert text.count('aria-label="correct"') == 1
     assert re.search(r'positive\s+<span role="img" aria-label="correct">', text)
 
