@@ -178,6 +178,7 @@ def test_every_exclusion_is_met_by_some_stage_and_says_why(asked) -> None:
         assert module in TREE.closure(entries, without=CANNOT_MATTER.keys() - {module}), f"nobody imports {module}"
 
 
+@pytest.mark.processes
 def test_the_keys_are_made_in_no_time_and_without_what_the_workers_import() -> None:
     """In a process of its own, as in a command that finds nothing to do."""
     text = (
