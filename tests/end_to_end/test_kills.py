@@ -62,13 +62,12 @@ class KilledRun:
             # However fast the machine, the first half of the steps sees all of these kills.
             step = (count + self._random.random()) * STEPS / (2 * WORKER_KILLS)
 
-            def is_due(moment: float = moment, step: float = step) -> bool:
-                return (time.monotonic() > moment or self._last_step() >= step) and bool(self._workers())
+            def due(moment: float = moment, step: float = step) -> list[Any]:
+                return self._workers() if time.monotonic() > moment or self._last_step() >= step else []
 
-            wait_for(is_due, self.process, PATIENCE_S)
+            victim = self._random.choice(wait_for(due, self.process, PATIENCE_S))
             before = self._journal_file()
-            victim = self._random.choice(self._workers())
-            victim.kill()
+            end_all([victim])
             killed = time.monotonic()
             # Half of the time the next kill does not wait for the recovery from this one.
             if self._random.random() < 0.5:
