@@ -31,7 +31,7 @@ def test_twelve_kills_change_no_bit_of_the_adapter(tmp_path: Path) -> None:
     undisturbed = bench.run("undisturbed", *OVERRIDES)
     run = KilledRun(bench)
     run.kill_workers()
-    run.kill_driver("driver", after=STEPS // 2)
+    run.kill_driver("driver", after=STEPS * 5 // 8)
     run.kill_driver("gcs_server", after=STEPS * 3 // 4)
     result = bench.finish(run.process)
     assert adapter_bytes(result, bench) == adapter_bytes(undisturbed, bench)
@@ -57,12 +57,17 @@ class KilledRun:
 
     def kill_workers(self) -> None:
         """Kill a worker at a random moment, ten times. Some of the kills fall into the start of the training."""
-        for _ in range(WORKER_KILLS):
+        for count in range(WORKER_KILLS):
             moment = time.monotonic() + self._random.uniform(0, LATEST_KILL_S)
-            wait_for(lambda moment=moment: time.monotonic() > moment and self._workers(), self.process, PATIENCE_S)  # type: ignore[misc]
+            # However fast the machine, the first half of the steps sees all of these kills.
+            step = (count + self._random.random()) * STEPS / (2 * WORKER_KILLS)
+
+            def due(moment: float = moment, step: float = step) -> list[Any]:
+                return self._workers() if time.monotonic() > moment or self._last_step() >= step else []
+
+            victim = self._random.choice(wait_for(due, self.process, PATIENCE_S))
             before = self._journal_file()
-            victim = self._random.choice(self._workers())
-            victim.kill()
+            end_all([victim])
             killed = time.monotonic()
             # Half of the time the next kill does not wait for the recovery from this one.
             if self._random.random() < 0.5:
