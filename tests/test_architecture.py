@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("kasa",),
     ("pipeline.core", "pipeline.metrics", "pipeline.config"),
-    ("pipeline.cluster", "pipeline.storage", "pipeline.artifacts", "pipeline.tracking", "pipeline.registry"),
+    ("pipeline.cluster", "pipeline.storage", "pipeline.tracking", "pipeline.registry"),
     ("pipeline.models", "pipeline.data", "pipeline.methods"),
     ("pipeline.spectra", "pipeline.training", "pipeline.serving", "pipeline.evaluation", "pipeline.report"),
     ("pipeline.run",),
@@ -26,7 +26,6 @@ NEIGHBOURS = {
     ("pipeline.config", "pipeline.core"),
     ("pipeline.config", "pipeline.metrics"),
     ("pipeline.metrics", "pipeline.core"),
-    ("pipeline.artifacts", "pipeline.storage"),
     ("pipeline.registry", "pipeline.tracking"),
     ("pipeline.data", "pipeline.models"),
     ("pipeline.methods", "pipeline.models"),
@@ -39,7 +38,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 METHOD_LIBRARIES = {"kasa", "torch", "numpy", "scipy", "threadpoolctl", "safetensors"}
 DOORS = {
     # The last is no part of a run: a client of Ray's Jobs API, which speaks HTTP to a cluster and starts no Ray.
-    "ray": {"pipeline/cluster/connection.py", "pipeline/cluster/workers.py", "pipeline/apps/jobs/client.py"},
+    "ray": {"pipeline/cluster/connection.py", "pipeline/cluster/workers.py", "pipeline/apps/job_client.py"},
     # The store, what is written to it, and MLflow's monitors of the machine; the registry, and what it serves.
     "mlflow": {
         "pipeline/tracking/server.py",

@@ -26,11 +26,11 @@ from benchmarks.core import Measurement, Setting, check
 from benchmarks.inputs import base_of
 from benchmarks.timing import kasa_command
 from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty
-from pipeline.apps.planning.memory import GIB
-from pipeline.apps.planning.plan import DataFacts, Estimate, checked_targets, estimate
+from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
+from pipeline.apps.plan_memory import GIB
 from pipeline.config.deepspeed import with_accumulation
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.models.loading import DTYPES
+from pipeline.models.forward import DTYPES
 from pipeline.training import worker, zero
 from tests.support.ranks import (
     count_bytes,

@@ -22,12 +22,11 @@ from benchmarks.timing import seconds_of, take_turns, times_as_fast
 from kasa import KasaConfig, ModelWeights, attach, compute_spectra, find_targets, fold, penalty
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.workers import Resources, run_tasks
-from pipeline.config.evaluate import EvaluateSettings
+from pipeline.config.settings import EvaluateSettings
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
-from pipeline.models.language_model import Batch, collate, label_losses, pack
-from pipeline.models.loading import load_base
+from pipeline.models.forward import Batch, collate, label_losses, load_base, pack
 from pipeline.models.prompting import load_tokenizer
-from pipeline.training.batches import BatchPlan
+from pipeline.training.job import BatchPlan
 from tests.support.evaluations import prepare_rows, results_of, shards_of
 
 RANK, ALPHA = 16, 32

@@ -17,9 +17,18 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from pipeline.core.concurrency import side_by_side
-from pipeline.core.connectivity import answers, connects, host_and_port, package_index, without_login
-from pipeline.core.machine import GIB, cpu_cores, existing_parent, memory_gib
+from pipeline.core.machine import (
+    GIB,
+    answers,
+    connects,
+    cpu_cores,
+    existing_parent,
+    host_and_port,
+    memory_gib,
+    package_index,
+    side_by_side,
+    without_login,
+)
 
 Status = Literal["ok", "warn", "fail"]
 

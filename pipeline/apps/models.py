@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.code import user_name
 from pipeline.core.errors import ModelError
-from pipeline.core.provenance import user_name
 from pipeline.metrics.intervals import Interval
-from pipeline.registry.alias_changes import (
+from pipeline.registry.store import (
+    CHAMPION,
+    PREVIOUS,
+    ModelVersion,
+    Registry,
     after_promotion,
     after_rollback,
     change_aliases,
     event,
     finish_interrupted_change,
     history,
+    open_registry,
 )
-from pipeline.registry.store import CHAMPION, PREVIOUS, ModelVersion, Registry, open_registry
 
 _NO_REASON = "no reason given"
 

@@ -20,11 +20,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.config.catalogue import catalogue
-from pipeline.config.evaluate import EvaluateSettings
 from pipeline.config.methods import METHODS, AdapterSettings
-from pipeline.config.recipe import Recipe
-from pipeline.config.settings import NamedAbove, OneOf, StrList
+from pipeline.config.recipe import Recipe, catalogue
+from pipeline.config.settings import EvaluateSettings, NamedAbove, OneOf, StrList
 from pipeline.data.forms import form_names
 from pipeline.metrics.catalogue import METRICS, measured
 

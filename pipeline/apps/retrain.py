@@ -22,9 +22,8 @@ from pipeline.data.remote import look_for_newest
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import find_folder, folder_digest
 from pipeline.run import graph as keys
-from pipeline.run.state import ready_workspace
-from pipeline.storage.lease import Holder, Lease, acquire, released_after
-from pipeline.storage.lease_stores import FileLeaseStore
+from pipeline.run.context import ready_workspace
+from pipeline.storage.lease import FileLeaseStore, Holder, Lease, acquire, released_after
 from pipeline.storage.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import typer
 from rich.markup import escape
 
 from kasa.errors import KasaError
-from pipeline.cli import artifacts, compare, export, judge, models, planning, run
+from pipeline.cli import compare, models, run
 from pipeline.core.console import console
 from pipeline.core.errors import WorkspaceError
 
@@ -35,18 +35,18 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(run.retrain)
 app.command()(compare.compare)
-app.command()(planning.plan)
-app.command()(judge.judge)
-app.command()(planning.recipes)
+app.command()(run.plan)
+app.command()(compare.judge)
+app.command()(run.recipes)
 app.command()(run.submit)
-app.command()(export.generate)
-app.command()(export.export)
-app.command("import")(export.import_)
+app.command()(models.generate)
+app.command()(models.export)
+app.command("import")(models.import_)
 app.command()(models.models)
 app.command()(models.promote)
 app.command()(models.rollback)
-app.command()(planning.doctor)
-app.add_typer(artifacts.app, name="artifacts")
+app.command()(run.doctor)
+app.add_typer(models.artifacts_app, name="artifacts")
 
 
 def main() -> None:

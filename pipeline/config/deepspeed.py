@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
-from pipeline.config.training import TrainSettings
+from pipeline.config.settings import TrainSettings
 from pipeline.core.errors import RecipeError
 
 # The top-level keys that DeepSpeed 0.19.8 reads, apart from the two tables below. A test compares this list with the keys

@@ -1,4 +1,6 @@
-"""The code that a computation runs: found by following imports, digested by the syntax tree.
+"""Where a run comes from, as tags of its MLflow run: the code's version, the seeds, the user.
+
+The code that a computation runs: found by following imports, digested by the syntax tree.
 
 The keys of the stages cover it, so that no result of older code is taken for one of the present code. Nothing is
 imported to find it out, and nothing depends on comments, docstrings or formatting.
@@ -7,11 +9,61 @@ imported to find it out, and nothing depends on comments, docstrings or formatti
 from __future__ import annotations
 
 import ast
+import getpass
 import hashlib
+import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+
+_GIT_PATIENCE_S = 20.0
+_HERE = Path(__file__).resolve()
+
+
+def code_tags(module: Path = _HERE) -> dict[str, str]:
+    """The digest of the code, and the commit it was checked out from, where it was: `kasa.code.*`.
+
+    `kasa.code.dirty` says whether a tracked file differs from that commit. MLflow's own tag of the commit is set too; its
+    pages show it.
+    """
+    tags = {"kasa.code.digest": source_digest()[:16]}
+    # An installed copy may lie within somebody else's repository: only one that tracks this file is ours.
+    if _git(module.parent, "ls-files", "--error-unmatch", module.name) is None:
+        return tags
+    commit = _git(module.parent, "rev-parse", "HEAD")
+    changed = _git(module.parent, "status", "--porcelain", "--untracked-files=no", ":/")
+    if commit is None or changed is None:
+        return tags
+    return tags | {
+        "kasa.code.commit": commit,
+        "kasa.code.dirty": str(bool(changed)).lower(),
+        "mlflow.source.git.commit": commit,
+    }
+
+
+def user_name() -> str:
+    """Who runs this, as the system knows them."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None where there is no git, no repository, or no answer."""
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_PATIENCE_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
 
 _PACKAGES = ("kasa", "pipeline")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -22,9 +74,7 @@ CANNOT_MATTER: Mapping[str, str] = {
     "kasa.errors": "texts of errors; whoever meets one has no result",
     "pipeline.core.errors": "texts of errors; whoever meets one has no result",
     "pipeline.core.code": "makes the keys, no results: with another digest a key differs anyway",
-    "pipeline.config.evaluate": "checks the recipe; its values, derived ones included, are in the keys",
     "pipeline.config.settings": "checks the recipe; its values, derived ones included, are in the keys",
-    "pipeline.config.training": "checks the recipe; its values, derived ones included, are in the keys",
     "pipeline.data.sources": "finds and fetches files, which are in the keys by their bytes",
     "pipeline.models.embedded": "makes bases and data, which are in the keys by their bytes",
 }

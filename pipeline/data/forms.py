@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 from kasa.errors import nearest
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError, RecipeError
+from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow
-from pipeline.data.samples import Rejection, Sample
-from pipeline.models.heads import PAIR_SEPARATOR
-from pipeline.models.prompting import Message
+from pipeline.models.prompting import PAIR_SEPARATOR, Message
 
 # The form that the columns of the first row decide.
 AUTO = "auto"

@@ -16,9 +16,8 @@ from typing import Any
 from kasa.errors import nearest
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import DataError
-from pipeline.data.samples import Rejection, Sample
-from pipeline.models.heads import Head
-from pipeline.models.prompting import Message
+from pipeline.data.prepared import Rejection, Sample
+from pipeline.models.prompting import Head, Message
 
 # The label of rows whose true label a benchmark does not publish.
 UNLABELLED = "-1"

@@ -23,9 +23,8 @@ from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import DataError, WorkspaceError
 from pipeline.data.forms import decide_form, read_samples
 from pipeline.data.labels import Labels, check_sides, find_labels, label_summary
-from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS
+from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS, Rejection, Sample
 from pipeline.data.readers import read_rows
-from pipeline.data.samples import Rejection, Sample
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.data.split import Split, split_samples
 from pipeline.models.prompting import Message, Prompting, TemplateError, Tokenizer, encode_texts, load_tokenizer

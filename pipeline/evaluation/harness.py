@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.evaluate import HarnessSettings
+from pipeline.config.settings import HarnessSettings
 from pipeline.core.files import atomic_write
-from pipeline.evaluation.suitability import harness_tasks
-from pipeline.models.heads import LANGUAGE_MODEL
-from pipeline.models.prompting import Prompting
+from pipeline.evaluation.results import harness_tasks
+from pipeline.models.prompting import LANGUAGE_MODEL, Prompting
 from pipeline.serving.inference import load_model
 
 

@@ -1,14 +1,159 @@
-"""The results that an evaluation keeps: per-sample records as parquet, and those of lm-evaluation-harness as JSON."""
+"""Rules of multiple choice: the choices of a sample, the likeliest of them, and the one that a generated answer names.
+
+A choice's log-likelihood is the sum over its own tokens. As in lm-evaluation-harness, the end of the answer (EOS) does not
+count: a base model that would continue after the right word has still chosen it.
+
+Checks before training that the evaluation at its end will be possible: of the held-out samples and of the harness.
+
+The results that an evaluation keeps: per-sample records as parquet, and those of lm-evaluation-harness as JSON.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.core.journal import Record
+import numpy as np
+
+from kasa.errors import nearest
+from pipeline.config.settings import EvaluateSettings, HarnessSettings
+from pipeline.core.errors import RecipeError
+from pipeline.core.files import Record
+from pipeline.data.prepared import PreparedDataset
 from pipeline.metrics.intervals import Interval, mean_differences
+from pipeline.models.prompting import Prompting
+
+
+def choices_of(sample: Mapping[str, Any], given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(choices, labels) of a sample: those `given` for all samples, or its own where none are given."""
+    return (list(given), list(given)) if given else (list(sample["choices"]), list(sample["choice_labels"]))
+
+
+def right_choice(references: Sequence[str], choices: Sequence[str]) -> int | None:
+    """The index of the first reference among the choices; None where it is not among them."""
+    said = references[0].strip() if references else ""
+    return next((place for place, choice in enumerate(choices) if choice.strip() == said), None)
+
+
+def score_choices(log_likelihoods: Sequence[float], choices: Sequence[str], right: int | None) -> dict[str, Any]:
+    """Score the choices of a sample.
+
+    Args:
+        log_likelihoods: of each choice, in nats.
+        choices: their texts.
+        right: index of the right one; None where no choice is right.
+
+    Returns:
+        The likeliest `choice`, whether it is right (`accuracy`, the harness's `acc`), and whether the one of the largest
+        log-likelihood per character is right (`accuracy_norm`, the harness's `acc_norm`).
+    """
+    likeliest = int(np.argmax(log_likelihoods))
+    by_length = int(np.argmax(np.array(log_likelihoods) / [len(choice) for choice in choices]))
+    return {
+        "choices": list(choices),
+        "log_likelihoods": list(log_likelihoods),
+        "choice": choices[likeliest],
+        "accuracy": float(likeliest == right),
+        "accuracy_norm": float(by_length == right),
+    }
+
+
+def named_choice(output: str, labels: Sequence[str]) -> int | None:
+    """The index of the choice whose label comes first in a generated answer; None where none is named.
+
+    This is how LLM-Adapters reads `the correct answer is answer3`. Case matters, a label must be a word of its own, and of
+    labels that start at one position the longest counts.
+    """
+    pattern = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    found = re.search(rf"(?<!\w)(?:{pattern})(?!\w)", output)
+    return labels.index(found[0]) if found else None
+
+
+def continuation_ids(prompting: Prompting, tokenizer: Any, prompt: str, choice: str) -> list[int]:
+    """A choice's token ids after the prompt, without EOS."""
+    ids = prompting.answer_ids(tokenizer, prompt, choice)
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def check_suitable(settings: EvaluateSettings, prepared: PreparedDataset) -> None:
+    """Check that the held-out samples have what the evaluation needs.
+
+    Raises:
+        RecipeError: the samples are plain text without a prompt, have no choices, or an answer that is none of them.
+    """
+    if settings.kind in ("loss", "classification", "regression"):
+        return
+    heldout = prepared.heldout.select_columns(["references", "choices", "choice_labels", "source"])
+    form = prepared.summary["form"]
+    for sample in heldout:
+        if not sample["references"]:
+            raise RecipeError(
+                f"evaluate.kind: {settings.kind} needs prompts with answers, but {sample['source']} is plain text (data of "
+                f"form {form}); set evaluate.kind: loss, which measures loss and perplexity"
+            )
+        if settings.kind != "choice":
+            continue
+        choices, _ = choices_of(sample, settings.choices)
+        if not choices:
+            raise RecipeError(
+                f"evaluate.kind: choice needs choices, but {sample['source']} (data of form {form}) has none; name them in "
+                "evaluate.choices, or use data of form multiple-choice or llm-adapters"
+            )
+        if right_choice(sample["references"], choices) is None:
+            raise RecipeError(
+                f"evaluate.choices: the answer {sample['references'][0]!r} of {sample['source']} is none of "
+                f"{', '.join(choices)}"
+            )
+
+
+def check_harness(evaluate: EvaluateSettings, head: str) -> None:
+    """Check that the tasks of lm-evaluation-harness can be run here.
+
+    Raises:
+        RecipeError: the harness is not installed, has no such task, or the model is no language model.
+    """
+    settings = evaluate.harness
+    if not settings.tasks:
+        return
+    if head != "language-model":
+        raise RecipeError(f"evaluate.harness: lm-evaluation-harness asks language models, and base.head is {head}")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError(
+            "evaluate.harness needs lm-evaluation-harness: pip install 'kasa-pipeline[harness]'; or leave it out"
+        )
+    if settings.include is not None and not Path(settings.include).is_dir():
+        raise RecipeError(f"evaluate.harness.include: {settings.include} is no folder")
+    _check_names(settings)
+
+
+def harness_tasks(settings: HarnessSettings) -> Any:
+    """The harness's index of tasks: of the included folder alone where it has all that are asked for as single tasks.
+
+    To read the thousands that come with the harness takes eight seconds. Only groups and tags can refer to them.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if settings.include:
+        own: Any = TaskManager(include_path=settings.include, include_defaults=False)
+        if set(settings.tasks) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=settings.include)
+
+
+def _check_names(settings: HarnessSettings) -> None:
+    known = harness_tasks(settings)
+    for task in settings.tasks:
+        if not known.match_tasks([task]):
+            raise RecipeError(
+                f"evaluate.harness.tasks: lm-evaluation-harness has no task {task!r}{nearest(task, known.all_tasks)}; "
+                "`lm_eval ls tasks` lists them, and evaluate.harness.include names a folder of your own"
+            )
+
 
 HARNESS_JSON = "harness.json"
 

@@ -19,7 +19,7 @@ from torch import nn
 from kasa.targets import Target
 from pipeline.methods.method import Adapted, Tensors
 from pipeline.methods.peft import ADAPTER_NAME, PeftSettings, configuration, inject, saver
-from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.prompting import LANGUAGE_MODEL, Head
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe

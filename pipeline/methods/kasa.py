@@ -1,8 +1,14 @@
-"""KaSA as a method of the training stage. The method itself is the package `kasa`."""
+"""KaSA as a method of the training stage. The method itself is the package `kasa`.
+
+Singular values of what training added to each weight, beside those of what truncation took from it, for the report.
+
+Legend: O = out features, I = in features, R = rank.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +32,11 @@ from kasa.adapter_file import SavedAdapter
 from kasa.checkpoint import weight_digest
 from kasa.spectra_file import load_spectra
 from kasa.targets import Target
+from kasa.truncation import dropped_rank
+from kasa.update import product_singular_values
 from pipeline.core.errors import TrainingError
 from pipeline.methods.method import Adapted, Tensors
-from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.prompting import LANGUAGE_MODEL, Head
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe
@@ -114,3 +122,29 @@ def build(
 ) -> KasaMethod:
     """See `pipeline.methods.method`."""
     return KasaMethod(base.name, base.folder, targets, recipe.kasa_config, spectra, start)
+
+
+def write_layers(file: Path, adapter: Path, spectra: Path) -> None:
+    """Write a JSON list with `name`, `learned`, `dropped` and `largest` of each layer, as in `pipeline.report.facts.LayerFacts`.
+
+    Args:
+        file: the JSON file to write.
+        adapter: folder of the trained KaSA adapter.
+        spectra: folder of the spectra that it was started from.
+    """
+    trained = read_adapter(adapter)
+    decomposed, _ = load_spectra(spectra)
+    config, layers = trained.config, []
+    for target in trained.targets:
+        a_RI, d_R, b_OR = (trained.tensors[f"{target.name}.{part}"] for part in ("a", "d", "b"))
+        spectrum = decomposed[target.name]
+        dropped = spectrum.dropped_factors(dropped_rank(target, config.truncation, config.dropped_rank))
+        layers.append(
+            {
+                "name": target.name,
+                "learned": product_singular_values(config.scale * b_OR * d_R, a_RI),
+                "dropped": product_singular_values(*dropped),
+                "largest": spectrum.largest,
+            }
+        )
+    file.write_text(json.dumps(layers), encoding="utf-8")

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.prompting import LANGUAGE_MODEL, Head
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -28,7 +28,7 @@ from kasa.interchange import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS, new_folder,
 from kasa.targets import Target, is_within
 from pipeline.core.errors import TrainingError, one_line
 from pipeline.methods.method import Adapted, Tensors
-from pipeline.models.heads import LANGUAGE_MODEL, Head, head_modules
+from pipeline.models.prompting import LANGUAGE_MODEL, Head, head_modules
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe

@@ -30,7 +30,7 @@ from kasa.spectra_file import load_spectra
 from kasa.targets import Target
 from pipeline.methods.method import Adapted, Tensors
 from pipeline.methods.peft import ADAPTER_NAME, PeftSettings, configuration, inject, save_as_lora
-from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.prompting import LANGUAGE_MODEL, Head
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe

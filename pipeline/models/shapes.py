@@ -13,7 +13,7 @@ from kasa.errors import nearest
 from kasa.targets import Outline, outline_of
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import BaseModelError, one_line
-from pipeline.models.heads import head_modules
+from pipeline.models.prompting import head_modules
 
 if TYPE_CHECKING:
     from torch import nn

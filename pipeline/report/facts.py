@@ -1,9 +1,30 @@
-"""The contents of a report as plain values, so that rendering needs no tracking server and no model."""
+"""The contents of a report as plain values, so that rendering needs no tracking server and no model.
+
+Formats of numbers and names on the page.
+
+Matplotlib figures as inline SVG that takes its colours and its font from the page.
+
+Figures are drawn in stand-in colours, one for each role; the SVG names a CSS variable instead, so that one drawing
+serves light, dark and print.
+"""
 
 from __future__ import annotations
 
+import io
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from pipeline.metrics.catalogue import METRICS, SHARES
 
 if TYPE_CHECKING:
     from pipeline.evaluation.results import HarnessRow
@@ -127,3 +148,145 @@ class ReportFacts:
     versions: dict[str, str]
     machine: dict[str, str]
     commands: dict[str, str] = field(default_factory=dict)
+
+
+ACRONYMS = frozenset({"cpu", "cpus", "gpu", "gpus", "id", "os", "sha256", "uri", "url"})
+MINUS = "\u2212"
+
+
+def spoken(name: str) -> str:
+    """`exact_match` -> `Exact match`; metrics with a spelling of their own keep it."""
+    if name in METRICS:
+        return METRICS[name].label
+    words = [word.upper() if word in ACRONYMS else word for word in name.split("_")]
+    text = " ".join(words)
+    return text[:1].upper() + text[1:]
+
+
+def significant(value: float) -> str:
+    """At most four significant digits and four decimals; scientific below 0.001."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 1e-3:
+        text = f"{value:.2e}".replace("e-0", "e-")
+    elif size >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        decimals = 4 if size < 1 else 3 - math.floor(math.log10(size))
+        text = f"{value:.{decimals}f}"
+    return text.replace("-", MINUS)
+
+
+def metric_value(metric: str, value: float) -> str:
+    """Shares as percentages, everything else with four digits."""
+    return f"{100 * value:.1f}%" if metric in SHARES and math.isfinite(value) else significant(value)
+
+
+def metric_change(metric: str, value: float) -> str:
+    """A signed difference, without its unit."""
+    sign = "+" if value > 0 else ""
+    return sign + (f"{100 * value:.1f}".replace("-", MINUS) if metric in SHARES else significant(value))
+
+
+def change_unit(metric: str) -> str:
+    """The unit of a difference: percentage points for shares, none for other metrics."""
+    return " points" if metric in SHARES else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `0.4 s`, `4 min 12 s` or `2 h 05 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def scalar(value: Any) -> str:
+    """A scalar value, such as a setting."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    return str(value)
+
+
+# Any distinct colours do that no drawing would use by chance.
+COLOURS = {
+    "ink": "#010203",
+    "muted": "#010204",
+    "rule": "#010205",
+    "base": "#010206",
+    "adapted": "#010207",
+    "champion": "#010208",
+    "better": "#010209",
+    "worse": "#01020a",
+    "extra": "#01020b",
+    "paper": "#01020c",
+}
+FONT_SIZE = 11
+MAX_ENLARGEMENT = 1.3
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of CSS pixels (at natural size) with one bare, transparent axes."""
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    figure.patch.set_visible(False)
+    axes = figure.add_subplot()
+    axes.patch.set_visible(False)
+    axes.set_axisbelow(True)
+    for side in ("left", "right", "top", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(which="both", length=0, labelsize=FONT_SIZE, labelcolor=COLOURS["muted"])
+    return figure, axes
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> Markup:
+    """The figure as an `<svg>` element.
+
+    Args:
+        name: unique on the page: it salts the element ids, which are global in HTML.
+        label: what a screen reader says.
+    """
+    buffer = io.StringIO()
+    with _svg_settings(name):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    drawn = buffer.getvalue()
+    width = figure.get_figwidth() * 72
+    body = _tidy(drawn[drawn.index("<defs>") : drawn.rindex("</svg>")])
+    return Markup(
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {figure.get_figheight() * 72:g}" '
+        f'style="max-width:{width * MAX_ENLARGEMENT:g}px">{body}</svg>'
+    )
+
+
+@contextmanager
+def _svg_settings(name: str) -> Iterator[None]:
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify": True}):
+        yield
+
+
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}"
+
+
+def _tidy(body: str) -> str:
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[\w.]+_\d+"', "<g", body)
+    body = body.replace("xlink:href=", "href=")
+    body = re.sub(r"font: (?:[a-z0-9]+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", body)
+    # Inside tags only: between them stand the tick labels.
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _rounded, tag[0]), body)
+    for role, colour in COLOURS.items():
+        body = body.replace(colour, f"var(--{role})")
+    return re.sub(r"\s*\n\s*", " ", body)

@@ -14,11 +14,18 @@ from pipeline.core.files import atomic_write
 from pipeline.evaluation.results import HarnessRow
 from pipeline.metrics.catalogue import LOWER_IS_BETTER
 from pipeline.metrics.intervals import Interval
-from pipeline.report import charts, formats
-from pipeline.report.charts import candidates_in_order, gate_chart, interval_glyph
-from pipeline.report.facts import ReportFacts, SampleFacts
-from pipeline.report.formats import change_unit, metric_change, metric_value, spoken
-from pipeline.report.layer_charts import layer_figures, layer_panels, lost_shares, relative
+from pipeline.report import charts
+from pipeline.report import facts as formats
+from pipeline.report.charts import (
+    candidates_in_order,
+    gate_chart,
+    interval_glyph,
+    layer_figures,
+    layer_panels,
+    lost_shares,
+    relative,
+)
+from pipeline.report.facts import ReportFacts, SampleFacts, change_unit, metric_change, metric_value, spoken
 
 Outcome = Literal["better", "worse", "unclear"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts.store import StageKey
 from pipeline.config.recipe import Recipe
+from pipeline.storage.artifacts import StageKey
 
 if TYPE_CHECKING:
     from kasa.targets import Target

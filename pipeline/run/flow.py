@@ -18,23 +18,22 @@ from typing import Any
 
 from pipeline.cluster.connection import ray_cluster
 from pipeline.config.recipe import Recipe
+from pipeline.core.code import code_tags
 from pipeline.core.console import ProgressBars
-from pipeline.core.provenance import code_tags
 from pipeline.data.sources import DataSources, resolve_sources
-from pipeline.evaluation.suitability import check_harness
+from pipeline.evaluation.results import check_harness
 from pipeline.methods.choice import check_ranks, check_registrable
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
-from pipeline.run.context import RunContext, close_context, open_context, seed_tags
+from pipeline.run.context import RunContext, close_context, open_context, ready_workspace, seed_tags
 from pipeline.run.dependencies import REGISTER, KeyInputs
 from pipeline.run.graph import EVALUATE, STAGES, needed_resources
 from pipeline.run.report_facts import environment_tags, use_commands, write_report
+from pipeline.run.stage_runs import Work, run_stages
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.stages.register import Registration
 from pipeline.run.stages.train import deepspeed_settings
-from pipeline.run.state import ready_workspace
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
-from pipeline.run.work import Work, run_stages
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from typing import Any
 
 from kasa.errors import nearest
 from kasa.files import file_digest
-from pipeline.artifacts.store import StageKey
 from pipeline.config.deepspeed import load_deepspeed_config
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import Section
@@ -28,6 +27,7 @@ from pipeline.core.code import code_digests, package_versions
 from pipeline.core.errors import RecipeError
 from pipeline.metrics.catalogue import optional_packages
 from pipeline.run.dependencies import REGISTER, Dependencies, KeyInputs, Stage
+from pipeline.storage.artifacts import StageKey
 
 PREPARE, SPECTRA, AUDIT, TRAIN, EVALUATE = "prepare", "spectra", "audit", "train", "evaluate"
 
@@ -126,9 +126,6 @@ def _train(known: KeyInputs) -> Dependencies | None:
     if not known.trains:
         return None
     recipe, spec = known.recipe, known.recipe.adapter.spec
-    code = ["pipeline.training.worker", spec.module]
-    if spec.components == "dropped":
-        code.append("pipeline.training.layers")
     has_spectra = _spectra(known) is not None
     return Dependencies(
         settings={
@@ -136,7 +133,7 @@ def _train(known: KeyInputs) -> Dependencies | None:
             "train": _values(recipe.train, _TRAIN_MECHANICS),
             **_inexact_settings(recipe),
         },
-        code=code,
+        code=["pipeline.training.worker", spec.module],
         # Builds the method from the recipe.
         driver=["pipeline.methods.choice"],
         packages=["torch", "transformers", "deepspeed", *([] if spec.components == "dropped" else ["peft"])],

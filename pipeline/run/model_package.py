@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kasa.errors import KasaError
-from pipeline.artifacts.store import Artifact
 from pipeline.config.recipe import Recipe
-from pipeline.core.code import package_versions
+from pipeline.core.code import code_tags, package_versions
 from pipeline.core.files import ADAPTER
-from pipeline.core.provenance import code_tags
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.results import write_samples
@@ -24,6 +22,7 @@ from pipeline.registry.store import ModelPackage
 from pipeline.run.context import RunContext, seed_tags
 from pipeline.run.promotion import Decision, Gate
 from pipeline.run.stages.evaluate import Evaluation
+from pipeline.storage.artifacts import Artifact
 
 LORA, REPORT = "lora", "evaluation"
 PROMOTED, KEPT_OUT = "promoted", "kept out"

@@ -15,10 +15,9 @@ from typing import Any
 import pynvml
 import yaml
 
-from pipeline.artifacts.store import Artifact
 from pipeline.config.recipe import recipe_values
 from pipeline.core.code import package_versions
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from pipeline.data.prepared import load_prepared
 from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts, TruncationFacts
 from pipeline.report.render import render_report
@@ -26,6 +25,7 @@ from pipeline.run.context import RunContext
 from pipeline.run.stages.audit import AUDIT_JSON, truncation_warning
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.stages.register import Registration
+from pipeline.storage.artifacts import Artifact
 from pipeline.tracking.server import ui_command
 from pipeline.training.job import JOURNAL, LAYERS
 

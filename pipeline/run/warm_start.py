@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifacts.store import ArtifactStore
 from pipeline.config.recipe import Recipe
 from pipeline.core.files import ADAPTER, content_digest
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import SPECTRA, TRAIN, stage_keys
+from pipeline.storage.artifacts import ArtifactStore
 
 if TYPE_CHECKING:
     from kasa.targets import Target

@@ -18,8 +18,7 @@ from pipeline.core.machine import fast_precision
 from pipeline.methods.loading import base_name, check_saved_base, is_adapter
 from pipeline.models.base import find_base
 from pipeline.registry.store import SCHEME, open_registry
-from pipeline.serving.inference import LoadedModel, load_model
-from pipeline.serving.registered import load_registered
+from pipeline.serving.inference import LoadedModel, load_model, load_registered
 
 DEFAULT_NEW_TOKENS = 64
 

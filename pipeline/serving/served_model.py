@@ -11,8 +11,8 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from pipeline.models.heads import LANGUAGE_MODEL
-from pipeline.serving.registered import load_registered
+from pipeline.models.prompting import LANGUAGE_MODEL
+from pipeline.serving.inference import load_registered
 
 
 class ServedModel(PythonModel):

@@ -18,9 +18,9 @@ from kasa.spectra import Spectra
 from kasa.spectra_file import load_spectra
 from kasa.targets import Target
 from kasa.truncation import dropped_rank
-from pipeline.core.journal import append_journal
+from pipeline.core.files import append_journal
 from pipeline.data.prepared import load_prepared
-from pipeline.models.sequence_classification import Sample, changed_share, features
+from pipeline.models.forward import Sample, changed_share, features
 from pipeline.spectra.calibration import equal_length_batches, first_rows, language_loss, load_on_device, token_count
 
 # The layers that lose the largest share of their output are truncated one at a time, to see what each costs alone.

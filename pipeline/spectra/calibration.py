@@ -17,12 +17,10 @@ from torch import nn
 from kasa import observe_layers
 from kasa.calibration import save_sums
 from kasa.targets import Target
-from pipeline.core.journal import append_journal, rewrite_journal
+from pipeline.core.files import append_journal, rewrite_journal
 from pipeline.data.prepared import load_prepared
-from pipeline.models.heads import Head
-from pipeline.models.language_model import collate, label_losses
-from pipeline.models.loading import load_base
-from pipeline.models.sequence_classification import Sample, read_samples
+from pipeline.models.forward import Sample, collate, label_losses, load_base, read_samples
+from pipeline.models.prompting import Head
 
 TOKENS_PER_BATCH = 1024
 

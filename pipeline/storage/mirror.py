@@ -21,8 +21,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from kasa.files import replacing
-from pipeline.core.concurrency import in_background
 from pipeline.core.files import atomic_write
+from pipeline.core.machine import in_background
 from pipeline.storage.objects import ObjectStore
 
 MANIFEST = "manifest.json"

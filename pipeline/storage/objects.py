@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from pipeline.core.concurrency import backoff_s
 from pipeline.core.errors import StorageError, WorkspaceError, one_line
+from pipeline.core.machine import backoff_s
 
 Result = TypeVar("Result")
 

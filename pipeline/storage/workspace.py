@@ -28,8 +28,7 @@ from filelock import FileLock
 from kasa.files import remove_folder, replacing
 from pipeline.core.errors import StorageError, WorkspaceError
 from pipeline.core.files import ARTIFACTS, COMPLETE, INPUTS, PARTIAL, atomic_write, is_remote, local_folder
-from pipeline.storage.lease import Holder, Lease, acquire, released_after
-from pipeline.storage.lease_stores import ObjectLeaseStore
+from pipeline.storage.lease import Holder, Lease, ObjectLeaseStore, acquire, released_after
 from pipeline.storage.mirror import MANIFEST, Mirror, download, files_below, in_order
 from pipeline.storage.objects import ObjectStore
 

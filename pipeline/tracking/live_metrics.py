@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.concurrency import backoff_s, in_background
 from pipeline.core.errors import cause_line
-from pipeline.core.journal import Record, append_journal, read_journal
+from pipeline.core.files import Record, append_journal, read_journal
+from pipeline.core.machine import backoff_s, in_background
 from pipeline.tracking.runs import Tracking
 from pipeline.tracking.server import FIRST_PAUSE_S, LONGEST_PAUSE_S, unavailable_reason
 

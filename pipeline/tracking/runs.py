@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.core.code import user_name
 from pipeline.core.errors import TrackingAwayError
-from pipeline.core.journal import Record
-from pipeline.core.provenance import user_name
+from pipeline.core.files import Record
 from pipeline.tracking.server import connect, own_database, tracking_uri, unavailable_reason
 
 _PARENT_TAG = "mlflow.parentRunId"

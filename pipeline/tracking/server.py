@@ -16,9 +16,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pipeline.core.concurrency import backoff_s
 from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError, WorkspaceError, one_line
+from pipeline.core.machine import backoff_s
 
 Result = TypeVar("Result")
 Target = TypeVar("Target")

@@ -1,21 +1,151 @@
-"""One optimizer step: forward and backward over the global batch, what it reports, and whether it has diverged."""
+"""The training objective: the loss of a language model's labelled tokens, or that of a new head's labels.
+
+The loss of a step is the sum of all losses in the global batch divided by their number.
+
+One optimizer step: forward and backward over the global batch, what it reports, and whether it has diverged.
+
+Validation during training: the loss on the validation samples, which step was best, and when to stop.
+"""
 
 from __future__ import annotations
 
 import math
 import resource
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from pipeline.methods.method import Adapted
+from pipeline.models.forward import (
+    IGNORED,
+    Batch,
+    LabelledBatch,
+    collate,
+    collate_labelled,
+    head_outputs,
+    label_losses,
+    pack,
+    padding_token,
+    sample_losses,
+    vocabulary_size,
+)
+from pipeline.models.prompting import Head
 from pipeline.training import zero
-from pipeline.training.batches import BatchPlan
-from pipeline.training.objective import Objective
+from pipeline.training.job import BatchPlan
+
+Sample = Mapping[str, Any]
+
+# A loss has exploded above so many times the loss of a guess. A batch has few labels of a head, so their mean varies more.
+_TOKENS_EXPLODED, _LABELS_EXPLODED = 2.0, 50.0
+
+
+class Objective(Protocol):
+    """How samples become batches, and which losses they have."""
+
+    def count(self, sample: Sample) -> int:
+        """The number of losses of a sample."""
+
+    def without_labels(self, sample: Sample) -> Sample:
+        """The same sample without any loss."""
+
+    def batch(self, samples: Sequence[Sample], packed: bool) -> Any:
+        """Collate samples for one forward pass, padded or packed."""
+
+    def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The losses of a batch, of any shape; zero where there is none."""
+
+    @property
+    def largest_loss(self) -> tuple[float, float]:
+        """(mean loss above which training has diverged, mean loss of a guess)."""
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """Cross entropy of a language model's labelled tokens.
+
+    Attributes:
+        vocabulary: number of tokens in the vocabulary.
+    """
+
+    vocabulary: int
+
+    def count(self, sample: Sample) -> int:
+        """The number of labelled tokens. The first has nothing before it to be predicted from."""
+        return sum(label >= 0 for label in sample["labels"][1:])
+
+    def without_labels(self, sample: Sample) -> Sample:
+        """The same tokens without labels."""
+        return {**sample, "labels": [IGNORED] * len(sample["labels"])}
+
+    def batch(self, samples: Sequence[Sample], packed: bool) -> Batch:
+        """Collate samples, padded on the left or packed."""
+        return pack(samples) if packed else collate(samples)
+
+    def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Cross entropy in nats, shape (rows, positions with labels)."""
+        return label_losses(model, batch)
+
+    @property
+    def largest_loss(self) -> tuple[float, float]:
+        """(limit, loss of a uniform guess, which is the logarithm of the vocabulary's size)."""
+        guessing = math.log(self.vocabulary)
+        return _TOKENS_EXPLODED * guessing, guessing
+
+
+@dataclass(frozen=True)
+class LabelObjective:
+    """Cross entropy or squared error of a new head's outputs.
+
+    Attributes:
+        head: the head.
+        pad_token: the model's padding token.
+        guessing: mean loss of a guess that ignores the text.
+    """
+
+    head: Head
+    pad_token: int
+    guessing: float
+
+    def count(self, sample: Sample) -> int:
+        """One label per sample."""
+        return 1
+
+    def without_labels(self, sample: Sample) -> Sample:
+        """The same text with NaN as its label, which `sample_losses` counts as zero loss."""
+        return {**sample, "label": math.nan}
+
+    def batch(self, samples: Sequence[Sample], packed: bool) -> LabelledBatch:
+        """Collate samples, padded on the right."""
+        assert not packed, "recipes refuse it"
+        return collate_labelled(samples, self.pad_token)
+
+    def losses(self, model: nn.Module, batch: LabelledBatch) -> torch.Tensor:
+        """Cross entropy in nats or squared error, shape (samples,)."""
+        return sample_losses(head_outputs(model, batch), batch.labels_B, self.head)
+
+    @property
+    def largest_loss(self) -> tuple[float, float]:
+        """(limit, loss of a guess)."""
+        return _LABELS_EXPLODED * self.guessing, self.guessing
+
+
+def objective_of(model: nn.Module, head: Head, samples: Any) -> Objective:
+    """The objective of a model with this head on these training samples."""
+    if not head.is_new:
+        return TokenObjective(vocabulary_size(model))
+    # A uniform guess of the class; for values 0, which is what an untrained head answers on average.
+    guessing = (
+        math.log(head.outputs)
+        if head.kind == "classification"
+        else sum(label**2 for label in samples["label"]) / len(samples)
+    )
+    return LabelObjective(head, padding_token(model), guessing)
 
 
 def optimizer_step(
@@ -103,3 +233,62 @@ def _memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+@dataclass
+class ValidationHistory:
+    """The validation losses of a training so far.
+
+    Attributes:
+        every: optimizer steps between validations.
+        patience: how many validations in a row without a lower loss end the training; None never ends it.
+        losses: the mean loss by step, in the order of steps.
+    """
+
+    every: int
+    patience: int | None
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to validate after step `step` of `steps`; always after the last one."""
+        return step % self.every == 0 or step == steps
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest loss, the earliest of equals; None before the first validation."""
+        return min(self.losses, key=lambda step: (self.losses[step], step), default=None)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the last `patience` validations were all no better than an earlier one."""
+        if self.patience is None or self.best_step is None:
+            return False
+        return sum(step > self.best_step for step in self.losses) >= self.patience
+
+
+@torch.no_grad()
+def validation_loss(engine: Any, samples: Sequence[Any], micro_batch_size: int, objective: Objective) -> float:
+    """Mean loss over all labels of the validation samples, the same on every rank; collective.
+
+    Args:
+        engine: the DeepSpeed engine; it is left in training mode.
+        samples: the validation samples.
+        micro_batch_size: samples of one rank per forward pass.
+        objective: what is summed up and counted.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    engine.eval()
+    for turn in range(math.ceil(len(order) / (world * micro_batch_size))):
+        first = turn * world * micro_batch_size
+        mine = order[first : first + world * micro_batch_size][rank::world]
+        # Stage 3 gathers parameters in every forward pass, so all ranks must run equally many: one without samples of its own
+        # repeats one that is not counted.
+        chosen = [samples[index] for index in mine or order[:1]]
+        losses = objective.losses(engine, objective.batch(chosen, packed=False).to(engine.device))
+        if mine:
+            totals += torch.tensor([losses.sum().item(), sum(map(objective.count, chosen))]).to(totals)
+    engine.train()
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1])

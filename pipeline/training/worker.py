@@ -1,4 +1,8 @@
-"""What each training process runs. One process is world size 1 of the same code.
+"""Finding the rank that hangs after a collective operation has timed out.
+
+Every rank that waited answers by a file. A rank that hangs does not answer, so it is the one to name in the error.
+
+What each training process runs. One process is world size 1 of the same code.
 
 Rank 0 alone writes: the journal (one record per step), the checkpoints, and at the end the adapter. The driver reads the
 journal; nothing here knows of Ray or MLflow.
@@ -11,10 +15,13 @@ import logging
 import math
 import os
 import re
+import shutil
+import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,28 +31,94 @@ from torch import nn
 from kasa.errors import KasaError
 from kasa.targets import is_within
 from pipeline.config.deepspeed import with_accumulation
-from pipeline.config.training import TrainSettings
-from pipeline.core.errors import TrainingError
-from pipeline.core.files import ADAPTER
-from pipeline.core.journal import JournalWriter, append_journal, read_journal
+from pipeline.config.settings import TrainSettings
+from pipeline.core.errors import TrainingError, WorkerError
+from pipeline.core.files import ADAPTER, JournalWriter, append_journal, read_journal
 from pipeline.data.prepared import load_prepared
 from pipeline.methods.method import Adapted
-from pipeline.models.heads import Head, head_modules
-from pipeline.models.loading import load_base
+from pipeline.models.forward import load_base
+from pipeline.models.prompting import Head, head_modules
 from pipeline.training import zero
-from pipeline.training.batches import BatchPlan, learning_rate, optimizer_steps
-from pipeline.training.checkpoints import (
+from pipeline.training.job import (
+    ATTACHED,
+    ERRORS,
+    JOURNAL,
+    NOTICES,
+    ROLL_CALL,
+    BatchPlan,
+    TrainJob,
+    journalled_error,
+    learning_rate,
+    optimizer_steps,
+)
+from pipeline.training.step import (
+    Objective,
+    ValidationHistory,
+    divergence,
+    objective_of,
+    optimizer_step,
+    validation_loss,
+)
+from pipeline.training.zero import (
     Checkpoint,
     load_checkpoint,
     newest_sound_checkpoint,
     newest_step,
     save_checkpoint,
 )
-from pipeline.training.hang_detector import HangDetector
-from pipeline.training.job import ATTACHED, ERRORS, JOURNAL, NOTICES, ROLL_CALL, TrainJob, journalled_error
-from pipeline.training.objective import Objective, objective_of
-from pipeline.training.step import divergence, optimizer_step
-from pipeline.training.validation import ValidationHistory, validation_loss
+
+# The ranks time out within seconds of one another.
+_ANSWER_TIMEOUT_S = 10.0
+
+
+class HangDetector:
+    """The answers of all ranks of one attempt, as files in a folder.
+
+    From the start `RANK.process` holds the process id and host of each rank, for a person who wants to inspect one that is
+    stuck.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Begin with an empty `folder`, which all ranks can see; collective, before training."""
+        self._folder = folder
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        if self._rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        dist.barrier()
+        folder.mkdir(parents=True, exist_ok=True)  # a node without rank 0 may have a disk of its own
+        self._process_file(self._rank).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+
+    def raise_for_missing_ranks(self, timeout: BaseException) -> None:
+        """Answer after a time-out, and wait for the answers of the others.
+
+        Args:
+            timeout: the error of the collective operation.
+
+        Raises:
+            WorkerError: some ranks do not answer; it names them by number and process.
+        """
+        (self._folder / str(self._rank)).touch()
+        deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+        while missing := self._missing_ranks():
+            if time.monotonic() > deadline:
+                workers = ", ".join(f"{rank}{self._process_of(rank)}" for rank in missing)
+                raise WorkerError(
+                    f"training worker {workers} hangs: the others waited for it as long as train.collective_timeout_s"
+                    " allows"
+                ) from timeout
+            time.sleep(0.1)
+
+    def _missing_ranks(self) -> list[int]:
+        return [rank for rank in range(self._world) if not (self._folder / str(rank)).exists()]
+
+    def _process_of(self, rank: int) -> str:
+        file = self._process_file(rank)
+        return f" ({file.read_text(encoding='utf-8')})" if file.exists() else ""
+
+    def _process_file(self, rank: int) -> Path:
+        return self._folder / f"{rank}.process"
+
 
 _TIMED_OUT = re.compile("timed out|timeout", re.IGNORECASE)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.training.checkpoints import newest_step
+from pipeline.training.zero import newest_step
 from tests.support.processes import beneath, end_all, wait_for
 from tests.support.tiny_run import PATIENCE_S, Bench, adapter_bytes, make_bench
 

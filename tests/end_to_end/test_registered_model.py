@@ -16,11 +16,11 @@ import torch
 from peft import PeftModel
 
 from kasa.errors import AdapterFileError
-from pipeline.config.evaluate import EvaluateSettings
+from pipeline.config.settings import EvaluateSettings
 from pipeline.core.errors import ModelError
 from pipeline.evaluation.results import read_samples
-from pipeline.models.loading import load_base
-from pipeline.serving.logit_difference import logits_of
+from pipeline.models.forward import load_base
+from pipeline.serving.export import logits_of
 from pipeline.serving.served_model import TextModel
 from tests.support.commands import run_kasa
 from tests.support.serving import Stranger, adapter_logits, apart, ask, load_as_stranger, served
@@ -114,7 +114,7 @@ def test_its_requirements_name_what_its_code_imports(model: Path, stranger: Stra
         for name, distributions in packages_distributions().items()
         if name in imported - {"kasa", "pipeline"} and not named & set(map(_plain, distributions))
     }
-    assert not missing, "add them to SERVING_PACKAGES in pipeline/run/model_package.py, or import them in functions"
+    assert not missing, "add them to SERVING_PACKAGES in pipeline/run/promotion.py, or import them in functions"
 
 
 def test_a_server_answers_what_kasa_generate_answers(

@@ -15,9 +15,8 @@ import pytest
 import yaml
 
 from kasa import read_adapter
-from pipeline.core.journal import read_journal
-from pipeline.storage.lease import Lease, acquire
-from pipeline.storage.lease_stores import FileLeaseStore
+from pipeline.core.files import read_journal
+from pipeline.storage.lease import FileLeaseStore, Lease, acquire
 from tests.support import ROOT
 from tests.support.commands import Json, finish, kill_with_descendants, run_kasa
 from tests.support.processes import start_kasa, wait_for

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from pipeline.run.graph import STAGES
 from pipeline.tracking.server import RETRY_VARIABLE
 from tests.support.postgres import postgres

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import ArtifactStore
 from pipeline.run.lineage import stored_artifacts
+from pipeline.storage.artifacts import ArtifactStore
 from tests.support.processes import beneath, end_all, start_kasa
 
 Json = dict[str, Any]

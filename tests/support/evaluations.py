@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.evaluate import EvaluateSettings
-from pipeline.config.settings import DataSettings
-from pipeline.core.journal import Record, read_journal
+from pipeline.config.settings import DataSettings, EvaluateSettings
+from pipeline.core.files import Record, read_journal
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources, SourceFile

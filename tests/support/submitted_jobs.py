@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from tests.support import ROOT
 from tests.support.ray_head import Head, plain_environment
 

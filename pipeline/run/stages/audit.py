@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.journalled import counting, run_journalled_tasks
-from pipeline.cluster.workers import Resources
+from pipeline.cluster.workers import Resources, counting, run_journalled_tasks
 from pipeline.config.recipe import Recipe
 from pipeline.core.console import console
-from pipeline.core.journal import rewrite_journal
-from pipeline.run.stage_runs import log_artifact, run_stage
+from pipeline.core.files import rewrite_journal
+from pipeline.run.stage_runs import Work, log_artifact, run_stage
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
-from pipeline.run.work import Work
+from pipeline.storage.artifacts import Artifact, StageKey
 
 AUDIT_JSON = "audit.json"
 
@@ -26,7 +24,7 @@ def audit(work: Work, key: StageKey, prepared: Artifact, spectra: Artifact) -> A
     context, recipe, targets = work.context, work.recipe, work.inputs.targets
 
     def make(folder: Path) -> dict[str, Any]:
-        from pipeline.spectra.audit import WORST_LAYERS, AuditJob, audit_truncation  # torch
+        from pipeline.spectra.audit import WORST_LAYERS, AuditJob, audit_truncation
 
         journal = folder / "progress.jsonl"
         rewrite_journal(journal, keep=lambda record: False)

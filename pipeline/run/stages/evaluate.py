@@ -13,11 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.journalled import counting, run_journalled_tasks
-from pipeline.cluster.workers import Resources
-from pipeline.core.files import ADAPTER, atomic_write
-from pipeline.core.journal import Record, read_journal
+from pipeline.cluster.workers import Resources, counting, run_journalled_tasks
+from pipeline.core.files import ADAPTER, Record, atomic_write, read_journal
 from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.results import (
     HARNESS_JSON,
@@ -29,14 +26,13 @@ from pipeline.evaluation.results import (
 )
 from pipeline.metrics.catalogue import metrics_for_classes
 from pipeline.metrics.intervals import Interval, measure, paired_differences
-from pipeline.models.heads import Head
-from pipeline.registry.alias_changes import finish_interrupted_change
-from pipeline.registry.store import ModelVersion
+from pipeline.models.prompting import Head
+from pipeline.registry.store import ModelVersion, finish_interrupted_change
 from pipeline.run.context import RunContext
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import EVALUATE, PREPARE, STAGE, TRAIN, stage_key
-from pipeline.run.stage_runs import log_artifact, log_datasets, open_stage
-from pipeline.run.work import Work
+from pipeline.run.stage_runs import Work, log_artifact, log_datasets, open_stage
+from pipeline.storage.artifacts import Artifact, StageKey
 
 RESULTS = "samples.parquet"
 _TRAIN_KEY = "kasa.train_key"

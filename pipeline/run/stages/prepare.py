@@ -7,21 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.journalled import run_journalled_tasks
-from pipeline.cluster.workers import Resources
+from pipeline.cluster.workers import Resources, run_journalled_tasks
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import RecipeError
-from pipeline.core.journal import Record, append_journal
+from pipeline.core.files import Record, append_journal
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
-from pipeline.evaluation.suitability import check_suitable
+from pipeline.evaluation.results import check_suitable
 from pipeline.metrics.catalogue import metrics_for_classes
-from pipeline.models.heads import Head
-from pipeline.run.stage_runs import SPLITS, log_artifact, log_datasets, run_stage
-from pipeline.run.work import Work
+from pipeline.models.prompting import Head
+from pipeline.run.stage_runs import SPLITS, Work, log_artifact, log_datasets, run_stage
+from pipeline.storage.artifacts import Artifact, StageKey
 
 
 @dataclass(frozen=True)

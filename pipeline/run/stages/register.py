@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import Artifact, StageKey
 from pipeline.core.errors import ModelError
 from pipeline.models.base import BaseModel
-from pipeline.registry.alias_changes import (
+from pipeline.registry.store import (
+    CHAMPION,
+    PREVIOUS,
+    ModelVersion,
+    Registry,
     after_keeping_out,
     after_promotion,
     change_aliases,
@@ -22,14 +25,21 @@ from pipeline.registry.alias_changes import (
     finish_interrupted_change,
     history,
 )
-from pipeline.registry.store import CHAMPION, PREVIOUS, ModelVersion, Registry
 from pipeline.run.dependencies import REGISTER
-from pipeline.run.model_package import KEPT_OUT, PARENT_TAG, PROMOTED, gate_of, package_of, version_tags, write_report
+from pipeline.run.model_package import (
+    KEPT_OUT,
+    PARENT_TAG,
+    PROMOTED,
+    gate_of,
+    package_of,
+    version_tags,
+    write_report,
+)
 from pipeline.run.promotion import Decision, decide, model_card
-from pipeline.run.stage_runs import run_stage
+from pipeline.run.stage_runs import Work, run_stage
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.warm_start import adapter_tags, start_tags
-from pipeline.run.work import Work
+from pipeline.storage.artifacts import Artifact, StageKey
 
 GATE = "gate"
 KEY_TAG = "kasa.register_key"

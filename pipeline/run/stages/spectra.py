@@ -1,4 +1,10 @@
-"""Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
+"""The peak memory of a decomposition, from the shape of its weight: what its task reserves on a node.
+
+The driver imports this module, so it must not import torch.
+
+Legend: O = out features, I = in features, K = min(O, I).
+
+Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
 
 With `adapter.truncation: loss` or `activation` the calibration text is run through the base first. Where training starts
 from an adapter, what that one drops is taken over, and nothing is decomposed. In a comparison CorDA's components, which it
@@ -13,19 +19,50 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.cluster.journalled import counting, run_journalled_tasks
-from pipeline.cluster.workers import Resources
-from pipeline.config.recipe import Recipe
-from pipeline.core.journal import Record
+from kasa.targets import Target
+from pipeline.cluster.workers import Resources, counting, run_journalled_tasks
+from pipeline.config.recipe import Recipe, Weighted
+from pipeline.core.files import Record
 from pipeline.data.prepared import load_prepared
-from pipeline.run.stage_runs import log_artifact, run_stage
+from pipeline.run.stage_runs import Work, log_artifact, run_stage
 from pipeline.run.warm_start import start_adapter
-from pipeline.run.work import Work
-from pipeline.spectra.memory import decomposition_bytes
+from pipeline.storage.artifacts import Artifact, StageKey
 
 if TYPE_CHECKING:
     from pipeline.spectra.decomposition import SpectrumTask
+
+# A worker process with torch and this package loaded.
+_PROCESS_BYTES = 2**29
+# Bytes per element of a covariance: kept in fp32 and its root in fp64; several fp64 copies exist while the root is computed.
+_KEPT_BYTES, _ROOTED_BYTES = 4 + 8, 30
+# Bytes per element of K x K: the Gram matrix in fp64, its factor, and the Krylov space, which may span a third of it.
+_GRAM_BYTES = 8 + 8 + 4
+
+
+def decomposition_bytes(target: Target, element_bytes: int, weighted: Weighted) -> int:
+    """Peak memory of a decomposition in bytes, its process included.
+
+    A full SVD, the rare last resort, needs more.
+
+    Args:
+        target: the weight.
+        element_bytes: of the stored weight.
+        weighted: which covariances take part: none, that of the inputs, or that of the output gradients as well. Layers
+            with O > I do without the latter (see `kasa.calibration`).
+    """
+    size = target.out_features * target.in_features
+    smaller = min(target.out_features, target.in_features) ** 2
+    inputs = 0 if weighted == "no" else target.in_features**2
+    gradients = target.out_features**2 if weighted == "both" and target.out_features <= target.in_features else 0
+    # Bytes per element of O x I: the weight in fp64, and the product with the covariances' roots.
+    copies = 8 if weighted == "no" else 16
+    stages = (
+        _ROOTED_BYTES * inputs,
+        _KEPT_BYTES * inputs + _ROOTED_BYTES * gradients,
+        _KEPT_BYTES * (inputs + gradients) + copies * size + _GRAM_BYTES * smaller,
+    )
+    return _PROCESS_BYTES + element_bytes * size + max(stages)
+
 
 FOLDER = "spectra"
 

@@ -1,30 +1,35 @@
-"""Stage 4: base + prepared data + spectra -> trained adapter."""
+"""Watching a training: what its journals say is shown, and delivered to MLflow, while the workers run.
+
+Stage 4: base + prepared data + spectra -> trained adapter.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import Artifact, StageKey
 from pipeline.cluster.workers import Resources, WorkerGroup
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe
-from pipeline.config.training import TrainSettings
+from pipeline.config.settings import TrainSettings
+from pipeline.core.console import ProgressBars
 from pipeline.core.errors import TrainingError, WorkerError
-from pipeline.core.files import ADAPTER
-from pipeline.core.journal import Record, read_journal
+from pipeline.core.files import ADAPTER, JournalTail, Record, read_journal
+from pipeline.core.machine import in_background
 from pipeline.methods.choice import check_method, method_of
-from pipeline.models.heads import Head
 from pipeline.models.prompting import FILE_NAME as PROMPTING
-from pipeline.run.stage_runs import log_artifact, log_datasets, run_stage
+from pipeline.models.prompting import Head
+from pipeline.run.context import RunContext
+from pipeline.run.stage_runs import Work, log_artifact, log_datasets, run_stage
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
-from pipeline.run.training_watch import CURVE, SYSTEM, watching
 from pipeline.run.warm_start import start_adapter
-from pipeline.run.work import Work
-from pipeline.tracking.live_metrics import SYSTEM_SERIES
+from pipeline.storage.artifacts import Artifact, StageKey
+from pipeline.tracking.live_metrics import SYSTEM_SERIES, Delivery, delivering, sampling
 from pipeline.training.job import (
     ATTACHED,
     ERRORS,
@@ -36,6 +41,71 @@ from pipeline.training.job import (
     TrainJob,
     journalled_error,
 )
+
+# A metric of every step, and the journal of the machine's.
+CURVE = "loss"
+SYSTEM = "system.jsonl"
+_POLL_S = 0.5
+# A share of the time that is lost to waiting for data.
+_WORTH_SAYING = 0.02
+
+
+@contextmanager
+def watching(context: RunContext, folder: Path, run_id: str) -> Iterator[None]:
+    """Within the block, show what the journals say and pass it on to MLflow; neither waits for the other."""
+    curve = Delivery(context.tracking, run_id, CURVE, context.bars.say)
+    system = Delivery(context.tracking, run_id, SYSTEM_SERIES, lambda line: None)
+    watcher = _Watcher(context.bars, folder, curve, system)
+
+    def watch(stop: threading.Event) -> None:
+        while not stop.wait(_POLL_S):
+            watcher.look()
+        watcher.look()
+
+    with delivering(curve), delivering(system), sampling(folder / SYSTEM), in_background(watch):
+        yield
+
+
+class _Watcher:
+    """Follows the journals of a training."""
+
+    def __init__(self, bars: ProgressBars, folder: Path, curve: Delivery, system: Delivery) -> None:
+        self._bars, self._curve, self._system = bars, curve, system
+        self._tail = JournalTail(folder / JOURNAL)
+        self._system_tail = JournalTail(folder / SYSTEM)
+        self._interruptions = [JournalTail(folder / name) for name in (NOTICES, INTERRUPTIONS)]
+        self._new_interruptions()  # those of an earlier run of this command have been shown
+
+    def look(self) -> None:
+        """Show what is new, and hand it on to be delivered."""
+        for record in self._new_interruptions():
+            self._bars.say(f"train: {record['interruption']}")
+        records = [record for record in self._tail.new_records() if "step" in record]
+        if records:
+            newest = records[-1]
+            self._bars.update("train", newest["step"], newest["steps"], progress_note(records))
+        self._curve.offer(records)
+        self._system.offer(self._system_tail.new_records())
+
+    def _new_interruptions(self) -> list[Record]:
+        return [record for tail in self._interruptions for record in tail.new_records()]
+
+
+def progress_note(records: Sequence[Record]) -> str:
+    """The newest of a training's records in a few words."""
+    newest = records[-1]
+    looks = [f"validation {record['validation_loss']:.3f}" for record in records if "validation_loss" in record]
+    waits = (
+        [f"{newest['data_wait_share']:.0%} of the time for data"] if newest["data_wait_share"] > _WORTH_SAYING else []
+    )
+    numbers = [
+        f"loss {newest['task_loss']:.3f}",
+        *looks[-1:],
+        f"{newest['tokens_per_second']:.0f} tokens/s",
+        *waits,
+        f"{newest['memory_gib']:.1f} GiB",
+    ]
+    return ", ".join(numbers)
 
 
 def train(work: Work, key: StageKey, prepared: Artifact, spectra: Artifact | None = None) -> Artifact:
@@ -96,7 +166,7 @@ def _job(work: Work, folder: Path, deepspeed: dict[str, Any], prepared: Artifact
 
 def _finished(work: Work, job: TrainJob, prepared: Artifact, spectra: Artifact | None) -> dict[str, Any]:
     """Complete the artifact of a training that has come to its end; the facts about it."""
-    from pipeline.training.layers import write_layers  # torch
+    from pipeline.methods.kasa import write_layers  # torch
 
     folder = job.work
     shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)

@@ -20,8 +20,7 @@ from pipeline.apps.recipe_docs import (
     type_text,
 )
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.config.settings import DataSettings, StrList
-from pipeline.config.training import TrainSettings
+from pipeline.config.settings import DataSettings, StrList, TrainSettings
 from pipeline.core.errors import RecipeError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import content_digest
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 KEY = StageKey("prepare", {"rows": 3, "nested": {"b": 1, "a": [1, 2]}})
 

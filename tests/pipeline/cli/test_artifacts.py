@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from kasa.errors import KasaError
-from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.cli.main import app
 from pipeline.core.errors import RecipeError, WorkspaceError
 from pipeline.run.graph import stages_to_recompute
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from pipeline.config.deepspeed import (
     workers_of_a_copy,
     zero_stage,
 )
-from pipeline.config.training import TrainSettings
+from pipeline.config.settings import TrainSettings
 from pipeline.core.errors import RecipeError
 
 CPU_NAMES = ["cpu_zero0", "cpu_zero1", "cpu_zero2", "cpu_zero3"]

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.core.console import time_left
-from pipeline.run.training_watch import progress_note
+from pipeline.run.stages.train import progress_note
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kasa.files import remove_folder, replacing
-from pipeline.core.concurrency import backoff_s, in_background
 from pipeline.core.errors import cause_line, one_line
 from pipeline.core.files import atomic_write, make_once
+from pipeline.core.machine import backoff_s, in_background
 
 
 def names(folder: Path) -> list[str]:

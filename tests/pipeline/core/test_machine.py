@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import training
+from pipeline.config import settings as training
 from pipeline.core.machine import GIB, cpu_cores, fast_precision, memory_gib
 
 

@@ -17,8 +17,8 @@ from pipeline.cli import main as cli
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
 from pipeline.data.forms import FORMS, Form, check_form, decide_form, read_samples
+from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow
-from pipeline.data.samples import Rejection, Sample
 
 Make = Callable[..., DataSettings]
 

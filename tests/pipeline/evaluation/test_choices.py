@@ -10,12 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from pipeline.config.evaluate import EvaluateSettings
+from pipeline.config.settings import EvaluateSettings
 from pipeline.core.errors import RecipeError
 from pipeline.data.prepared import load_prepared
-from pipeline.evaluation.choices import continuation_ids, named_choice, right_choice, score_choices
-from pipeline.evaluation.scoring import log_likelihoods
-from pipeline.evaluation.suitability import check_suitable
+from pipeline.evaluation.results import check_suitable, continuation_ids, named_choice, right_choice, score_choices
+from pipeline.evaluation.worker import log_likelihoods
 from pipeline.models.prompting import Prompting
 
 QUESTION = {"question": "which counts?", "choices": ["from one", "done", "three 4 5 done"], "answer": 1}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.evaluate import EvaluateSettings, HarnessSettings
+from pipeline.config.settings import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError
-from pipeline.evaluation.results import HarnessResult, harness_rows, read_harness
-from pipeline.evaluation.suitability import check_harness
+from pipeline.evaluation.results import HarnessResult, check_harness, harness_rows, read_harness
 from tests.support.harness_tasks import write_harness_tasks
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from kasa import find_targets
-from pipeline.apps.compare.methods import compared_methods, method_names
-from pipeline.apps.compare.trials import trial, trial_keys
+from pipeline.apps.compared_methods import compared_methods, method_names, trial, trial_keys
 from pipeline.apps.recipe_docs import recipe_page
 from pipeline.config.methods import METHODS, MethodSpec
 from pipeline.config.recipe import Recipe
@@ -19,7 +18,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import check_method, check_registrable, method_of
 from pipeline.methods.loading import attach_folder
 from pipeline.models.base import BaseModel
-from pipeline.models.loading import load_base
+from pipeline.models.forward import load_base
 from tests.support.small_training import small_base
 
 SPEC = MethodSpec(

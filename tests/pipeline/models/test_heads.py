@@ -19,17 +19,14 @@ from kasa.targets import select_targets
 from pipeline.config.recipe import parse_recipe
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import BaseModelError, RecipeError
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.sources import DataSources, SourceFile
-from pipeline.evaluation.scoring import score_labels
-from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
+from pipeline.evaluation.worker import EvaluationShard, evaluate_shard, score_labels
 from pipeline.metrics.intervals import measure
 from pipeline.models.base import BaseModel
-from pipeline.models.heads import Head, head_modules
-from pipeline.models.loading import load_base
-from pipeline.models.prompting import Prompting
-from pipeline.models.sequence_classification import changed_share, features, probe
+from pipeline.models.forward import changed_share, features, load_base, probe
+from pipeline.models.prompting import Head, Prompting, head_modules
 from pipeline.models.shapes import base_outline
 from pipeline.serving import served_model
 from pipeline.serving.answer import answer

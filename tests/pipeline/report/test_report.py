@@ -12,10 +12,16 @@ import pytest
 
 from pipeline.evaluation.results import HarnessRow
 from pipeline.metrics.intervals import Interval
-from pipeline.report.charts import _gate_limits, smoothed, thinned
-from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts
-from pipeline.report.formats import duration, metric_change, metric_value, significant
-from pipeline.report.layer_charts import layer_panels
+from pipeline.report.charts import _gate_limits, layer_panels, smoothed, thinned
+from pipeline.report.facts import (
+    LayerFacts,
+    ReportFacts,
+    SampleFacts,
+    duration,
+    metric_change,
+    metric_value,
+    significant,
+)
 from pipeline.report.render import compare, outcome, render_report
 from tests.support.report_facts import full_facts, layer_facts, training_records
 

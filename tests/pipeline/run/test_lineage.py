@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import stage_keys
 from pipeline.run.lineage import ingredients_by_name, stored_artifacts, why_made
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 BASE, DATA = "b" * 64, "d" * 64
 

@@ -22,9 +22,8 @@ COMPUTING = ("kasa", "pipeline.data", "pipeline.metrics", "pipeline.models", "pi
              "pipeline.training", "pipeline.evaluation", "pipeline.serving")  # fmt: skip
 # What a stage's own module imports of them without its result depending on it.
 NO_RESULT = {
-    ("prepare", "pipeline.evaluation.suitability"): "refuses data that the evaluation could not use",
+    ("prepare", "pipeline.evaluation.results"): "refuses data that the evaluation could not use",
     ("prepare", "pipeline.metrics.catalogue"): "refuses a metric that the classes do not allow",
-    ("spectra", "pipeline.spectra.memory"): "what a task reserves on its node",
 }
 
 TREE = SourceTree()
@@ -124,15 +123,15 @@ def closures(asked, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     ("variant", "stage", "modules"),
     [
         ("weight", "spectra", {"pipeline.spectra.decomposition", "kasa.spectra", "kasa.checkpoint"}),
-        ("run", "spectra", {"pipeline.models.language_model", "pipeline.models.loading", "kasa.calibration"}),
-        ("run", "audit", {"pipeline.models.language_model", "pipeline.models.loading", "kasa.adapter", "kasa.audit"}),
+        ("run", "spectra", {"pipeline.models.forward", "kasa.calibration"}),
+        ("run", "audit", {"pipeline.models.forward", "kasa.adapter", "kasa.audit"}),
         (
             "run",
             "train",
             {"pipeline.methods.kasa", "pipeline.methods.choice", "pipeline.config.deepspeed", "kasa.layer"},
         ),
         ("lora", "train", {"pipeline.methods.peft", "pipeline.methods.choice", "pipeline.training.worker"}),
-        ("base", "evaluate", {"pipeline.models.loading", "pipeline.run.stages.evaluate", "pipeline.metrics.text"}),
+        ("base", "evaluate", {"pipeline.models.forward", "pipeline.run.stages.evaluate", "pipeline.metrics.text"}),
         ("harness", "evaluate", {"pipeline.evaluation.harness"}),
     ],
 )
@@ -143,9 +142,9 @@ def test_what_computes_is_covered(variant, stage, modules, asked, monkeypatch) -
 @pytest.mark.parametrize(
     ("variant", "stage", "modules"),
     [
-        ("weight", "spectra", {"pipeline.models.loading", "pipeline.data.prepare", "kasa.layer"}),
+        ("weight", "spectra", {"pipeline.models.forward", "pipeline.data.prepare", "kasa.layer"}),
         ("full", "train", {"kasa.layer", "pipeline.methods.kasa", "pipeline.methods.peft"}),
-        ("run", "train", {"pipeline.methods.peft", "pipeline.methods.full", "pipeline.models.shapes"}),
+        ("run", "train", {"pipeline.methods.peft", "pipeline.evaluation.worker"}),
         ("run", "evaluate", {"pipeline.evaluation.harness", "pipeline.training.worker"}),
     ],
 )

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from kasa.targets import Target
-from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.registry.store import ModelVersion
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import stage_keys
 from pipeline.run.warm_start import WarmStart, adapter_tags, decide_warm_start, start_tags, starting_from
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 TARGETS = [Target("q", 8, 8), Target("v", 4, 8)]
 WARM = {"train.start": "champion"}

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts.store import Artifact, StageKey
-from pipeline.run import graph, work
+from pipeline.run import stage_runs as work
+from pipeline.run import graph
 from pipeline.run.dependencies import Dependencies, KeyInputs, Stage
-from pipeline.run.work import Work, run_stages
+from pipeline.run.stage_runs import Work, run_stages
+from pipeline.storage.artifacts import Artifact, StageKey
 
 
 class Finding:

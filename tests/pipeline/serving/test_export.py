@@ -26,7 +26,8 @@ from pipeline.cli.main import main
 from pipeline.models import base as base_folder
 from pipeline.models.prompting import Prompting
 from pipeline.registry.store import ModelPackage, Registry
-from pipeline.serving import logit_difference, served_model
+from pipeline.serving import export as logit_difference
+from pipeline.serving import served_model
 from pipeline.tracking.runs import Tracking
 
 TOKENS = torch.arange(12)[None]

@@ -12,7 +12,7 @@ import pytest
 
 from kasa.targets import Target
 from pipeline.config.recipe import Weighted
-from pipeline.spectra.memory import decomposition_bytes
+from pipeline.run.stages.spectra import decomposition_bytes
 from tests.support import ROOT
 from tests.support.forking import start_python
 from tests.support.ray_head import plain_environment

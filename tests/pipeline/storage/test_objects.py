@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import StorageError, WorkspaceError
-from pipeline.storage.lease import Holder, Lease, acquire
-from pipeline.storage.lease_stores import ObjectLeaseStore
+from pipeline.storage.lease import Holder, Lease, ObjectLeaseStore, acquire
 from pipeline.storage.objects import ObjectStore
 from tests.support.s3_server import S3Server, serving
 from tests.support.tracking_server import free_port

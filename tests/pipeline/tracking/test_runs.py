@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import TrackingAwayError, WorkspaceError
-from pipeline.core.journal import Record
+from pipeline.core.files import Record
 from pipeline.registry.store import Registry
 from pipeline.tracking.live_metrics import Delivery, delivering
 from pipeline.tracking.runs import Tracking, _batches

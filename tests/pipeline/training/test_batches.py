@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.training.batches import BatchPlan, learning_rate
+from pipeline.training.job import BatchPlan, learning_rate
 
 LENGTHS = list(np.random.default_rng(0).integers(4, 90, 40))
 

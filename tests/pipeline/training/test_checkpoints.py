@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kasa.errors import AdapterFileError
-from pipeline.training.checkpoints import (
+from pipeline.training.zero import (
     Checkpoint,
     load_checkpoint,
     newest_sound_checkpoint,

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.recipe import parse_recipe
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from pipeline.training.job import JOURNAL, journalled_error
-from pipeline.training.objective import TokenObjective
-from pipeline.training.step import divergence
+from pipeline.training.step import TokenObjective, divergence
 from tests.support.small_training import prepare_run, small_base, small_recipe, train_run
 
 NAN, INFINITE = float("nan"), float("inf")

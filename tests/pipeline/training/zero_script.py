@@ -25,11 +25,15 @@ from kasa.spectra import bottom_triplets  # noqa: E402
 from kasa.targets import is_within  # noqa: E402
 from pipeline.config.deepspeed import with_accumulation  # noqa: E402
 from pipeline.methods.method import Adapted  # noqa: E402
-from pipeline.models.heads import Head  # noqa: E402
+from pipeline.models.prompting import Head  # noqa: E402
 from pipeline.training import zero  # noqa: E402
-from pipeline.training.batches import BatchPlan  # noqa: E402
-from pipeline.training.objective import LabelObjective, Objective, TokenObjective  # noqa: E402
-from pipeline.training.step import optimizer_step  # noqa: E402
+from pipeline.training.job import BatchPlan  # noqa: E402
+from pipeline.training.step import (  # noqa: E402
+    LabelObjective,
+    Objective,
+    TokenObjective,
+    optimizer_step,
+)
 from tests.support.ranks import process_group  # noqa: E402
 
 STEPS, HALF, BATCH, MICRO = 6, 3, 8, 2

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.apps.compare.analysis import MethodResult, findings, verdict
-from pipeline.apps.compare.methods import ChosenRate
-from pipeline.apps.compare.paper import findings_json, markdown, write_comparison
-from pipeline.apps.compare.plan import ComparisonPlan
-from pipeline.apps.compare.run import Compared
+from pipeline.apps.compare import Compared
+from pipeline.apps.compared_methods import ChosenRate, ComparisonPlan
+from pipeline.apps.comparison_analysis import MethodResult, findings, findings_json, markdown, verdict, write_comparison
 from pipeline.cli.compare import show_compared
 from pipeline.metrics.intervals import Interval
 

@@ -10,16 +10,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kasa import find_targets
-from pipeline.apps.compare.methods import (
+from pipeline.apps.compared_methods import (
     DEFAULT_RATES,
     choose_rate,
     comparable,
     compared_methods,
     method_names,
+    plan_comparison,
+    trial,
+    trial_keys,
     tuned_rates,
 )
-from pipeline.apps.compare.plan import plan_comparison
-from pipeline.apps.compare.trials import trial, trial_keys
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import method_of

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.apps.judge import judge as judging
-from pipeline.apps.judge.answers import Question, read_prompt_set
-from pipeline.apps.judge.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
+from pipeline.apps import judge as judging
+from pipeline.apps.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
+from pipeline.apps.judge_answers import Question, read_prompt_set
 from pipeline.core.errors import DataError, JudgeError
 from tests.support.judge_server import Answering, judge_server, likes_the_first
 

@@ -15,9 +15,8 @@ from torch import nn
 
 from kasa.targets import Target, select_targets
 from kasa.truncation import dropped_rank
-from pipeline.apps.planning.compute import SpectraCost, spectra_cost, training_flops
-from pipeline.apps.planning.hardware import Hardware
-from pipeline.apps.planning.memory import (
+from pipeline.apps.plan_compute import Hardware, SpectraCost, spectra_cost, training_flops
+from pipeline.apps.plan_memory import (
     GIB,
     AdaptedModule,
     BlockShape,
@@ -35,9 +34,9 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.errors import BaseModelError, RecipeError
 from pipeline.data.forms import check_form
 from pipeline.methods.choice import check_ranks
-from pipeline.models.heads import head_modules
+from pipeline.models.prompting import head_modules
 from pipeline.models.shapes import base_outline, built_in_names, meta_model, model_config
-from pipeline.training.batches import optimizer_steps
+from pipeline.training.job import optimizer_steps
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 

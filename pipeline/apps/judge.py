@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.apps.judge.answers import Question
+from pipeline.apps.judge_answers import Question
 from pipeline.core.errors import JudgeError, one_line
-from pipeline.core.journal import append_journal, read_journal
+from pipeline.core.files import append_journal, read_journal
 
 HIGHEST_GRADE = 10
 _GRADE = re.compile(r"grade:\W*(\d+(?:\.\d+)?)", re.IGNORECASE)

@@ -13,10 +13,9 @@ import torch
 
 from kasa.files import file_digest
 from pipeline.core.errors import DataError
-from pipeline.core.journal import JournalWriter, Record, read_journal
+from pipeline.core.files import JournalWriter, Record, read_journal
 from pipeline.data.readers import RawRow, read_rows
-from pipeline.models.heads import LANGUAGE_MODEL
-from pipeline.models.prompting import Message, Prompting
+from pipeline.models.prompting import LANGUAGE_MODEL, Message, Prompting
 from pipeline.serving.inference import LoadedModel, load_model
 
 

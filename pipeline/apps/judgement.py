@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from kasa.files import file_digest
-from pipeline.apps.judge.answers import AnswerShard, PromptSet, Question, answer_shard, read_prompt_set
-from pipeline.apps.judge.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
+from pipeline.apps.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
+from pipeline.apps.judge_answers import AnswerShard, PromptSet, Question, answer_shard, read_prompt_set
 from pipeline.cluster.connection import ray_cluster
-from pipeline.cluster.journalled import counting, run_journalled_tasks
-from pipeline.cluster.workers import Resources, run_tasks
+from pipeline.cluster.workers import Resources, counting, run_journalled_tasks, run_tasks
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import JudgeError
 from pipeline.core.files import content_digest

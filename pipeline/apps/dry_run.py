@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kasa.targets import Target
-from pipeline.apps.planning.plan import DataFacts, Estimate, checked_targets, estimate
-from pipeline.artifacts.store import ArtifactStore, StageKey
+from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
 from pipeline.data.prepared import load_prepared
@@ -20,6 +19,7 @@ from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import PREPARE, STAGES, stage_keys
 from pipeline.run.lineage import Ingredients, ingredients_by_name, stored_artifacts, why_made
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 from pipeline.storage.workspace import look_into
 from pipeline.tracking.server import tracking_uri
 

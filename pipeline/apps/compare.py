@@ -11,28 +11,37 @@ from pathlib import Path
 from typing import Any
 
 from kasa.targets import Target
-from pipeline.apps.compare.analysis import Findings, MethodResult, findings
-from pipeline.apps.compare.methods import BASE, ChosenRate, ComparedMethod, choose_rate, compared_methods
-from pipeline.apps.compare.paper import write_comparison
-from pipeline.apps.compare.plan import ComparisonPlan
-from pipeline.apps.compare.trials import Trial, costs, made_already, run_trial, trial, trial_keys
-from pipeline.artifacts.store import Artifact, ArtifactStore
+from pipeline.apps.compared_methods import (
+    BASE,
+    ChosenRate,
+    ComparedMethod,
+    ComparisonPlan,
+    Trial,
+    choose_rate,
+    compared_methods,
+    costs,
+    made_already,
+    run_trial,
+    trial,
+    trial_keys,
+)
+from pipeline.apps.comparison_analysis import Findings, MethodResult, findings, write_comparison
 from pipeline.cluster.connection import cluster_capacity, ray_cluster
 from pipeline.config.recipe import recipe_values
+from pipeline.core.code import code_tags
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import TrainingError
-from pipeline.core.journal import append_journal, read_journal
-from pipeline.core.provenance import code_tags
+from pipeline.core.files import append_journal, read_journal
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.shapes import meta_model
 from pipeline.run import graph as keys
-from pipeline.run.context import NestedRun, close_context, open_context
+from pipeline.run.context import NestedRun, close_context, open_context, ready_workspace
 from pipeline.run.report_facts import environment_tags
 from pipeline.run.stages.evaluate import results_of
-from pipeline.run.state import ready_workspace
+from pipeline.storage.artifacts import Artifact, ArtifactStore
 from pipeline.storage.workspace import Workspace
 from pipeline.tracking.runs import Tracking
 
