@@ -43,6 +43,7 @@ SERVING_PACKAGES = (
     "scipy",
     "threadpoolctl",
     "pydantic",
+    "pydantic-core",
     "PyYAML",
     "rich",
     "filelock",
