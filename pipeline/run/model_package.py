@@ -42,6 +42,7 @@ SERVING_PACKAGES = (
     "scipy",
     "threadpoolctl",
     "pydantic",
+    "pydantic-core",
     "PyYAML",
     "rich",
     "filelock",
