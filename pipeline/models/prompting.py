@@ -21,7 +21,7 @@ from pipeline.core.errors import BaseModelError, DataError, ModelError, one_line
 if TYPE_CHECKING:
     from torch import nn
 
-FILE_NAME = "head.json"
+HEAD_FILE = "head.json"
 # Separates the two texts of a pair where only one text can be given, as in `kasa generate`.
 PAIR_SEPARATOR = " ||| "
 
@@ -54,7 +54,7 @@ class Head:
         """Write `head.json` into a folder. Nothing is written for the base's own head."""
         if self.is_new:
             text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-            folder.joinpath(FILE_NAME).write_text(text, encoding="utf-8")
+            folder.joinpath(HEAD_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Head:
@@ -63,7 +63,7 @@ class Head:
         Raises:
             ModelError: The file is damaged.
         """
-        path = folder / FILE_NAME
+        path = folder / HEAD_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(values["kind"], tuple(values["classes"]), values["pairs"])
@@ -82,7 +82,7 @@ def head_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
 
 
-FILE_NAME = "prompting.json"
+PROMPTING_FILE = "prompting.json"
 IGNORED = -100
 PLACE = "{prompt}"
 
@@ -158,7 +158,7 @@ class Prompting:
     def save(self, folder: Path) -> None:
         """Write `prompting.json` into a folder."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        folder.joinpath(FILE_NAME).write_text(text, encoding="utf-8")
+        folder.joinpath(PROMPTING_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Prompting:
@@ -167,7 +167,7 @@ class Prompting:
         Raises:
             ModelError: The file is missing or damaged.
         """
-        path = folder / FILE_NAME
+        path = folder / PROMPTING_FILE
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:

@@ -17,7 +17,7 @@ from pipeline.data.sources import DataSources
 from pipeline.evaluation.results import write_samples
 from pipeline.metrics.intervals import RESAMPLES
 from pipeline.models.base import BaseModel
-from pipeline.models.prompting import FILE_NAME as PROMPTING
+from pipeline.models.prompting import PROMPTING_FILE
 from pipeline.registry.store import ModelPackage
 from pipeline.run.context import RunContext, seed_tags
 from pipeline.run.promotion import Decision, Gate
@@ -91,7 +91,7 @@ def write_report(
     adapter = made["train"].folder / ADAPTER
     name = base.name if not Path(base.name).expanduser().is_dir() else str(base.folder)
     try:
-        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=adapter / PROMPTING)}"
+        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=adapter / PROMPTING_FILE)}"
     except KasaError as error:
         return f"none: {error}"
 

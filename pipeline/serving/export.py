@@ -30,8 +30,7 @@ from pipeline.core.errors import BaseModelError, ModelError
 from pipeline.core.machine import GIB, memory_gib
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.forward import DTYPES, load_base
-from pipeline.models.prompting import FILE_NAME as PROMPTING
-from pipeline.models.prompting import Prompting, load_tokenizer
+from pipeline.models.prompting import PROMPTING_FILE, Prompting, load_tokenizer
 from pipeline.serving.answer import located_adapter
 from pipeline.serving.inference import BASE_VARIABLE, is_hub_id
 
@@ -163,7 +162,7 @@ class ModelSource:
     @property
     def prompting(self) -> Path:
         """The file that holds the form of its prompts."""
-        return self.folder / PROMPTING
+        return self.folder / PROMPTING_FILE
 
 
 def export(
@@ -211,12 +210,12 @@ def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
     with new_folder(out) as folder:
         adapter = import_peft_kasa(peft_folder, base)
         save_adapter(folder, adapter)
-        if (peft_folder / PROMPTING).is_file():
+        if (peft_folder / PROMPTING_FILE).is_file():
             Prompting.load(peft_folder).save(folder)
         else:
             Prompting().save(folder)
             notes = (
-                f"prompts go to the model as they are; if it was trained with a template, put it into {PROMPTING}",
+                f"prompts go to the model as they are; if it was trained with a template, put it into {PROMPTING_FILE}",
             )
     return Exported(
         out=out,

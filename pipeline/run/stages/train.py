@@ -22,8 +22,7 @@ from pipeline.core.errors import TrainingError, WorkerError
 from pipeline.core.files import ADAPTER, JournalTail, Record, read_journal
 from pipeline.core.machine import in_background
 from pipeline.methods.choice import check_method, method_of
-from pipeline.models.prompting import FILE_NAME as PROMPTING
-from pipeline.models.prompting import Head
+from pipeline.models.prompting import PROMPTING_FILE, Head
 from pipeline.run.context import RunContext
 from pipeline.run.stage_runs import Work, log_artifact, log_datasets, run_stage
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
@@ -169,7 +168,7 @@ def _finished(work: Work, job: TrainJob, prepared: Artifact, spectra: Artifact |
     from pipeline.methods.kasa import write_layers  # torch
 
     folder = job.work
-    shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
+    shutil.copy(prepared.folder / PROMPTING_FILE, folder / ADAPTER / PROMPTING_FILE)
     Head.load(prepared.folder).save(folder / ADAPTER)
     if spectra and work.recipe.adapter.spec.components == "dropped":
         write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.run import stage_runs as work
 from pipeline.run import graph
+from pipeline.run import stage_runs as work
 from pipeline.run.dependencies import Dependencies, KeyInputs, Stage
 from pipeline.run.stage_runs import Work, run_stages
 from pipeline.storage.artifacts import Artifact, StageKey
