@@ -196,7 +196,7 @@ _SPECS = (
         stage_reason="it copies whole weights of the base",
         parameters=None,
     ),
-    MethodSpec("full", "every parameter of the base", "pipeline.methods.method", settings=frozenset(), parameters=None),
+    MethodSpec("full", "every parameter of the base", "pipeline.methods.full", settings=frozenset(), parameters=None),
 )
 METHODS = {spec.name: spec for spec in _SPECS}
 
