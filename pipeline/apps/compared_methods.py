@@ -1,10 +1,8 @@
-"""What `kasa compare` can compare, by name: the recipe of each method, its rank at one parameter budget, its learning rate.
+"""What a comparison consists of: its methods by name, seeds and learning rates, and the trials that they come to.
 
-`--tune` tries the same few learning rates for every method, and chooses by the loss on the validation samples.
-
-The trainings that a comparison consists of, and what each leaves; found in the workspace, or made by the usual stages.
-
-What a comparison consists of: its methods, seeds and learning rates, and the trials that they come to.
+Each method has the recipe's data and steps, and the rank at which it trains as nearly as it can as many parameters. `--tune`
+tries the same few learning rates for every method, and chooses by the loss on the validation samples. A trial is one training
+of one method with its evaluation, found in the workspace or made by the usual stages.
 """
 
 from __future__ import annotations

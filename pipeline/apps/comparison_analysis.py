@@ -1,6 +1,6 @@
-"""Analysis of a comparison: means, paired tests, and a conclusion that says no more than the data support.
+"""Analysis of a comparison: means, paired tests, a conclusion that says no more than the data support, and its files.
 
-The files of a comparison: `comparison.md`, `comparison.json`, `comparison.svg` and `comparison.png`.
+The files are `comparison.md`, `comparison.json`, `comparison.svg` and `comparison.png`.
 """
 
 from __future__ import annotations

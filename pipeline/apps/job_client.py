@@ -1,9 +1,8 @@
-"""Ids of jobs, and what a submission means given the jobs on the cluster: pure functions.
+"""The door to Ray's Jobs API, and what a submission means given the jobs on the cluster.
 
-A job's id is derived from what the job would do, so that the same submission twice is one job. Ray refuses an id that was used
-before and never runs a job again, so a job that did not succeed is followed by another attempt under a derived id.
-
-The door to Ray's Jobs API: a client that speaks HTTP to a cluster's dashboard and starts no Ray of its own.
+The client speaks HTTP to a cluster's dashboard and starts no Ray of its own. A job's id is derived from what the job would do,
+so that the same submission twice is one job. Ray refuses an id that was used before and never runs a job again, so a job that
+did not succeed is followed by another attempt under a derived id.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Checks that a recipe can run on a cluster, before anything is sent and with the errors of a run.
+"""What is sent with a job, and the checks before anything is sent, with the errors of a run.
 
-The package of a job: the files of the working directory that are not ignored, and the pipeline's own code.
-
-They are chosen here and not by Ray, so that the digest in the job's id, the checked size and the upload cover the same files.
+The package holds the files of the working directory that are not ignored, and the pipeline's own code. They are chosen here
+and not by Ray, so that the digest in the job's id, the checked size and the upload cover the same files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The hardware that a run is planned for, from the options of `kasa plan`.
-
-The arithmetic of a run and how long it takes, computed from shapes alone.
-"""
+"""The hardware that a run is planned for, the arithmetic of the run, and how long it takes, from shapes alone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Following a job to its end, over a connection that may break.
+"""`kasa submit`: check a recipe, submit it as a job or find the job that it already is, and follow it to its end.
 
-`kasa submit`: check a recipe, submit it as a job or find the job that it already is, and follow it.
+The connection to the cluster may break meanwhile; the job goes on without anybody.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""`kasa judge` and what it prints.
-
-`kasa compare` and what it prints.
-"""
+"""The commands that compare models, `kasa compare` and `kasa judge`, and what they print."""
 
 from __future__ import annotations
 

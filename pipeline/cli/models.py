@@ -1,9 +1,4 @@
-"""`kasa artifacts`: what the stages left, why it was made, and the removal of what nothing needs.
-
-The commands that use an adapter, `kasa generate`, `kasa export` and `kasa import`, and what they print.
-
-The commands of the registry, `kasa models`, `kasa promote` and `kasa rollback`, and what they print.
-"""
+"""The commands for what runs leave: `kasa models`, `promote`, `rollback`, `generate`, `export`, `import` and `artifacts`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The commands before a run, `kasa plan`, `kasa recipes` and `kasa doctor`, what they print, and what a dry run prints.
-
-The commands that run a recipe, `kasa run`, `kasa retrain` and `kasa submit`, and what they print.
-"""
+"""The commands around a run, `kasa run`, `retrain`, `submit`, `plan`, `recipes` and `doctor`, and what they print."""
 
 from __future__ import annotations
 

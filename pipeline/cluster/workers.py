@@ -1,8 +1,7 @@
 """Work on the Ray cluster: independent tasks, and training workers that share a torch process group.
 
-When a training worker fails, its peers fail after it. Only the first failure matters, and errors name that one.
-
-Tasks that journal what they have done: whoever started them follows the journals while they run.
+Whoever starts tasks that journal what they have done follows the journals while they run. When a training worker fails, its
+peers fail after it: only the first failure matters, and errors name that one.
 """
 
 from __future__ import annotations

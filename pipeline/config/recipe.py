@@ -1,6 +1,4 @@
-"""The shipped recipes, as `kasa recipes` lists them and `docs/recipes.md` describes them.
-
-Recipes: the one place where a run is described.
+"""Recipes: the one place where a run is described, and the shipped ones by name.
 
 A recipe is a YAML file of the sections in `pipeline.config.settings`: a file of the user, or a shipped one by its name
 (`kasa run glue-roberta-base-sst2`). An unknown key is an error, which names the file, the dotted key, the value and the

@@ -1,11 +1,6 @@
-"""The sections of a recipe that say what it is of and where it leads: `about`, `base`, `data` and `register`.
+"""The sections of a recipe, but for `adapter`, which stands in `pipeline.config.methods`.
 
-The other sections have modules of their own: `methods` (`adapter`), `training` (`spectra` and `train`) and `evaluate` (with
-`promotion`). The `description` of every field is its documentation: `docs/recipe.md` is generated from it (`make docs`).
-
-The `spectra` and `train` sections of a recipe: what is computed of the base weights first, and how the adapter is trained.
-
-The `evaluate` and `promotion` sections of a recipe: what is measured on held-out samples, and what a new version must show.
+The `description` of every field is its documentation: `docs/recipe.md` is generated from it (`make docs`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Where a run comes from, as tags of its MLflow run: the code's version, the seeds, the user.
+"""The code that a computation runs, found by following imports and digested by the syntax tree, and where it comes from.
 
-The code that a computation runs: found by following imports, digested by the syntax tree.
-
-The keys of the stages cover it, so that no result of older code is taken for one of the present code. Nothing is
-imported to find it out, and nothing depends on comments, docstrings or formatting.
+The keys of the stages cover it, so that no result of older code is taken for one of the present code. Nothing is imported to
+find it out, and nothing depends on comments, docstrings or formatting. The version of the code, the seeds and the user are
+tags of a run in MLflow.
 """
 
 from __future__ import annotations

@@ -1,19 +1,17 @@
-"""Where the files of a workspace lie, how they are written, and their digests.
+"""The files of a workspace: where they lie, how they are written, their digests, and journals.
 
 The digest cache spares a scheduled retraining from reading gigabytes to find nothing new. It knows a file by its path,
 size, inode and the times of its last change in nanoseconds. That is what `make`, `rsync` and `git` go by, with git's
 precaution: a file that changed moments ago is not remembered, for it could change again within the same tick of the file
 system's clock. The time of the inode's last change (ctime) counts too, since `cp -p` and `touch -r` set the other back.
-
 A write past the file system (to the device, or on another host whose attributes are cached here for some seconds) can
 still deceive the cache. A change is then noticed one tick of the scheduler late. No wrong model comes of it: the keys of
 the stages are computed from the bytes alone, never from this cache.
 
-Journals: append-only files of JSON lines in which a worker records what it has done, for the driver and for a restart.
-
-One process writes a journal, any number of processes read it, also on shared storage. Readers ignore a torn last line
-(its writer was killed), and the next writer cuts it off. A writer that outlives its driver, while a new one has taken the
-journal over, writes to a file that nobody reads any more (`JournalWriter`).
+A journal is an append-only file of JSON lines in which a worker records what it has done, for the driver and for a restart.
+One process writes it, any number of processes read it, also on shared storage. Readers ignore a torn last line (its writer
+was killed), and the next writer cuts it off. A writer that outlives its driver, while a new one has taken the journal over,
+writes to a file that nobody reads any more (`JournalWriter`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Work beside the main thread, and pauses between attempts.
+"""This machine: what it offers a process, whether a network service answers it, and work beside the main thread.
 
-Whether a network service answers, within a second. A probe opens a connection or sends a GET, and nothing more.
-
-What this machine offers a process: cores, memory and fast precision, within the limits of its container. Reads only.
+Cores, memory and fast precision are read within the limits of the container. A network probe opens a connection or sends a
+GET, and nothing more.
 """
 
 from __future__ import annotations

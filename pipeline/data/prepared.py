@@ -1,14 +1,13 @@
-"""What a row of data becomes: a sample, or a rejection with its reason.
+"""Samples, and the prepared dataset as the stages after preparation read it.
 
-A sample is a conversation before any template. Everything after the forms (split, prompting, tokens, labels) works on samples.
-
-The prepared dataset, as the stages after preparation read it.
+A row of data becomes a sample, which is a conversation before any template, or a rejection with its reason. The prepared
+dataset is a folder:
 
 train, heldout     Hugging Face datasets on disk (columns: see `COLUMNS` and `LABELLED_COLUMNS`)
 validation         another one, if `data.validation_rows` asks for it
 calibration        another one, if `data.calibration` names a source
 prompting.json     how prompts are written (`pipeline.models.prompting`)
-head.json          what the outputs of a new head mean (`pipeline.models.base`), if the recipe asks for one
+head.json          what the outputs of a new head mean (`pipeline.models.prompting`), if the recipe asks for one
 rejected.jsonl     every unusable row with its reason
 summary.json       counts; written last
 """

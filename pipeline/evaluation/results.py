@@ -1,11 +1,9 @@
-"""Rules of multiple choice: the choices of a sample, the likeliest of them, and the one that a generated answer names.
+"""The driver's side of an evaluation: what is checked before training, and the results that are kept.
 
-A choice's log-likelihood is the sum over its own tokens. As in lm-evaluation-harness, the end of the answer (EOS) does not
-count: a base model that would continue after the right word has still chosen it.
-
-Checks before training that the evaluation at its end will be possible: of the held-out samples and of the harness.
-
-The results that an evaluation keeps: per-sample records as parquet, and those of lm-evaluation-harness as JSON.
+Results are records per sample as parquet, and those of lm-evaluation-harness as JSON. The rules of multiple choice are here
+because the check before training and the scoring share them. A choice's log-likelihood is the sum over its own tokens. As in
+lm-evaluation-harness, the end of the answer (EOS) does not count: a base model that would continue after the right word has
+still chosen it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Scoring held-out samples with a loaded model: losses, choices and generated answers, or a head's labels.
+"""What each evaluation process does: load the model once, score its share of the held-out samples, journal each result.
+
+An interrupted shard resumes where its journal ends. Samples are scored by losses, choices and generated answers, or by a
+head's labels.
 
 Legend: B = samples or their prompts, C = continuations of more than one token (or outputs of a head), T = tokens,
 V = vocabulary.
-
-What each evaluation process does: load the model once, score its share of the held-out samples, journal each result.
-
-An interrupted shard resumes where its journal ends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""KaSA as a method of the training stage. The method itself is the package `kasa`.
+"""KaSA as a method of the training stage, and what training did to each weight, in singular values, for the report.
 
-Singular values of what training added to each weight, beside those of what truncation took from it, for the report.
+The method itself is the package `kasa`.
 
 Legend: O = out features, I = in features, R = rank.
 """

@@ -1,12 +1,10 @@
-"""Metrics of the other kinds of evaluation: choices, labels, loss, and what a judge says of answers.
+"""All metrics there are, by name, in the order people read them; those of text stand in `pipeline.metrics.text`.
 
 Labels are compared as scikit-learn and scipy do it: results hold `label`, `prediction` and `logits`. Where a measure is
 undefined (one side does not vary, a class never occurs) it is 0 here, as in scikit-learn; scipy's correlations are NaN there.
 Loss and perplexity are per labelled token. Of a judge's results a sample is a question with all its turns.
 
 Legend: N = samples, C = classes, S = statistics.
-
-All metrics there are, by name, in the order people read them: which an evaluation measures, and what it says of them.
 """
 
 from __future__ import annotations

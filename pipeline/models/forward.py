@@ -1,18 +1,12 @@
-"""Loading the base model with its weights and its head.
+"""A base model with its weights and head, batches for it, and the losses of their samples.
 
-Batches for a causal language model, and the losses of their labelled tokens. Training and evaluation share them.
+Training, evaluation and truncation share them. For a causal language model the samples of a forward pass are either padded
+on the left, one row each, or packed end to end into one row; the output layer, which is large, runs only over the positions
+that predict a label. For a model with a new head samples are padded on the right, as encoders expect. Truncation of its base
+looks at the features that the head reads, because the outputs of an untrained head say nothing about the base.
 
-The samples of a forward pass are either padded on the left, one row each, or packed end to end into one row. The output
-layer, which is large, runs only over the positions that predict a label.
-
-Legend: B = rows, T = tokens, K = positions that predict a label, V = vocabulary.
-
-Batches for a model with a new head, the losses of their samples, and the features that the head reads.
-
-Training and evaluation share the batches and losses. Samples are padded on the right, as encoders expect. Truncation of the
-base looks at the features, because the outputs of a head that is not trained yet say nothing about the base.
-
-Legend: B = samples, T = tokens, C = outputs of the head, F = features.
+Legend: B = rows or samples, T = tokens, K = positions that predict a label, V = vocabulary, C = outputs of a new head,
+F = features.
 """
 
 from __future__ import annotations

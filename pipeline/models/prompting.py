@@ -1,10 +1,10 @@
-"""The head on top of the base: its own language model head, or a new head that predicts a class or a number.
+"""What a model is asked, and what its outputs mean: prompts as token ids, and the head.
 
-A new head is trained in full beside the adapter and stored with it. `head.json` beside both says what its outputs mean.
-
-From text to token ids, in the same way for training, evaluation and serving. An adapter has a `prompting.json` beside it.
-
+Text becomes token ids in the same way for training, evaluation and serving. An adapter has a `prompting.json` beside it.
 Generation starts from exactly the tokens that training put before the answer; see `_continue`.
+
+The head is the base's own language model head, or a new head that predicts a class or a number. A new head is trained in full
+beside the adapter and stored with it; `head.json` beside both says what its outputs mean.
 """
 
 from __future__ import annotations

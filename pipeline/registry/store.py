@@ -1,12 +1,9 @@
-"""The MLflow model registry: registered versions and the models behind them. `alias_changes` moves aliases between them.
-
-Changes of a model's aliases: which ones an event calls for, and how they are made so that a crash leaves none half done.
+"""The MLflow model registry: registered versions, and the aliases that say which of them is in use.
 
 `champion` is the version in use, `previous` the champion before it, `challenger` the newest version that was not promoted.
-
-The registry offers no transaction. So an intended change is first written to a tag of the registered model, then made, and
-then the tag is deleted. After a crash in between, whoever opens the model next finishes the change: every step may be
-repeated.
+Pure functions say which aliases an event changes. The registry offers no transaction, so an intended change is first written
+to a tag of the registered model, then made, and then the tag is deleted. After a crash in between, whoever opens the model
+next finishes the change: every step may be repeated.
 """
 
 from __future__ import annotations

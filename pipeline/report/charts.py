@@ -1,7 +1,4 @@
-"""Charts of metrics, training and stages.
-
-Charts of the singular values that each adapted weight learned, beside those that it lost to truncation.
-"""
+"""The charts of the page: metrics, training, stages, and what each adapted weight learned beside what it lost to truncation."""
 
 from __future__ import annotations
 

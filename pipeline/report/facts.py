@@ -1,11 +1,7 @@
-"""The contents of a report as plain values, so that rendering needs no tracking server and no model.
+"""The contents of a report as plain values, how numbers are written on the page, and figures as inline SVG.
 
-Formats of numbers and names on the page.
-
-Matplotlib figures as inline SVG that takes its colours and its font from the page.
-
-Figures are drawn in stand-in colours, one for each role; the SVG names a CSS variable instead, so that one drawing
-serves light, dark and print.
+Rendering needs no tracking server and no model. Matplotlib draws in stand-in colours, one for each role; the SVG names a CSS
+variable instead, so that one drawing takes the page's colours in light, dark and print.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""What a run keeps in its workspace beside artifacts: room to write, and where it had come to when it was interrupted.
+"""One run in progress: its workspace, its artifacts, its MLflow runs and how it reaches the cluster.
 
 A run that was interrupted leaves `WORKSPACE/runs/DIGEST.json`. The same recipe run again finds it there and continues in
 the same MLflow runs. The file is removed when the run is complete.
-
-One run in progress: its workspace, its artifacts, its MLflow runs and how it reaches the cluster.
 """
 
 from __future__ import annotations

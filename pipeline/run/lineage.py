@@ -1,6 +1,6 @@
-"""What artifacts there are, and why one was made although others of its stage were there: pure comparison of ingredients.
+"""What artifacts there are, why one was made although others of its stage were there, and which nothing needs any more.
 
-Which artifacts nothing needs any more, and their removal.
+The reasons are a pure comparison of ingredients.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The MLflow run of each stage: opened or resumed around the stage's work, with what is worth seeing of its artifacts.
+"""The stages at work, each in an MLflow run of its own.
 
-The stages at work: each stage that the graph names is called with the artifacts of those before it.
+Each stage that the graph names is called with the artifacts of those before it. Its run is opened or resumed around the
+stage's work, with what is worth seeing of its artifacts.
 """
 
 from __future__ import annotations

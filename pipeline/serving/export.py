@@ -1,9 +1,7 @@
-"""The difference between a merged model and its base with the adapter: logits of both on a few texts, in fp32.
-
-Export of adapters for other programs: a plain LoRA, a merged Hugging Face folder, PEFT's KaSA folder; import of the last.
+"""Export of adapters for other programs: a plain LoRA, a merged Hugging Face folder, PEFT's KaSA folder; import of the last.
 
 The method library does the conversions (`kasa.lora_export`, `kasa.merging`, `kasa.peft_kasa`). This module finds adapters and
-bases by name, and compares a merged model with what it was made from.
+bases by name, and compares the logits of a merged model with those of its base with the adapter, on a few texts in fp32.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """A base model with an adapter, loaded to answer texts: with generated text, or with the labels of a trained head.
 
-`kasa generate`, registered models, the evaluation, lm-evaluation-harness and `kasa judge` all load models here.
+`kasa generate`, registered models, the evaluation, lm-evaluation-harness and `kasa judge` all load models here. Of a registered
+model the adapter is in the registry; its base is not and has to be found and compared. The registry's code (`served_model`)
+runs this in processes that have no checkout, so nothing here may need Ray or MLflow.
 
 Legend: B = texts, T = tokens, C = outputs of the head.
-
-Loading a registered model: its adapter is in the registry, its base is not and has to be found and compared.
-
-The registry's code (`served_model`) runs this in processes that have no checkout, so nothing here may need Ray or MLflow.
 """
 
 from __future__ import annotations

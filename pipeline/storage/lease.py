@@ -1,15 +1,13 @@
-"""Where a lease is recorded: one small record that processes on several hosts read and change.
-
-Two operations are enough: read, and write if nothing was written since. A shared POSIX file system offers them through
-link(2), and an object store through conditional puts (`If-None-Match: *` to create, `If-Match: ETAG` to replace). The
-latter excludes each other's runs on machines that share no disk.
-
-Leases: mutual exclusion between processes on any number of hosts.
+"""Leases: mutual exclusion between processes on any number of hosts, and where they are recorded.
 
 A lease has a holder and an expiry, and the holder renews it while it lives. A holder that crashed on this machine is
 noticed at once, because its process is gone; one on another machine is noticed when its lease expires. So the clocks of
 the hosts must agree to within `CLOCKS_APART_S`. A holder that was suspended past its expiry may have lost the lease to
 another process: it calls `Lease.confirm` before it does what only one process may do.
+
+The record of a lease is one small file or object. Two operations are enough: read, and write if nothing was written since.
+A shared POSIX file system offers them through link(2), and an object store through conditional puts (`If-None-Match: *` to
+create, `If-Match: ETAG` to replace), which keep runs apart on machines that share no disk.
 """
 
 from __future__ import annotations

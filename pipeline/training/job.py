@@ -1,10 +1,8 @@
-"""The contract between the driver and the training workers: the job, and the files in its folder.
+"""The contract between the driver and the training workers: the job, the files in its folder, and the plan of the steps.
 
-The driver imports this module, so it must not import torch.
-
-Which samples go into which step, and at which learning rate: pure functions of settings, seed and step.
-
-The samples of a step do not depend on the number of workers, so a run can be resumed with another.
+Which samples go into which step, and at which learning rate, are pure functions of settings, seed and step. The samples of a
+step do not depend on the number of workers, so a run can be resumed with another. The driver imports this module, so it must
+not import torch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-"""The training objective: the loss of a language model's labelled tokens, or that of a new head's labels.
+"""One optimizer step: the objective, forward and backward over the global batch, validation, and whether training diverged.
 
-The loss of a step is the sum of all losses in the global batch divided by their number.
-
-One optimizer step: forward and backward over the global batch, what it reports, and whether it has diverged.
-
-Validation during training: the loss on the validation samples, which step was best, and when to stop.
+The loss of a step is the sum of the losses of all labelled tokens (or of all labels) in the global batch divided by their
+number, whatever the number of workers.
 """
 
 from __future__ import annotations

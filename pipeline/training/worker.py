@@ -1,11 +1,8 @@
-"""Finding the rank that hangs after a collective operation has timed out.
-
-Every rank that waited answers by a file. A rank that hangs does not answer, so it is the one to name in the error.
-
-What each training process runs. One process is world size 1 of the same code.
+"""What each training process runs. One process is world size 1 of the same code.
 
 Rank 0 alone writes: the journal (one record per step), the checkpoints, and at the end the adapter. The driver reads the
-journal; nothing here knows of Ray or MLflow.
+journal; nothing here knows of Ray or MLflow. After a collective operation has timed out, every rank that waited answers by a
+file: a rank that hangs does not answer, so it is the one to name in the error.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""The one door to DeepSpeed: an engine at any ZeRO stage, and whole tensors in and out of it.
+"""The one door to DeepSpeed: an engine at any ZeRO stage, whole tensors in and out of it, and checkpoints of our own.
 
 At stages 1 to 3 the optimizer state is partitioned over the ranks, at stage 3 the parameters too. The functions here gather
 and scatter them, so that checkpoints depend neither on the stage nor on the number of workers. All of them are collective:
 every rank must call them, in the same order.
 
-Training checkpoints of our own: safetensors and JSON, complete or absent, whatever ZeRO stage and number of workers.
-
-DeepSpeed's checkpoints are pickles, and those of stages 1 to 3 load at the same number of workers only.
-
-A checkpoint holds the adapter and AdamW's moments in fp32, and the state of a method that allocates its budget between
-steps. Nothing else is state: learning rate, sample order and dropout are functions of the step and the seed.
+Checkpoints are safetensors and JSON, complete or absent. DeepSpeed's own are pickles, and those of stages 1 to 3 load at the
+same number of workers only. A checkpoint holds the adapter and AdamW's moments in fp32, and the state of a method that
+allocates its budget between steps. Nothing else is state: learning rate, sample order and dropout are functions of the step
+and the seed.
 """
 
 from __future__ import annotations

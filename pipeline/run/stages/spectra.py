@@ -1,14 +1,8 @@
-"""The peak memory of a decomposition, from the shape of its weight: what its task reserves on a node.
-
-The driver imports this module, so it must not import torch.
-
-Legend: O = out features, I = in features, K = min(O, I).
-
-Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
+"""Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
 
 With `adapter.truncation: loss` or `activation` the calibration text is run through the base first. Where training starts
 from an adapter, what that one drops is taken over, and nothing is decomposed. In a comparison CorDA's components, which it
-starts from, are computed in the same way.
+starts from, are computed in the same way. Each task reserves the memory that its decomposition needs, by the weight's shape.
 """
 
 from __future__ import annotations

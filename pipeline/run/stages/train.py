@@ -1,6 +1,6 @@
-"""Watching a training: what its journals say is shown, and delivered to MLflow, while the workers run.
+"""Stage 4: base + prepared data + spectra -> trained adapter.
 
-Stage 4: base + prepared data + spectra -> trained adapter.
+While the workers run, what their journals say is shown and delivered to MLflow.
 """
 
 from __future__ import annotations
