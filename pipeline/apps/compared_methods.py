@@ -38,6 +38,18 @@ if TYPE_CHECKING:
 # From what suits full fine-tuning to what methods with few parameters need.
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
+BASE = "base"
+# Name -> what it is, with its unit.
+COSTS = {
+    "trainable_parameters": "trained parameters",
+    "start_s": "s to the first step",
+    "tokens_per_second": "tokens/s",
+    "memory_gib": "memory, GiB",
+    "adapter_mib": "adapter, MiB",
+}
+# The reference where LoRA is among the methods and none is named; otherwise it is the base.
+DEFAULT_AGAINST = "lora"
+
 
 @dataclass(frozen=True)
 class ChosenRate:
@@ -85,7 +97,6 @@ def choose_rate(rates: Sequence[float], losses: Mapping[float, float]) -> Chosen
     return ChosenRate(best, dict(losses), best in (min(rates), max(rates)))
 
 
-BASE = "base"
 # Variants of KaSA: changes of the recipe's `adapter`.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     **{f"kasa:{rule}": {"truncation": rule} for rule in get_args(Truncation)},
@@ -247,20 +258,6 @@ def costs(made: Mapping[str, Artifact]) -> dict[str, Any]:
         "memory_gib": facts["memory_gib"],
         "adapter_mib": facts["adapter_bytes"] / 2**20,
     }
-
-
-# Name -> what it is, with its unit.
-COSTS = {
-    "trainable_parameters": "trained parameters",
-    "start_s": "s to the first step",
-    "tokens_per_second": "tokens/s",
-    "memory_gib": "memory, GiB",
-    "adapter_mib": "adapter, MiB",
-}
-
-
-# The reference where LoRA is among the methods and none is named; otherwise it is the base.
-DEFAULT_AGAINST = "lora"
 
 
 @dataclass(frozen=True)

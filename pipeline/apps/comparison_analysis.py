@@ -28,6 +28,14 @@ from pipeline.metrics.intervals import Difference, Interval, difference_over_see
 
 LEVEL = 0.05
 
+_COLOURS = {"better": "#1a7f4b", "worse": "#b3402a", "not told apart": "#6b7280", "": "#374151"}
+_HOW = (
+    "Intervals are 95%: a bootstrap over held-out samples (the same ones drawn for all methods and seeds), widened by Student's "
+    "t for the spread between seeds. Differences are paired, sample by sample and seed by seed; p-values are adjusted by Holm's "
+    "method for as many comparisons as the table shows. Seconds to the first step are those of putting the method into the "
+    "base, and of the spectra where KaSA needs them."
+)
+
 
 @dataclass(frozen=True)
 class MethodResult:
@@ -196,15 +204,6 @@ def _limits(rows: Sequence[Row], metric: str, against: str, seeds: int) -> tuple
     said += [f"{row.result.name} has no result: {row.result.failure}" for row in rows if row.result.failure]
     said.append("What holds on these data, this base and this budget need not hold on others.")
     return tuple(said)
-
-
-_COLOURS = {"better": "#1a7f4b", "worse": "#b3402a", "not told apart": "#6b7280", "": "#374151"}
-_HOW = (
-    "Intervals are 95%: a bootstrap over held-out samples (the same ones drawn for all methods and seeds), widened by Student's "
-    "t for the spread between seeds. Differences are paired, sample by sample and seed by seed; p-values are adjusted by Holm's "
-    "method for as many comparisons as the table shows. Seconds to the first step are those of putting the method into the "
-    "base, and of the spectra where KaSA needs them."
-)
 
 
 def write_comparison(folder: Path, name: str, recipe: Recipe, found: Findings) -> None:

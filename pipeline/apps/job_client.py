@@ -22,6 +22,10 @@ from pipeline.core.files import content_digest
 PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED = "PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"
 ENDED = frozenset({STOPPED, SUCCEEDED, FAILED})
 
+Result = TypeVar("Result")
+# Ray's client has no time-out of its own. Uploading a package takes longer than any other request.
+_ANSWER_S, _UPLOAD_S = 20.0, 900.0
+
 
 @dataclass(frozen=True)
 class Next:
@@ -77,12 +81,6 @@ def next_step(first: str, statuses: Mapping[str, str], again: bool = False) -> N
 def attempt_id(first: str, attempt: int) -> str:
     """The id of an attempt by its number, counted from 1."""
     return first if attempt == 1 else f"{first}-{attempt}"
-
-
-Result = TypeVar("Result")
-
-# Ray's client has no time-out of its own. Uploading a package takes longer than any other request.
-_ANSWER_S, _UPLOAD_S = 20.0, 900.0
 
 
 @dataclass(frozen=True)

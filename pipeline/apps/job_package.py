@@ -29,6 +29,19 @@ from pipeline.models.embedded import PREFIX as EMBEDDED
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
+# Ray stores a package in one message of at most 512 MiB to its head; 1 MiB is left for the message's other parts.
+PACKAGE_LIMIT_BYTES = 512 * 2**20 - 2**20
+# Bytes of a file in the archive beside its content and, twice, its name.
+_ENTRY_BYTES = 128
+_LARGEST_SHOWN = 5
+CODE = ("kasa", "pipeline", "ray_jobs", "deepspeed_configs")
+RUBBISH = frozenset(
+    {".git", ".hg", ".svn", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".cache"}
+    | {".ipynb_checkpoints", ".tox", ".nox", ".idea", ".vscode", "node_modules", "mlruns"}
+)
+# A folder with one of these files is a virtual environment, or a run's workspace.
+_MARKS = ("pyvenv.cfg", "mlflow.db")
+
 
 def check_inputs(recipe: Recipe, recipe_file: Path, folder: Path) -> list[Path]:
     """The files and folders that a job must take along: those that its recipe names by relative path.
@@ -88,21 +101,6 @@ def _inside(path: Path, folder: Path, what: str) -> Path:
             "it, or name it by an absolute path on storage that all nodes share"
         )
     return absolute
-
-
-# Ray stores a package in one message of at most 512 MiB to its head; 1 MiB is left for the message's other parts.
-PACKAGE_LIMIT_BYTES = 512 * 2**20 - 2**20
-# Bytes of a file in the archive beside its content and, twice, its name.
-_ENTRY_BYTES = 128
-_LARGEST_SHOWN = 5
-
-CODE = ("kasa", "pipeline", "ray_jobs", "deepspeed_configs")
-RUBBISH = frozenset(
-    {".git", ".hg", ".svn", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".cache"}
-    | {".ipynb_checkpoints", ".tox", ".nox", ".idea", ".vscode", "node_modules", "mlruns"}
-)
-# A folder with one of these files is a virtual environment, or a run's workspace.
-_MARKS = ("pyvenv.cfg", "mlflow.db")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from pipeline.config.deepspeed import config_names
 from pipeline.config.recipe import Recipe, parse_recipe, recipe_values
 from pipeline.core.errors import RecipeError
 
+# FLOPs per second in fp64 on one core, by the count below; 25e9 to 55e9 were measured on an AMD EPYC for sides of 1024 to 4096.
+SPECTRA_FLOPS_PER_CORE = 3e10
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -97,10 +100,6 @@ def _on_gpus(recipe: Recipe, gpus: int, nodes: int) -> Recipe:
     if "precision" not in recipe.train.model_fields_set:
         values["train"]["precision"] = "auto"
     return parse_recipe(values, f"--gpus {gpus} --nodes {nodes}")
-
-
-# FLOPs per second in fp64 on one core, by the count below; 25e9 to 55e9 were measured on an AMD EPYC for sides of 1024 to 4096.
-SPECTRA_FLOPS_PER_CORE = 3e10
 
 
 @dataclass(frozen=True)

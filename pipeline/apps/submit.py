@@ -29,6 +29,25 @@ PATIENCE_S, PAUSE_S = 60.0, 2.0
 # After so many silent seconds the job's state is asked for: a broken connection is silent too.
 _SILENCE_S = 15.0
 
+# Variables that decide where results go: the same recipe with other results is another job.
+_PLACES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
+_PASSED_ON = (
+    *_PLACES,
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_INSECURE_TLS",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_DEFAULT_REGION",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+)
+_STOP_S = 30.0
+INTERRUPTED = 130
+
 
 class Followed(Protocol):
     """The part of `pipeline.apps.job_client.Dashboard` that following a job needs."""
@@ -125,26 +144,6 @@ class _Follower:
             if rest := (await asyncio.to_thread(self._dashboard.whole_log, self._job))[self._written :]:
                 self._write(rest)
                 self._written += len(rest)
-
-
-# Variables that decide where results go: the same recipe with other results is another job.
-_PLACES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
-_PASSED_ON = (
-    *_PLACES,
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-    "MLFLOW_TRACKING_INSECURE_TLS",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_DEFAULT_REGION",
-    "HF_ENDPOINT",
-    "HF_HUB_OFFLINE",
-    "HF_TOKEN",
-)
-_STOP_S = 30.0
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 _TWO_DECIMALS = "{:.2f}".format
 
+# Columns of the paper's table that say how a method did. What it took is a table of its own here, for narrow terminals.
+_RESULTS = slice(3, 7)
+
 
 def judge(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter folder.")],
@@ -90,10 +93,6 @@ def _show_judgement(judgement: Judgement) -> None:
     if judgement.unreadable:
         out.print(f"{judgement.unreadable} of {judgement.asked} of its answers named no grade or verdict")
     out.print(f"{judgement.folder}")
-
-
-# Columns of the paper's table that say how a method did. What it took is a table of its own here, for narrow terminals.
-_RESULTS = slice(3, 7)
 
 
 def compare(

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 artifacts_app = typer.Typer(no_args_is_help=True, help="List, explain and prune what the stages made.")
 _out = Console(highlight=False, soft_wrap=True)
 
+NewFolderArgument = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
+_DIGITS = 12  # of the data's digest
+
 
 @artifacts_app.command("list")
 def list_(workspace: WorkspaceOption = Path("workspace"), as_json: JsonOption = False) -> None:
@@ -130,9 +133,6 @@ def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-NewFolderArgument = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
-
-
 def generate(
     model: Annotated[str, typer.Argument(help="`models:/NAME@champion`, `models:/NAME/1`, or an adapter folder.")],
     prompts: Annotated[
@@ -204,9 +204,6 @@ def _show_exported(exported: Exported) -> None:
     for note in exported.notes:
         shared.out.print(f"note: {escape(note)}")
     shared.out.print(f"\n  {escape(exported.command)}")
-
-
-_DIGITS = 12  # of the data's digest
 
 
 def models(

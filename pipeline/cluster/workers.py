@@ -27,6 +27,9 @@ Result = TypeVar("Result")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "OutOfMemory", "low on memory")
 _REMEDY = "lower train.micro_batch_size, or set train.gradient_checkpointing or a higher ZeRO stage"
 
+# Is handed what the journals have that it has not seen.
+Follow = Callable[[Sequence[Record]], None]
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -250,10 +253,6 @@ def _is_out_of_memory(failure: Exception) -> bool:
 
 def _cause(failure: Exception) -> BaseException:
     return getattr(failure, "cause", None) or failure
-
-
-# Is handed what the journals have that it has not seen.
-Follow = Callable[[Sequence[Record]], None]
 
 
 class RunTasks(Protocol):

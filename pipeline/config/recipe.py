@@ -38,6 +38,9 @@ from pipeline.core.files import local_folder
 
 _out = Console(highlight=False, soft_wrap=True)
 
+# What text tells of a layer's inputs and outputs that the spectra depend on.
+Weighted = Literal["no", "inputs", "both"]
+
 
 @dataclass(frozen=True)
 class NamedRecipe:
@@ -113,10 +116,6 @@ def show_recipes(named: Sequence[NamedRecipe]) -> None:
     _out.print(
         "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
     )
-
-
-# What text tells of a layer's inputs and outputs that the spectra depend on.
-Weighted = Literal["no", "inputs", "both"]
 
 
 class Recipe(Section):

@@ -19,6 +19,19 @@ from pathlib import Path
 _GIT_PATIENCE_S = 20.0
 _HERE = Path(__file__).resolve()
 
+_PACKAGES = ("kasa", "pipeline")
+# Modules (and packages, with all that is in them) that a computation imports and that cannot change its result; why.
+# What they import is not followed either.
+CANNOT_MATTER: Mapping[str, str] = {
+    "kasa.errors": "texts of errors; whoever meets one has no result",
+    "pipeline.core.errors": "texts of errors; whoever meets one has no result",
+    "pipeline.core.code": "makes the keys, no results: with another digest a key differs anyway",
+    "pipeline.config.settings": "checks the recipe; its values, derived ones included, are in the keys",
+    "pipeline.data.sources": "finds and fetches files, which are in the keys by their bytes",
+    "pipeline.models.embedded": "makes bases and data, which are in the keys by their bytes",
+}
+_Bound = dict[str, str]
+
 
 def code_tags(module: Path = _HERE) -> dict[str, str]:
     """The digest of the code, and the commit it was checked out from, where it was: `kasa.code.*`.
@@ -64,21 +77,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-_PACKAGES = ("kasa", "pipeline")
 _ROOT = Path(__file__).resolve().parents[2]
-
-# Modules (and packages, with all that is in them) that a computation imports and that cannot change its result; why.
-# What they import is not followed either.
-CANNOT_MATTER: Mapping[str, str] = {
-    "kasa.errors": "texts of errors; whoever meets one has no result",
-    "pipeline.core.errors": "texts of errors; whoever meets one has no result",
-    "pipeline.core.code": "makes the keys, no results: with another digest a key differs anyway",
-    "pipeline.config.settings": "checks the recipe; its values, derived ones included, are in the keys",
-    "pipeline.data.sources": "finds and fetches files, which are in the keys by their bytes",
-    "pipeline.models.embedded": "makes bases and data, which are in the keys by their bytes",
-}
-
-_Bound = dict[str, str]
 
 
 class SourceTree:

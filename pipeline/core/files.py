@@ -41,6 +41,8 @@ SETTLED_S = 10.0
 
 _FILE = "file://"
 
+Record = dict[str, Any]
+
 
 def is_remote(location: Path | str) -> bool:
     """Whether a workspace is named by the URL of an object store. `file://` URLs name local folders."""
@@ -140,9 +142,6 @@ def read_digests(file: Path) -> DigestCache:
 def _state(path: Path) -> list[int | str]:
     status = path.stat()
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
-
-
-Record = dict[str, Any]
 
 
 def read_journal(path: Path) -> list[Record]:

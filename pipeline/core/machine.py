@@ -23,6 +23,11 @@ from urllib.parse import urlsplit
 
 Result = TypeVar("Result")
 
+TIMEOUT_S = 1.0
+_PYPI = "https://pypi.org/simple"
+GIB = 2**30
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+
 
 @contextmanager
 def in_background(work: Callable[[threading.Event], None]) -> Iterator[None]:
@@ -65,11 +70,6 @@ def backoff_s(first_s: float, longest_s: float) -> Iterator[float]:
     while True:
         yield pause_s
         pause_s = min(2 * pause_s, longest_s)
-
-
-TIMEOUT_S = 1.0
-
-_PYPI = "https://pypi.org/simple"
 
 
 def host_and_port(address: str, default_port: int) -> tuple[str, int] | None:
@@ -126,11 +126,6 @@ def without_login(url: str) -> str:
     except ValueError:
         return "(a malformed URL)"
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-GIB = 2**30
-
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def cpu_cores(cgroup_root: Path = _CGROUP_ROOT) -> int:

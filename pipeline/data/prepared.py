@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+COLUMNS = ("input_ids", "labels", "prompt", "prompt_tokens", "references", "choices", "choice_labels", "source")
+# `token_type_ids` is empty if the tokenizer gives none.
+LABELLED_COLUMNS = ("input_ids", "token_type_ids", "label", "prompt", "references", "source")
+
+
 class Rejection(NamedTuple):
     """A row that cannot be used.
 
@@ -84,11 +89,6 @@ class Sample:
         """What training and held-out samples must not share: all up to the first answer, or the whole of a plain text."""
         first = next(index for index, turn in enumerate(self.turns) if turn.role == "assistant")
         return "\n".join(turn.content for turn in self.turns[: first or 1])
-
-
-COLUMNS = ("input_ids", "labels", "prompt", "prompt_tokens", "references", "choices", "choice_labels", "source")
-# `token_type_ids` is empty if the tokenizer gives none.
-LABELLED_COLUMNS = ("input_ids", "token_type_ids", "label", "prompt", "references", "source")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from pipeline.data.prepared import PreparedDataset
 from pipeline.metrics.intervals import Interval, mean_differences
 from pipeline.models.prompting import Prompting
 
+HARNESS_JSON = "harness.json"
+
 
 def choices_of(sample: Mapping[str, Any], given: Sequence[str]) -> tuple[list[str], list[str]]:
     """(choices, labels) of a sample: those `given` for all samples, or its own where none are given."""
@@ -151,9 +153,6 @@ def _check_names(settings: HarnessSettings) -> None:
                 f"evaluate.harness.tasks: lm-evaluation-harness has no task {task!r}{nearest(task, known.all_tasks)}; "
                 "`lm_eval ls tasks` lists them, and evaluate.harness.include names a folder of your own"
             )
-
-
-HARNESS_JSON = "harness.json"
 
 
 def write_samples(path: Path, records: Sequence[Record]) -> None:

@@ -29,6 +29,9 @@ from pipeline.serving.inference import LoadedModel, load_model
 
 Ids = Sequence[int]
 
+# (samples, their numbers in the held-out split) -> a record per sample.
+Scorer = Callable[[Sequence[Any], Sequence[int]], list[Record]]
+
 
 def score_labels(loaded: LoadedModel, samples: Sequence[Any], indices: Sequence[int]) -> list[Record]:
     """Score samples with a trained head.
@@ -194,10 +197,6 @@ def _padded(rows: Sequence[Ids], left: bool, fill: int = 0) -> tuple[torch.Tenso
         ids[place, columns] = torch.as_tensor(row, dtype=torch.long)
         mask[place, columns] = 1
     return ids, mask
-
-
-# (samples, their numbers in the held-out split) -> a record per sample.
-Scorer = Callable[[Sequence[Any], Sequence[int]], list[Record]]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,36 @@ _POSITIVE = 1
 _GENERATED = ("text", "answer")
 _CLASSES, _VALUES = ("classification",), ("regression",)
 
+# exp of more is no number any more.
+_LARGEST_LOSS = 700.0
+CHOICE_METRICS = (
+    Metric(
+        "accuracy",
+        "Accuracy",
+        mean_of("accuracy"),
+        ratio,
+        ("choice", *_CLASSES),
+        decides=("choice", *_CLASSES),
+        best=1,
+    ),
+    Metric("accuracy_norm", "Accuracy, by length", mean_of("accuracy_norm"), ratio, ("choice",), best=1),
+    # Measured with `evaluate.extract`.
+    Metric(
+        "accuracy_generated",
+        "Accuracy, generated",
+        mean_of("accuracy_generated"),
+        ratio,
+        ("choice",),
+        by_default=False,
+        best=1,
+    ),
+)
+# Measured by `kasa judge`, in no evaluation of a run.
+JUDGED_METRICS = (
+    Metric("grade", "Grade", mean_of("grade"), ratio, (), best=10),
+    Metric("win_rate", "Win rate", mean_of("won"), ratio, (), best=1),
+)
+
 
 def _one_hot(results: Sequence[SampleResult], field: str) -> Floats:
     """The class in a field of each result, as (N, C)."""
@@ -123,9 +153,6 @@ LABEL_METRICS = (
     Metric("spearman", "Spearman correlation", _moments(_ranked), _correlation, _VALUES),
 )
 
-# exp of more is no number any more.
-_LARGEST_LOSS = 700.0
-
 
 def _losses(results: Sequence[SampleResult]) -> Floats:
     return table([(result["loss_sum"], float(result["tokens"])) for result in results])
@@ -136,29 +163,6 @@ def _perplexity(sums: Floats) -> Floats:
 
     return np.exp(np.minimum(ratio(sums), _LARGEST_LOSS))
 
-
-CHOICE_METRICS = (
-    Metric(
-        "accuracy",
-        "Accuracy",
-        mean_of("accuracy"),
-        ratio,
-        ("choice", *_CLASSES),
-        decides=("choice", *_CLASSES),
-        best=1,
-    ),
-    Metric("accuracy_norm", "Accuracy, by length", mean_of("accuracy_norm"), ratio, ("choice",), best=1),
-    # Measured with `evaluate.extract`.
-    Metric(
-        "accuracy_generated",
-        "Accuracy, generated",
-        mean_of("accuracy_generated"),
-        ratio,
-        ("choice",),
-        by_default=False,
-        best=1,
-    ),
-)
 
 LANGUAGE_METRICS = (
     Metric(
@@ -172,13 +176,6 @@ LANGUAGE_METRICS = (
     ),
     Metric("perplexity", "Perplexity", _losses, _perplexity, (*_GENERATED, "choice", "loss"), lower_is_better=True),
 )
-
-# Measured by `kasa judge`, in no evaluation of a run.
-JUDGED_METRICS = (
-    Metric("grade", "Grade", mean_of("grade"), ratio, (), best=10),
-    Metric("win_rate", "Win rate", mean_of("won"), ratio, (), best=1),
-)
-
 
 METRICS = {
     metric.name: metric

@@ -28,6 +28,9 @@ from pipeline.models.prompting import LANGUAGE_MODEL, Head, head_modules
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+IGNORED = -100
+Sample = Mapping[str, Any]
+
 
 def load_base(folder: Path, precision: str, head: Head = LANGUAGE_MODEL, seed: int = 0) -> nn.Module:
     """Load the model in evaluation mode, on the CPU, or partitioned if an `HfDeepSpeedConfig` for ZeRO-3 is alive.
@@ -118,11 +121,6 @@ def _in_its_own_type(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-
-
-IGNORED = -100
-
-Sample = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,12 @@ HEAD_FILE = "head.json"
 # Separates the two texts of a pair where only one text can be given, as in `kasa generate`.
 PAIR_SEPARATOR = " ||| "
 
+PROMPTING_FILE = "prompting.json"
+IGNORED = -100
+PLACE = "{prompt}"
+# Any tokenizer with the interface of `transformers.PreTrainedTokenizerBase`, whose import takes seconds.
+Tokenizer = Any
+
 
 @dataclass(frozen=True)
 class Head:
@@ -80,14 +86,6 @@ def head_modules(model: nn.Module) -> list[str]:
     """The names of the modules of a transformers model beside its body: those of the new head of a model for labels."""
     body = str(model.base_model_prefix)
     return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
-
-
-PROMPTING_FILE = "prompting.json"
-IGNORED = -100
-PLACE = "{prompt}"
-
-# Any tokenizer with the interface of `transformers.PreTrainedTokenizerBase`, whose import takes seconds.
-Tokenizer = Any
 
 
 class Message(NamedTuple):

@@ -29,6 +29,11 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 # The longest description of a version that MLflow's databases hold.
 _DESCRIPTION_LENGTH = 5000
 
+HISTORY = "kasa.history"
+_INTENDED = "kasa.intended_move"
+# Alias -> version; None deletes the alias. In the order of writing, by which a crash in between always leaves a champion.
+AliasChanges = dict[str, str | None]
+
 
 @dataclass(frozen=True)
 class ModelVersion:
@@ -262,13 +267,6 @@ def _parts(uri: str) -> tuple[str, str, str]:
     if rest == uri or not name or "/" in name or not (alias if at else number.isdigit()):
         raise ModelError(f"{uri} names no version; write {SCHEME}NAME/3 or {SCHEME}NAME@challenger")
     return name, alias, "" if at else str(int(number))
-
-
-HISTORY = "kasa.history"
-_INTENDED = "kasa.intended_move"
-
-# Alias -> version; None deletes the alias. In the order of writing, by which a crash in between always leaves a champion.
-AliasChanges = dict[str, str | None]
 
 
 def after_keeping_out(aliases: Mapping[str, str], version: str) -> AliasChanges:

@@ -22,6 +22,13 @@ BUCKETS = 300
 GLYPH_SIZE = (150, 20)
 ROUND_STEPS = [1, 2, 2.5, 5, 10]
 
+PARTS = {"task_loss": "adapted", "singular_value_penalty": "champion", "orthogonality_penalty": "extra"}
+MAX_PANELS = 16
+MAX_NAMED_ROWS = 40
+MAX_LOST_ROWS = 10
+# Half an axis unit apart at most: the two marks of one layer must not be taken for two layers.
+OFFSET = 0.17
+
 
 def gate_chart(metric: str, values: dict[str, float], difference: Interval | None) -> Markup:
     """Every candidate on the metric's own scale, with the interval around the adapted one."""
@@ -109,9 +116,6 @@ def series_chart(records: Records, key: str) -> Markup:
     return inline_svg(figure, key, said)
 
 
-PARTS = {"task_loss": "adapted", "singular_value_penalty": "champion", "orthogonality_penalty": "extra"}
-
-
 def zero_parts(records: Records) -> list[str]:
     """The parts of the loss that a logarithmic scale cannot show."""
     return [key for key in PARTS if max(record[key] for record in records) <= 0]
@@ -186,13 +190,6 @@ def candidates_in_order(names: Sequence[str]) -> list[str]:
     """Names in the order base, adapted, champion, then all others."""
     known = [name for name in ("base", "adapted", "champion") if name in names]
     return known + [name for name in names if name not in known]
-
-
-MAX_PANELS = 16
-MAX_NAMED_ROWS = 40
-MAX_LOST_ROWS = 10
-# Half an axis unit apart at most: the two marks of one layer must not be taken for two layers.
-OFFSET = 0.17
 
 
 @dataclass(frozen=True)

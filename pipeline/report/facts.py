@@ -27,6 +27,25 @@ if TYPE_CHECKING:
     from pipeline.metrics.intervals import Interval
 
 
+ACRONYMS = frozenset({"cpu", "cpus", "gpu", "gpus", "id", "os", "sha256", "uri", "url"})
+MINUS = "\u2212"
+# Any distinct colours do that no drawing would use by chance.
+COLOURS = {
+    "ink": "#010203",
+    "muted": "#010204",
+    "rule": "#010205",
+    "base": "#010206",
+    "adapted": "#010207",
+    "champion": "#010208",
+    "better": "#010209",
+    "worse": "#01020a",
+    "extra": "#01020b",
+    "paper": "#01020c",
+}
+FONT_SIZE = 11
+MAX_ENLARGEMENT = 1.3
+
+
 @dataclass(frozen=True)
 class StageFacts:
     """One stage of the run; `status` is `computed` or `reused`."""
@@ -146,10 +165,6 @@ class ReportFacts:
     commands: dict[str, str] = field(default_factory=dict)
 
 
-ACRONYMS = frozenset({"cpu", "cpus", "gpu", "gpus", "id", "os", "sha256", "uri", "url"})
-MINUS = "\u2212"
-
-
 def spoken(name: str) -> str:
     """`exact_match` -> `Exact match`; metrics with a spelling of their own keep it."""
     if name in METRICS:
@@ -215,23 +230,6 @@ def scalar(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.6g}"
     return str(value)
-
-
-# Any distinct colours do that no drawing would use by chance.
-COLOURS = {
-    "ink": "#010203",
-    "muted": "#010204",
-    "rule": "#010205",
-    "base": "#010206",
-    "adapted": "#010207",
-    "champion": "#010208",
-    "better": "#010209",
-    "worse": "#01020a",
-    "extra": "#01020b",
-    "paper": "#01020c",
-}
-FONT_SIZE = 11
-MAX_ENLARGEMENT = 1.3
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:

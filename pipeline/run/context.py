@@ -36,6 +36,11 @@ LEAST_FREE_BYTES = 2 * 2**30
 # Set by Ray in the environment of a submitted job.
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
+# The recipe with its overrides and defaults, as it was run.
+RECIPE_FILE = "recipe.yaml"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 def ready_workspace(recipe: Recipe) -> Workspace:
     """Create the workspace if need be, and make sure it can hold what a run writes.
@@ -97,13 +102,6 @@ def _check_folder(workspace: Path) -> None:
             f"the workspace {workspace} has {free / 2**30:.1f} GiB free and a run needs {LEAST_FREE_BYTES / 2**30:.0f}; "
             "free some, or choose another with workspace=FOLDER"
         )
-
-
-# The recipe with its overrides and defaults, as it was run.
-RECIPE_FILE = "recipe.yaml"
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass

@@ -31,7 +31,6 @@ from pipeline.storage.artifacts import StageKey
 
 PREPARE, SPECTRA, AUDIT, TRAIN, EVALUATE = "prepare", "spectra", "audit", "train", "evaluate"
 
-
 # Settings that decide where and how fast, not what.
 _DATA_PLACES = {"train", "heldout", "calibration"}
 _TRAIN_MECHANICS = {

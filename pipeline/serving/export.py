@@ -45,6 +45,9 @@ _MEMORY_FACTOR = 1.25
 # Share of the largest logit above which a merged model no longer says what the trained one says.
 _COARSE = 0.01
 
+Format = Literal["lora", "merged", "peft-kasa"]
+Dtype = Literal["fp32", "bf16", "stored"]
+
 
 @dataclass(frozen=True)
 class LogitDifference:
@@ -108,10 +111,6 @@ def coarse(logits: LogitDifference, dtypes: tuple[str, ...]) -> str | None:
         f"rounding the merged weights to {', '.join(dtypes)} changes what the model says; --dtype fp32 and --format lora "
         "keep it"
     )
-
-
-Format = Literal["lora", "merged", "peft-kasa"]
-Dtype = Literal["fp32", "bf16", "stored"]
 
 
 @dataclass(frozen=True)

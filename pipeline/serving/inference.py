@@ -29,6 +29,8 @@ from pipeline.models.prompting import LANGUAGE_MODEL, PAIR_SEPARATOR, Head, Prom
 
 _LABELLED_TEXTS_PER_BATCH = 32
 
+BASE_VARIABLE = "KASA_BASE_MODEL"
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -156,9 +158,6 @@ def load_model(
         attach_folder(model, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return LoadedModel(model, load_tokenizer(base), head, prompting)
-
-
-BASE_VARIABLE = "KASA_BASE_MODEL"
 
 
 def load_registered(adapter: Path, config: Mapping[str, Any], base: Path | None = None) -> LoadedModel:

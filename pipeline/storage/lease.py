@@ -33,6 +33,12 @@ from pipeline.storage.objects import ObjectStore
 # fail. It would have to sleep through this many renewals to find that name free again.
 _KEPT = 32
 
+DURATION_S = 120.0
+RENEWALS = 6  # within that duration
+CLOCKS_APART_S = 30.0
+Verdict = Literal["free", "held", "take over"]
+Pulse = Literal["alive", "gone", "unknown"]
+
 
 class Entry(NamedTuple):
     """The state of a record: its content (None if it is absent or was deleted) and its version (None if it never existed)."""
@@ -146,14 +152,6 @@ class ObjectLeaseStore:
         if unchanged is None:
             return self._store.create(self._name, content or b"")
         return self._store.replace(self._name, content or b"", unchanged)
-
-
-DURATION_S = 120.0
-RENEWALS = 6  # within that duration
-CLOCKS_APART_S = 30.0
-
-Verdict = Literal["free", "held", "take over"]
-Pulse = Literal["alive", "gone", "unknown"]
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ from pipeline.training.zero import (
 # The ranks time out within seconds of one another.
 _ANSWER_TIMEOUT_S = 10.0
 
+_TIMED_OUT = re.compile("timed out|timeout", re.IGNORECASE)
+
 
 class HangDetector:
     """The answers of all ranks of one attempt, as files in a folder.
@@ -115,9 +117,6 @@ class HangDetector:
 
     def _process_file(self, rank: int) -> Path:
         return self._folder / f"{rank}.process"
-
-
-_TIMED_OUT = re.compile("timed out|timeout", re.IGNORECASE)
 
 
 def train_worker(job: TrainJob, node_leaves: Callable[[], bool] = lambda: False) -> None:

@@ -34,6 +34,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # Key of an optimizer group: whether it holds the parameters of a new head.
 IS_HEAD = "is_head"
 
+_JSON = "checkpoint.json"
+_ALLOCATION = "allocation/"
+
 
 @contextmanager
 def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
@@ -229,10 +232,6 @@ def _deepspeed() -> Any:
     # never calls. A private table, so the version of DeepSpeed is pinned.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-_JSON = "checkpoint.json"
-_ALLOCATION = "allocation/"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ _KEPT_BYTES, _ROOTED_BYTES = 4 + 8, 30
 # Bytes per element of K x K: the Gram matrix in fp64, its factor, and the Krylov space, which may span a third of it.
 _GRAM_BYTES = 8 + 8 + 4
 
+FOLDER = "spectra"
+
 
 def decomposition_bytes(target: Target, element_bytes: int, weighted: Weighted) -> int:
     """Peak memory of a decomposition in bytes, its process included.
@@ -56,9 +58,6 @@ def decomposition_bytes(target: Target, element_bytes: int, weighted: Weighted) 
         _KEPT_BYTES * (inputs + gradients) + copies * size + _GRAM_BYTES * smaller,
     )
     return _PROCESS_BYTES + element_bytes * size + max(stages)
-
-
-FOLDER = "spectra"
 
 
 def spectra(work: Work, key: StageKey, prepared: Artifact | None = None) -> Artifact:
