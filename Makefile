@@ -21,7 +21,6 @@ quick: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "soak or cluster"
-	$(BIN)/python -m benchmarks kill restart elastic-resume
 
 checks: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
@@ -34,7 +33,7 @@ bench: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m pipeline.apps.recipe_docs
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.table
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
