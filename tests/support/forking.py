@@ -31,8 +31,8 @@ _READ_AT_START = (
     "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS", "TRANSFORMERS_OFFLINE", "ARROW_", "RAY_TRAIN_", "RAY_ACCEL_", "RAY_DEDUP_",
     "RAY_AUTH_MODE",
 )  # fmt: skip
-# What the server can still set in a fork.
-_SET_AFTERWARDS = {"MALLOC_MMAP_THRESHOLD_"}
+# What the server can still set in a fork, and what is read when it is used.
+_NOT_TOO_LATE = {"MALLOC_MMAP_THRESHOLD_", "PYTHONWARNINGS", "PYTHONBREAKPOINT"}
 
 
 class ForkedProcess(subprocess.Popen[Any]):
@@ -127,7 +127,7 @@ def _note(environment: Mapping[str, str]) -> Path:
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
-    names = [name for name in environment if name.startswith(_READ_AT_START) and name not in _SET_AFTERWARDS]
+    names = [name for name in environment if name.startswith(_READ_AT_START) and name not in _NOT_TOO_LATE]
     return {name: environment[name] for name in names}
 
 
