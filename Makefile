@@ -33,7 +33,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ONLY)
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m pipeline.config.catalogue
+	$(BIN)/python -m pipeline.apps.recipe_docs
 	$(BIN)/python -m benchmarks.readme
 
 clean:

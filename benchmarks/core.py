@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from pipeline.core.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -168,21 +168,9 @@ def make_record(one: Check, measurement: Measurement, setting: Setting, environm
 
 
 def write_record(record: Record, results: Path = RESULTS) -> Path:
-    """Store a record in place of an older one of its name; readers see the old or the new one, never a part."""
-    results.mkdir(parents=True, exist_ok=True)
+    """Store a record in place of an older one of its name."""
     path = results / f"{record.name}.json"
-    text = json.dumps(asdict(record), indent=2, allow_nan=False) + "\n"
-    with tempfile.NamedTemporaryFile(
-        "w", dir=results, prefix=f".{record.name}-", encoding="utf-8", delete=False
-    ) as new:
-        try:
-            new.write(text)
-            new.flush()
-            os.chmod(new.name, 0o644)
-            os.replace(new.name, path)
-        except BaseException:
-            os.unlink(new.name)
-            raise
+    atomic_write(path, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
     return path
 
 

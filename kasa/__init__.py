@@ -1,8 +1,10 @@
 """KaSA: Knowledge-aware Singular-value Adaptation (arXiv 2412.06071), without harm to the base model.
 
 targets = find_targets(model, "all-linear")
-spectra = compute_spectra(ModelWeights(model), targets, rank=8)
-layers = attach(model, targets, KasaConfig(rank=8), spectra)
+with observe_layers(model, targets, gradients=True) as seen:
+    model(**text).loss.backward()
+spectra = compute_spectra(ModelWeights(model), targets, rank=8, weighting=seen.weighting)
+layers = attach(model, targets, config := KasaConfig(rank=8), spectra)
 loss = task_loss + penalty(layers.values(), "authors").weighted(config)
 """
 

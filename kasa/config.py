@@ -12,13 +12,14 @@ Regulariser = Literal["paper", "authors"]
 
 @dataclass(frozen=True)
 class KasaConfig:
-    """Hyperparameters of one KaSA adapter (arXiv 2412.06071, section 3).
+    """Hyperparameters of one KaSA adapter (arXiv 2412.06071, section 3). Its defaults are those of recipes too.
 
     Attributes:
         rank: r, the width of the update B diag(d) A.
         alpha: the update is scaled by s = alpha / r.
         dropout: probability of dropping an input of the update.
-        truncation: the rule by which a part of each base weight is cut away (`kasa.truncation`).
+        truncation: the rule by which a part of each base weight is cut away (`kasa.truncation`). The spectra must have been
+            computed for it: `loss` and `activation` need a weighting, the others none.
         dropped_rank: the rank of that part.
         regulariser: which convention `kasa.penalty` follows.
         singular_value_weight: beta, weight of L2 = sum of d squared.
@@ -27,9 +28,9 @@ class KasaConfig:
     """
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: float = 16
     dropout: float = 0.0
-    truncation: Truncation = "weight"
+    truncation: Truncation = "loss"
     dropped_rank: int = 8
     regulariser: Regulariser = "authors"
     singular_value_weight: float = 1e-4

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,18 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 
 from kasa.errors import AdapterFileError
-from kasa.file_digest import file_digest
+from kasa.files import file_digest, replacing
 
 TENSOR_FILE = "tensors.safetensors"
 
 
 def write_tensor_folder(folder: Path, json_name: str, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Write `folder` with `tensors` and, as `json_name`, `facts`; a folder already there is replaced."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSOR_FILE)
-    sealed = {**facts, "tensors_sha256": file_digest(temporary / TENSOR_FILE)}
-    (temporary / json_name).write_text(json.dumps(sealed, indent=1, sort_keys=True), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    with replacing(folder) as new:
+        new.mkdir(parents=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / TENSOR_FILE)
+        sealed = {**facts, "tensors_sha256": file_digest(new / TENSOR_FILE)}
+        (new / json_name).write_text(json.dumps(sealed, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_tensor_folder(folder: Path, json_name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

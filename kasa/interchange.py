@@ -6,7 +6,6 @@ Legend: O = out features, I = in features, R = adapter rank, D = dropped rank, K
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 
 from kasa.adapter_file import SavedAdapter
 from kasa.errors import InterchangeError
+from kasa.files import replacing
 from kasa.layer import FROZEN, TRAINABLE
 from kasa.targets import Target
 
@@ -70,20 +70,16 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = out.absolute()
     if out.exists() or out.is_symlink():
         raise InterchangeError(f"{out} exists already; name another folder, or delete it first")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InterchangeError(f"{out} cannot be made: {error.strerror} ({error.filename})") from None
-    try:
-        yield temporary
-        _make_readable(temporary)
-        os.replace(temporary, out)
+        with replacing(out) as folder:
+            try:
+                folder.mkdir(parents=True)
+            except (FileExistsError, NotADirectoryError, PermissionError) as error:
+                raise InterchangeError(f"{out} cannot be made: {error.strerror} ({error.filename})") from None
+            yield folder
+            _make_readable(folder)
     except SafetensorError as error:
         raise InterchangeError(f"{out} was not written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _make_readable(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Retrain as a Ray job where there is something new to learn from.
+"""Retrain as a Ray job if something has changed.
 
     ray job submit --working-dir . -- python -m ray_jobs.retrain RECIPE.yaml workspace=/shared/kasa [--json]
 
-The arguments are those of `kasa retrain`, which needs no Ray to find out that there is nothing to do. Data and workspace
+The arguments are those of `kasa retrain`, which needs no Ray where nothing has changed. Data and workspace
 must be on storage that all nodes of the cluster share.
 """
 

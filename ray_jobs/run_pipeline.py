@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python -m ray_jobs.run_pipeline RECIPE.yaml workspace=/shared/kasa [--json]
 
 The arguments are those of `kasa run`. Ray sets RAY_ADDRESS in a job's environment, so the stages run on that cluster;
-the workspace must be on storage that all its nodes share. Submitting the same recipe again goes on where it stopped.
+the workspace must be on storage that all its nodes share. Submitting the same recipe again resumes the run.
 """
 
 from __future__ import annotations

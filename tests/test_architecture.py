@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 # Lowest floor first. `docs/contributing.md` says what belongs where.
 FLOORS = (
     ("kasa",),
-    ("pipeline.core", "pipeline.config"),
-    ("pipeline.cluster", "pipeline.storage", "pipeline.artifacts", "pipeline.tracking", "pipeline.registry"),
-    ("pipeline.metrics", "pipeline.models", "pipeline.data", "pipeline.methods"),
+    ("pipeline.core", "pipeline.metrics", "pipeline.config"),
+    ("pipeline.cluster", "pipeline.storage", "pipeline.tracking", "pipeline.registry"),
+    ("pipeline.models", "pipeline.data", "pipeline.methods"),
     ("pipeline.spectra", "pipeline.training", "pipeline.serving", "pipeline.evaluation", "pipeline.report"),
     ("pipeline.run",),
     ("pipeline.apps",),
@@ -24,7 +24,8 @@ FLOORS = (
 # Who may look at whom on its own floor.
 NEIGHBOURS = {
     ("pipeline.config", "pipeline.core"),
-    ("pipeline.artifacts", "pipeline.storage"),
+    ("pipeline.config", "pipeline.metrics"),
+    ("pipeline.metrics", "pipeline.core"),
     ("pipeline.registry", "pipeline.tracking"),
     ("pipeline.data", "pipeline.models"),
     ("pipeline.methods", "pipeline.models"),
@@ -37,15 +38,14 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 METHOD_LIBRARIES = {"kasa", "torch", "numpy", "scipy", "threadpoolctl", "safetensors"}
 DOORS = {
     # The last is no part of a run: a client of Ray's Jobs API, which speaks HTTP to a cluster and starts no Ray.
-    "ray": {"pipeline/cluster/connection.py", "pipeline/apps/jobs/client.py"},
+    "ray": {"pipeline/cluster/connection.py", "pipeline/cluster/workers.py", "pipeline/apps/job_client.py"},
     # The store, what is written to it, and MLflow's monitors of the machine; the registry, and what it serves.
     "mlflow": {
         "pipeline/tracking/server.py",
         "pipeline/tracking/runs.py",
-        "pipeline/tracking/system_metrics.py",
+        "pipeline/tracking/live_metrics.py",
         "pipeline/registry/store.py",
         "pipeline/serving/served_model.py",
-        "pipeline/serving/served_labels.py",
     },
     "fsspec": {"pipeline/storage/objects.py"},
     "deepspeed": {"pipeline/training/zero.py"},

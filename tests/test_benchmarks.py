@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import readme
+from benchmarks import table
 from benchmarks.__main__ import main
-from benchmarks.checks import all_checks, demo, interchange, spectra
+from benchmarks.checks import adapter_start, all_checks, quickstart
 from benchmarks.core import (
     RESULTS,
     ROOT,
@@ -30,6 +30,7 @@ from benchmarks.core import (
     run_checks,
     write_record,
 )
+from benchmarks.inputs import copy_sources
 
 
 def _environment() -> tuple[dict[str, str], dict[str, str]]:
@@ -156,7 +157,7 @@ def test_an_interrupted_write_leaves_the_old_record_alone(results: Path, monkeyp
     with pytest.raises(OSError, match="no space"):
         write_record(_record(measured=2.0), results)
     assert path.read_bytes() == before
-    assert [file.name for file in results.iterdir()] == [path.name]
+    assert [record.measured for record in read_records(results)] == [1.0]
 
 
 def test_a_crash_stops_no_other_check(setting: Setting, results: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -237,19 +238,11 @@ def test_a_check_must_say_what_it_measures() -> None:
 
 
 def test_the_project_has_its_checks() -> None:
-    names = [one.name for one in all_checks()]
-    expected = {
-        "demo-gain",
-        "demo-time",
-        "cache-noop",
-        "spectra-model",
-        "spectra-weight",
-        "parity",
-        "export-lora",
-        "export-merged",
-        "plan",
-    }
-    assert expected <= set(names)
+    assert {one.name for one in all_checks()} == {
+        "adapter-load", "cache-noop", "checkpoint-size", "commonsense", "demo-gain", "demo-time", "e2e", "e2e-full",
+        "eval-scaling", "glue", "packing", "plan", "regulariser", "retrain", "spectra-model", "spectra-weight",
+        "train-step", "truncation", "truncation-training", "zero3-memory",
+    }  # fmt: skip
 
 
 def test_committed_records_belong_to_checks() -> None:
@@ -290,9 +283,9 @@ def _result(folder: Path, status: str, low: float = 0.012) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("low", "met"), [(0.012, True), (0.0, False), (-0.01, False)])
 def test_the_gain_is_judged_by_its_lower_end(low: float, met: bool, tmp_path: Path) -> None:
-    measurement = demo.gain_of(_result(tmp_path, "computed", low))
+    measurement = quickstart.gain_of(_result(tmp_path, "computed", low))
     assert measurement.measured == pytest.approx(4)
-    assert judge(demo.demo_gain, measurement) == (pytest.approx(100 * low), met)
+    assert judge(quickstart.demo_gain, measurement) == (pytest.approx(100 * low), met)
     assert measurement.details["interval_points"] == pytest.approx([100 * low, 7])
     assert measurement.details["heldout_rows"] == 400
     assert measurement.details["base"] == {"accuracy": 0.6, "loss": 1.0}
@@ -308,9 +301,9 @@ def test_the_cold_run_is_apart_and_the_second_run_follows_another(
         is_new = runs.count(workspace) == 1
         return _result(workspace / "evaluate", "computed" if is_new else "reused"), 300.0 if is_new else 12.0
 
-    monkeypatch.setattr(demo, "_run_quickstart", run)
-    monkeypatch.setattr(demo, "_fetch_inputs", lambda workspace: None)
-    cold, again = demo.demo_time.measure(setting), demo.cache_noop.measure(setting)
+    monkeypatch.setattr(quickstart, "_run_quickstart", run)
+    monkeypatch.setattr(quickstart, "fetch", lambda recipe, workspace: None)
+    cold, again = quickstart.demo_time.measure(setting), quickstart.cache_noop.measure(setting)
     assert runs[0].is_relative_to(setting.scratch)
     assert runs[1:] == [setting.workspace] * 2
     assert [(m.measured, m.flaws) for m in (cold, again)] == [(300.0, ()), (12.0, ())]
@@ -324,18 +317,35 @@ def test_cache_noop_alone_makes_the_first_run_itself(setting: Setting, monkeypat
         runs.append(workspace)
         return _result(workspace / "evaluate", "computed"), 1.0
 
-    monkeypatch.setattr(demo, "_run_quickstart", run)
-    monkeypatch.setattr(demo, "_fetch_inputs", lambda workspace: None)
-    measurement = demo.cache_noop.measure(setting)
+    monkeypatch.setattr(quickstart, "_run_quickstart", run)
+    monkeypatch.setattr(quickstart, "fetch", lambda recipe, workspace: None)
+    measurement = quickstart.cache_noop.measure(setting)
     assert len(runs) == 2
     assert "train was computed, not reused" in measurement.flaws
-    assert not judge(demo.cache_noop, measurement)[1]
+    assert not judge(quickstart.cache_noop, measurement)[1]
+
+
+@pytest.mark.parametrize(("second", "flaws"), [("unchanged", 0), ("retrained", 1)])
+def test_a_retraining_with_nothing_new_is_timed_and_must_find_nothing(
+    second: str, flaws: int, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = [("retrained", 90.0), ("unchanged", 0.5), (second, 0.75), ("unchanged", 0.5), ("unchanged", 0.25)]
+
+    def tick(*arguments: str) -> tuple[dict[str, Any], float]:
+        assert arguments[0] == "retrain"
+        status, seconds = ticks.pop(0)
+        return {"status": status}, seconds
+
+    monkeypatch.setattr(quickstart, "kasa_command", tick)
+    monkeypatch.setattr(quickstart, "fetch", lambda recipe, workspace: None)
+    measurement = quickstart.retrain.measure(setting)
+    assert (measurement.measured, len(measurement.flaws), ticks) == (0.75, flaws, [])
 
 
 def test_a_missing_stage_is_a_flaw(tmp_path: Path) -> None:
     result = _result(tmp_path, "reused")
     del result["stages"]["register"]
-    assert demo.unlike(result, "reused") == ("register was missing, not reused",)
+    assert quickstart.unlike(result, "reused") == ("register was missing, not reused",)
 
 
 def test_a_cold_workspace_holds_the_downloads_only(tmp_path: Path) -> None:
@@ -343,60 +353,47 @@ def test_a_cold_workspace_holds_the_downloads_only(tmp_path: Path) -> None:
     for name in ("sources/base/config.json", "sources/.base.lock", "artifacts/train/x"):
         (workspace / name).parent.mkdir(parents=True, exist_ok=True)
         (workspace / name).touch()
-    demo.copy_sources(workspace, tmp_path / "cold")
+    copy_sources(workspace, tmp_path / "cold")
     files = [file.relative_to(tmp_path / "cold") for file in (tmp_path / "cold").rglob("*") if file.is_file()]
     assert files == [Path("sources/base/config.json")]
-    demo.copy_sources(tmp_path / "nowhere", tmp_path / "colder")
+    copy_sources(tmp_path / "nowhere", tmp_path / "colder")
     assert not list((tmp_path / "colder").iterdir())
 
 
 def test_the_quickstart_is_where_the_checks_look_for_it() -> None:
-    assert (ROOT / demo.RECIPE).is_file()
+    assert (ROOT / quickstart.RECIPE).is_file()
 
 
 def test_one_weight_is_timed_and_its_error_is_that_of_the_dropped_part() -> None:
-    found = spectra.time_weight(64, 96)
+    found = adapter_start.time_weight(64, 96)
     assert min(found["seconds"], found["product_seconds"], found["svd_seconds"]) > 0
     assert found["error"] < 1e-4
     assert found["svd_error"] < 1e-2
-    weight, exact = spectra.planted(64, 96)
-    assert torch.linalg.matrix_rank(exact) == spectra.RANK
-    assert torch.linalg.svdvals(weight.double() - exact)[-spectra.RANK :].max() < 1e-6
+    weight, exact = adapter_start.planted(64, 96)
+    assert torch.linalg.matrix_rank(exact) == adapter_start.RANK
+    assert torch.linalg.svdvals(weight.double() - exact)[-adapter_start.RANK :].max() < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(40, 40), (64, 40), (40, 64)])
-def test_parity_of_one_layer(shape: tuple[int, int]) -> None:
-    layer = interchange.layer_differences(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    measurement = interchange.parity_of({"layer": layer})
-    assert judge(interchange.parity, measurement)[1], measurement
-    assert 0 < layer["fp64"] < layer["fp64_with_another_svd"] < layer["fp32"] < layer["peft_to_reference"]
+# The figures in the documentation.
 
 
-def test_parity_is_judged_by_the_worst_layer_and_both_references() -> None:
-    good = {"peft": 1e-6, "fp32": 1e-7, "fp64": 1e-15, "peft_to_reference": 1e-6}
-    measurement = interchange.parity_of({"one": good, "two": {**good, "peft": 3e-6, "fp32": 2e-5}})
-    assert measurement.measured == 3e-6
-    assert measurement.flaws == ("2.0e-05 from the fp64 reference in fp32, not 1e-05",)
-    assert not judge(interchange.parity, measurement)[1]
+def _page(name: str) -> str:
+    return f"# Title\n\nAbove.\n\n<!-- {name}:start -->\nold\n<!-- {name}:end -->\n\nBelow.\n"
 
 
-def test_an_export_is_judged_on_a_sane_model_with_all_weights() -> None:
-    sane = {"fp32": 1e-6, "adapter_changes_logits": 0.4}
-    rules = {"activation": sane, "weight": {"fp32": 1e-4, "adapter_changes_logits": 1.2}}
-    assert judge(interchange.export_lora, interchange.export_of(rules, 210)) == (1e-6, True)
-    assert interchange.export_of(rules, 30).flaws == ("30 weights, not 210",)
-    dead = {**rules, "activation": {"fp32": 0.0, "adapter_changes_logits": 1e-7}}
-    assert interchange.export_of(dead, 210).flaws == ("the adapter changes the logits by 1.0e-07 only",)
+@pytest.fixture
+def pages(tmp_path: Path, results: Path) -> Path:
+    """Both pages with old figures, and records of the chosen ones."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "benchmarks.md").write_text(_page("benchmarks"), encoding="utf-8")
+    (tmp_path / "README.md").write_text(_page("figures"), encoding="utf-8")
+    for name in table.FIGURES:
+        write_record(_record(name=name), results)
+    return tmp_path
 
 
-def test_a_difference_is_relative_to_the_largest_value() -> None:
-    theirs = [torch.tensor([1.0, -8.0]), torch.tensor([2.0])]
-    assert interchange.difference([torch.tensor([1.0, -7.0]), torch.tensor([4.0])], theirs) == 0.25
-
-
-# The figures in the README.
-
-_SAMPLE = f"# Title\n\nAbove.\n\n{readme.START}\nold\n{readme.END}\n\nBelow.\n"
+def _arguments(pages: Path) -> list[str]:
+    return ["--pages", str(pages), "--results", str(pages / "results")]
 
 
 def test_the_block_is_a_table_of_the_records() -> None:
@@ -405,60 +402,76 @@ def test_the_block_is_a_table_of_the_records() -> None:
         _record(too_slow, met=False, judges="the slowest"),
         _record(choosy, machine={"processor": "Abacus", "cores": "1", "gpus": "Beads", "device": "cuda"}),
     ]
-    lines = readme.block([replace(record, date="2026-01-02T03:04:05+00:00") for record in records])
+    lines = table.all_records([replace(record, date="2026-01-02T03:04:05+00:00") for record in records], "results")
     assert lines == [
         "",
         "| check | what | measured | bar | met | machine | date |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| [`enough`](benchmarks/results/enough.json) | More than enough | 12.5 points | at least 10 points | yes |"
+        "| [`enough`](results/enough.json) | More than enough | 12.5 points | at least 10 points | yes |"
         " Abacus \\| 9, 2 cores | 2026-01-02 |",
-        "| [`too-slow`](benchmarks/results/too-slow.json) | Slower than it should be | 11 s | the slowest at most 10 s"
+        "| [`too-slow`](results/too-slow.json) | Slower than it should be | 11 s | the slowest at most 10 s"
         " | **no** | Abacus \\| 9, 2 cores | 2026-01-02 |",
-        "| [`choosy`](benchmarks/results/choosy.json) | Computes where it is told | 1 points | more than 0 points | yes |"
+        "| [`choosy`](results/choosy.json) | Computes where it is told | 1 points | more than 0 points | yes |"
         " Beads; Abacus, 1 core | 2026-01-02 |",
         "",
     ]
 
 
-def test_the_readme_is_rewritten_between_its_markers(results: Path, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(_SAMPLE, encoding="utf-8")
-    write_record(_record(), results)
-    arguments = ["--readme", str(page), "--results", str(results)]
-    assert readme.main([*arguments, "--check"]) == 1
-    assert page.read_text(encoding="utf-8") == _SAMPLE
-    assert readme.main(arguments) == 0
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith(f"# Title\n\nAbove.\n\n{readme.START}\n\n| check |")
-    assert text.endswith(f" |\n\n{readme.END}\n\nBelow.\n")
+@pytest.mark.parametrize(
+    ("page", "name", "header", "link"),
+    [
+        ("docs/benchmarks.md", "benchmarks", "check", "(../results/plan.json)"),
+        ("README.md", "figures", "what", "(results/plan.json)"),
+    ],
+)
+def test_the_pages_are_rewritten_between_their_markers(
+    page: str, name: str, header: str, link: str, pages: Path, results: Path
+) -> None:
+    assert table.main([*_arguments(pages), "--check"]) == 1
+    assert (pages / page).read_text(encoding="utf-8") == _page(name)
+    assert table.main(_arguments(pages)) == 0
+    text = (pages / page).read_text(encoding="utf-8")
+    assert text.startswith(f"# Title\n\nAbove.\n\n<!-- {name}:start -->\n\n| {header} |")
+    assert text.endswith(f" |\n\n<!-- {name}:end -->\n\nBelow.\n")
     assert "old" not in text
-    assert readme.main([*arguments, "--check"]) == 0
-    write_record(_record(measured=13.0), results)
-    assert readme.main([*arguments, "--check"]) == 1
+    assert link in text
+    assert table.main([*_arguments(pages), "--check"]) == 0
+    write_record(_record(name="plan", measured=13.0), results)
+    assert table.main([*_arguments(pages), "--check"]) == 1
 
 
-def test_without_records_the_block_is_empty(tmp_path: Path) -> None:
-    assert readme.with_block(_SAMPLE, readme.block([])) == _SAMPLE.replace("old\n", "")
+def test_the_readme_has_the_chosen_figures_in_their_order(pages: Path, results: Path) -> None:
+    write_record(_record(), results)
+    table.main(_arguments(pages))
+    rows = [line for line in (pages / "README.md").read_text().splitlines() if line.startswith("| More than enough")]
+    assert [row.partition("[`")[2].partition("`]")[0] for row in rows] == list(table.FIGURES)
+    (results / "plan.json").unlink()
+    assert table.main(_arguments(pages)) == 2
 
 
-@pytest.mark.parametrize("text", ["", readme.START, f"{readme.END}\n{readme.START}\n", _SAMPLE * 2])
-def test_a_readme_without_a_block_is_an_error(text: str, tmp_path: Path, results: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(text, encoding="utf-8")
-    assert readme.main(["--readme", str(page), "--results", str(results)]) == 2
-    assert page.read_text(encoding="utf-8") == text
+def test_without_records_the_block_is_empty() -> None:
+    block, page = table.BLOCKS[0], _page("benchmarks")
+    assert block.filled(page, table.all_records([], "results")) == page.replace("old\n", "")
 
 
-def test_a_damaged_record_is_named(results: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(_SAMPLE, encoding="utf-8")
-    results.mkdir()
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "README.md"])
+@pytest.mark.parametrize("damage", ["", "{start}", "{end}\n{start}\n", "{start}{end}{start}{end}"])
+def test_a_page_without_a_block_is_an_error(damage: str, page: str, pages: Path) -> None:
+    name = "figures" if page == "README.md" else "benchmarks"
+    text = damage.format(start=f"<!-- {name}:start -->", end=f"<!-- {name}:end -->")
+    (pages / page).write_text(text, encoding="utf-8")
+    assert table.main(_arguments(pages)) == 2
+    assert (pages / page).read_text(encoding="utf-8") == text
+
+
+def test_a_damaged_record_is_named(pages: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (results / "enough.json").write_text('{"name": "enough"', encoding="utf-8")
-    assert readme.main(["--readme", str(tmp_path / "README.md"), "--results", str(results)]) == 2
+    assert table.main(_arguments(pages)) == 2
     assert "enough.json is no benchmark record" in capsys.readouterr().err
 
 
 def test_the_committed_figures_are_current() -> None:
-    assert readme.main(["--check"]) == 0, "run python -m benchmarks.readme"
+    assert table.main(["--check"]) == 0, "run python -m benchmarks.table"
 
 
 def test_a_record_on_disk_has_every_field(results: Path) -> None:

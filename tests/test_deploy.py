@@ -24,7 +24,7 @@ import yaml
 from pipeline.cli.main import app
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.run.flow import needed_resources
+from pipeline.run.graph import needed_resources
 from tests.support import ROOT
 from tests.support.kuberay import SCHEMAS
 

@@ -1,4 +1,4 @@
-"""Is this machine ready for a run? Each check looks at one thing, changes nothing, and says what to do."""
+"""`kasa doctor`: checks of what a run needs from this machine. Each changes nothing and names a remedy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,18 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from pipeline.core.connectivity import answers, connects, host_and_port, package_index, side_by_side, without_login
-from pipeline.core.machine import GIB, cpu_cores, existing_parent, memory_gib
+from pipeline.core.machine import (
+    GIB,
+    answers,
+    connects,
+    cpu_cores,
+    existing_parent,
+    host_and_port,
+    memory_gib,
+    package_index,
+    side_by_side,
+    without_login,
+)
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -29,7 +39,14 @@ _RAY_PORTS = {"": 6379, "ray": 10001, "http": 8265, "https": 443}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `remedy` says what to do, and is empty where all is well."""
+    """The result of one check.
+
+    Attributes:
+        name: what was checked.
+        status: `ok`, `warn`, or `fail` if a run cannot work.
+        detail: what was found.
+        remedy: what to do; empty where nothing is wrong.
+    """
 
     name: str
     status: Status
@@ -38,7 +55,7 @@ class Finding:
 
 
 def examine(workspace: Path) -> list[Finding]:
-    """Look at everything a run depends on, in about three seconds (imports not counted). Nothing is created or changed.
+    """Run all checks, in about three seconds without imports.
 
     Args:
         workspace: the recipe's workspace folder; it need not exist.
@@ -66,7 +83,7 @@ def examine(workspace: Path) -> list[Finding]:
 
 
 def pins(pyproject: Path = _PYPROJECT) -> tuple[str, list[Requirement]]:
-    """(requires-python, dependencies): from pyproject.toml beside the package, else from the installed metadata."""
+    """(requires-python, dependencies), from pyproject.toml beside the package or else from the installed metadata."""
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
         return project["requires-python"], [Requirement(line) for line in project["dependencies"]]
@@ -76,7 +93,7 @@ def pins(pyproject: Path = _PYPROJECT) -> tuple[str, list[Requirement]]:
 
 
 def installed_versions(requirements: list[Requirement]) -> dict[str, str]:
-    """The installed version of every required package that is there."""
+    """The version of each required package that is installed."""
     versions = {}
     for requirement in requirements:
         try:
@@ -87,18 +104,18 @@ def installed_versions(requirements: list[Requirement]) -> dict[str, str]:
 
 
 def check_python(version: str, wanted: str) -> Finding:
-    """The interpreter's version against requires-python."""
+    """Check the interpreter's version against requires-python."""
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Finding("Python", "ok", f"{version} ({sys.executable})")
     return Finding("Python", "fail", f"{version}, wanted {wanted}", f"use a Python {wanted}")
 
 
 def check_packages(requirements: list[Requirement], versions: Mapping[str, str]) -> list[Finding]:
-    """One finding for each package that is missing or off its pin, and one for all that are right."""
+    """Check packages against their pins: a finding for each wrong one, and one for all that are right."""
     wrong = []
     for pin in requirements:
         version = versions.get(pin.name)
-        # A local part (2.13.0+cpu) does not take a version out of its pin; a pre-release may satisfy it.
+        # A version with a local part (2.13.0+cpu) satisfies its pin, and a pre-release may.
         if version is None or not pin.specifier.contains(version, prereleases=True):
             detail = f"{version or 'not installed'}, wanted {pin.specifier}"
             wrong.append(Finding(pin.name, "fail", detail, f"pip install '{pin}'"))
@@ -112,7 +129,7 @@ def check_packages(requirements: list[Requirement], versions: Mapping[str, str])
 
 
 def check_cores(cores: int) -> Finding:
-    """CPU cores this process may use."""
+    """Check the number of CPU cores that this process may use."""
     if cores >= 2:
         return Finding("CPU cores", "ok", str(cores))
     return Finding(
@@ -121,7 +138,7 @@ def check_cores(cores: int) -> Finding:
 
 
 def check_memory(gib: tuple[float, float] | None) -> Finding:
-    """Available memory; the quickstart with two workers needs about 4 GiB."""
+    """Check the available memory; the quickstart with two workers needs about 4 GiB."""
     if gib is None:
         return Finding("memory", "warn", "unknown: this system has no /proc/meminfo", "see that 4 GiB are free")
     total, available = gib
@@ -133,7 +150,7 @@ def check_memory(gib: tuple[float, float] | None) -> Finding:
 
 
 def check_workspace(workspace: Path) -> Finding:
-    """Whether the workspace can be written and has room; the nearest existing folder is asked, nothing is created."""
+    """Check that the workspace, or the nearest folder above it that exists, can be written and has room."""
     parent = existing_parent(workspace)
     if not parent.is_dir():
         return Finding("workspace", "fail", f"{parent} is a file", "choose another folder as the recipe's workspace")
@@ -150,7 +167,7 @@ def check_workspace(workspace: Path) -> Finding:
 
 
 def visible_gpus() -> list[tuple[str, float, tuple[int, int]]]:
-    """(name, GiB of memory, compute capability) of every GPU that torch sees."""
+    """(name, memory in GiB, compute capability) of every GPU that torch sees."""
     import torch
 
     if not torch.cuda.is_available():
@@ -160,7 +177,7 @@ def visible_gpus() -> list[tuple[str, float, tuple[int, int]]]:
 
 
 def check_gpus(gpus: list[tuple[str, float, tuple[int, int]]]) -> list[Finding]:
-    """One finding per GPU; bf16 in hardware starts with compute capability 8.0 (Ampere)."""
+    """Check each GPU; bf16 in hardware starts with compute capability 8.0 (Ampere)."""
     if not gpus:
         return [
             Finding("GPU", "ok", "none seen by torch; leave train.gpu false and name a cpu_* file in train.deepspeed")
@@ -176,7 +193,7 @@ def _check_gpu(index: int, name: str, gib: float, capability: tuple[int, int]) -
 
 
 def check_compiler(path: str | None) -> Finding:
-    """A C++ compiler, which only DeepSpeed's own GPU and offload operators need."""
+    """Look for a C++ compiler, which only DeepSpeed's own GPU and offload operators need."""
     if path:
         return Finding("C++ compiler", "ok", path)
     detail = "no g++; only DeepSpeed's compiled offload operators need one, the shipped configurations do not"
@@ -184,7 +201,7 @@ def check_compiler(path: str | None) -> Finding:
 
 
 def check_ray(address: str | None) -> Finding:
-    """Whether the cluster in RAY_ADDRESS takes a connection."""
+    """Check that the cluster in RAY_ADDRESS accepts a connection."""
     if not address or address == "local":
         return Finding("Ray cluster", "ok", "RAY_ADDRESS not set: each run starts a Ray of its own on this machine")
     if address == "auto":
@@ -201,7 +218,7 @@ def check_ray(address: str | None) -> Finding:
 
 
 def check_mlflow(uri: str | None) -> Finding:
-    """Whether the tracking server answers, or the folder of the database exists."""
+    """Check that the tracking server answers, or that the folder of its database exists."""
     if not uri:
         return Finding("MLflow", "ok", "MLFLOW_TRACKING_URI not set: a database in the workspace")
     shown = without_login(uri)
@@ -229,7 +246,7 @@ def _check_mlflow_server(uri: str, shown: str) -> Finding:
 
 
 def check_index(url: str) -> Finding:
-    """Whether pip's index answers; only a first run with an `embedded:` model or data set needs it."""
+    """Check that pip's index answers, which only a first run with an `embedded:` model or data set needs."""
     shown = without_login(url)
     if url.startswith("file:"):
         there = Path(url.removeprefix("file://")).exists()
@@ -243,7 +260,7 @@ def check_index(url: str) -> Finding:
 
 
 def check_shared_memory(free_gib: float | None) -> Finding:
-    """Room in /dev/shm, where Ray keeps its objects; without it Ray falls back to a slow folder in /tmp."""
+    """Check the room in /dev/shm, where Ray keeps objects; without it Ray uses a slow folder in /tmp."""
     if free_gib is None:
         return Finding("/dev/shm", "ok", "not on this system")
     if free_gib >= 1:
@@ -252,7 +269,7 @@ def check_shared_memory(free_gib: float | None) -> Finding:
 
 
 def check_files(limit: int | None) -> Finding:
-    """The soft limit of open files; each Ray process opens hundreds."""
+    """Check the soft limit of open files; each Ray process opens hundreds."""
     if limit is None or limit >= 4096:
         return Finding("open files", "ok", "no limit" if limit is None else f"limit {limit}")
     return Finding("open files", "warn", f"limit {limit}", "ulimit -n 65536")

@@ -1,4 +1,4 @@
-"""`kasa models`, `kasa promote` and `kasa rollback`: what is in the registry, and what people decide about it."""
+"""`kasa models`, `kasa promote` and `kasa rollback`: the versions in the registry, and changes of their aliases by hand."""
 
 from __future__ import annotations
 
@@ -8,32 +8,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.code import user_name
 from pipeline.core.errors import ModelError
-from pipeline.core.provenance import user_name
 from pipeline.metrics.intervals import Interval
-from pipeline.registry.alias_changes import (
+from pipeline.registry.store import (
+    CHAMPION,
+    PREVIOUS,
+    ModelVersion,
+    Registry,
     after_promotion,
     after_rollback,
     change_aliases,
     event,
     finish_interrupted_change,
     history,
+    open_registry,
 )
-from pipeline.registry.store import CHAMPION, PREVIOUS, ModelVersion, Registry, open_registry
 
 _NO_REASON = "no reason given"
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A version as the table shows it.
+    """A registered version, as the table shows it.
 
     Attributes:
-        aliases: those it carries now.
-        decision, reason: the gate's verdict.
-        metric, value: what the gate looked at, and this version's value of it.
-        opponent, difference: whom it was held against last (the champion there was, else the base), and by how much it differs.
-        history: what happened to it, oldest first.
+        version: the version with its tags.
+        aliases: the aliases that it has now.
+        decision: the gate's decision.
+        reason: the gate's reason.
+        metric: the metric that the gate decided on.
+        value: the version's value of that metric.
+        opponent: what it was compared with: the champion of that time, or else the base.
+        difference: version - opponent of the metric.
+        history: promotions and rollbacks of the version, oldest first.
     """
 
     version: ModelVersion
@@ -49,12 +57,15 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class Change:
-    """What a command did to the aliases.
+    """The result of a command that changes aliases.
 
     Attributes:
-        champion, previous: who carries these now.
-        before: the champion before.
-        changed: False where everything was as wanted already.
+        name: the registered model.
+        champion: the champion's version now.
+        previous: the previous champion's version now.
+        before: the champion's version before the command.
+        reason: the reason that was given.
+        changed: False if the aliases were as wanted already.
     """
 
     name: str
@@ -82,7 +93,7 @@ def list_models(workspace: Path, name: str | None) -> list[ModelRow]:
 
 
 def promote(workspace: Path, uri: str, reason: str | None) -> Change:
-    """Make a version the champion, whatever the gate said of it.
+    """Make a version the champion, whatever the gate decided.
 
     Raises:
         ModelError: there is no such version.

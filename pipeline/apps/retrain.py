@@ -1,13 +1,12 @@
-"""`kasa retrain`: look at the data and the base; where something is new, run, gate and promote; one at a time.
+"""`kasa retrain`: run a recipe if its data, base, settings or code have changed; one retraining at a time.
 
-To be called by a scheduler, so a tick with nothing to do must be cheap: this module and what it imports do without torch,
-Ray and MLflow (a test says so), and files that have not changed are not read (`pipeline.core.files`).
+A scheduler calls it again and again, so a call with nothing to do must be cheap: this module and what it imports load neither
+torch nor Ray nor MLflow (a test checks that), and files that have not changed are not read (`pipeline.core.files`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.recipe import Recipe, recipe_values
 from pipeline.core.console import ProgressBars, console
 from pipeline.core.errors import WorkspaceError
-from pipeline.core.files import content_digest, read_digests
+from pipeline.core.files import atomic_write, content_digest, read_digests
 from pipeline.data.remote import look_for_newest
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import find_folder, folder_digest
 from pipeline.run import graph as keys
 from pipeline.run.context import ready_workspace
-from pipeline.storage.lease import Holder, Lease, acquire, released_after
-from pipeline.storage.lease_stores import FileLeaseStore
+from pipeline.storage.lease import FileLeaseStore, Holder, Lease, acquire, released_after
 from pipeline.storage.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ _POLL_S = 2.0
 
 @dataclass(frozen=True)
 class Inputs:
-    """Digests of all that a retraining depends on: in the order in which a change is named."""
+    """Digests of everything that a retraining depends on, in the order in which changes are named."""
 
     data: str
     base: str
@@ -46,12 +44,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last retraining that came to its end.
+    """The last retraining that finished.
 
     Attributes:
-        at: when, as ISO 8601 in UTC.
-        inputs: what was found before it began: data that came in meanwhile is new to the next one.
-        run_id, model, promoted, reason: its parent run in MLflow, the version it registered, and the gate's verdict.
+        at: its end, as ISO 8601 in UTC.
+        inputs: as they were before it began; data that arrived meanwhile is new to the next one.
+        run_id: its parent run in MLflow.
+        model: URI of the version that it registered.
+        promoted: whether that version became the champion.
+        reason: the gate's reason.
     """
 
     at: str
@@ -64,13 +65,13 @@ class Finished:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a tick.
+    """The result of one call.
 
     Attributes:
         status: `unchanged`, `held` by another process, or `retrained`.
-        reason: in words.
+        reason: of that, in words.
         last: the last retraining that finished, this one included.
-        result: of the run, where there was one.
+        result: of the run, if there was one.
     """
 
     status: str
@@ -83,12 +84,12 @@ def retrain_if_new(recipe: Recipe, wait: bool = False) -> Outcome:
     """Retrain if anything is new since the last retraining that finished.
 
     Args:
-        recipe: what to run; one retraining at a time for each name in a workspace.
-        wait: where another process is at it, wait for its end and look again.
+        recipe: what to run. A workspace runs one retraining of each recipe name at a time.
+        wait: whether to wait for another process that is retraining, and check again after it.
 
     Raises:
-        KasaError: as in `pipeline.run.flow.run`; the retraining is not recorded, and the next one goes on with it.
-        LeaseLostError: this process slept until another took over; from then on the registry was not changed.
+        KasaError: as in `pipeline.run.flow.run`; the retraining is not recorded, and the next one resumes it.
+        LeaseLostError: this process slept so long that another took over; from then on the registry was not changed.
     """
     storage = ready_workspace(recipe)
     storage.load(_record(recipe))
@@ -99,7 +100,7 @@ def retrain_if_new(recipe: Recipe, wait: bool = False) -> Outcome:
     if isinstance(lease, Holder):
         return Outcome("held", f"another retraining is running ({lease})", read_finished(recipe))
     with released_after(lease):
-        # Again, for the holder that was waited for may have done it all, and files may have come in.
+        # Checked again: the process that was waited for may have done everything, and files may have arrived.
         inputs = look(recipe)
         last = read_finished(recipe)
         why = what_is_new(last.inputs if last else None, inputs)
@@ -110,7 +111,7 @@ def retrain_if_new(recipe: Recipe, wait: bool = False) -> Outcome:
 
 
 def what_is_new(before: Inputs | None, now: Inputs) -> str:
-    """What differs between two looks, in words; empty where nothing does."""
+    """The changes from one set of inputs to the next, in words; empty where there is none."""
     if before is None:
         return "there is no finished retraining yet"
     old, new = asdict(before), asdict(now)
@@ -119,7 +120,7 @@ def what_is_new(before: Inputs | None, now: Inputs) -> str:
 
 
 def look(recipe: Recipe) -> Inputs:
-    """Digests of the inputs as they are now; newer revisions of hub data sets are fetched.
+    """Digests of the current inputs; newer revisions of hub data sets are fetched.
 
     Raises:
         DataError, BaseModelError, WorkspaceError: an input is missing or cannot be read or stored.
@@ -133,7 +134,7 @@ def look(recipe: Recipe) -> Inputs:
     base = folder_digest(folder, digests.digest)
     digests.save()
     values = recipe_values(recipe)
-    del values["workspace"]  # where the record itself lies
+    del values["workspace"]  # a workspace that was moved, record and all, is no change
     return Inputs(sources.digest, base, content_digest(values), content_digest(keys.code_state(recipe)))
 
 
@@ -154,7 +155,7 @@ def read_finished(recipe: Recipe) -> Finished | None:
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    """What became of a tick, as JSON values."""
+    """The values of an outcome for JSON, without those of its run."""
     return {
         "status": outcome.status,
         "reason": outcome.reason,
@@ -199,9 +200,7 @@ def _run(recipe: Recipe, storage: Workspace, inputs: Inputs, why: str, confirm: 
         reason=decision.reason,
     )
     file = _record(recipe)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(finished), indent=1), encoding="utf-8")
-    os.replace(temporary, file)
+    atomic_write(file, json.dumps(asdict(finished), indent=1))
     storage.save(file)
     return Outcome("retrained", why, finished, result)
 

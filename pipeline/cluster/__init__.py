@@ -1,1 +1,1 @@
-"""The one door to Ray: connect, run tasks, run training workers."""
+"""The one door to Ray: the connection, and the work that runs on it."""

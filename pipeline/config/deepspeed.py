@@ -1,8 +1,8 @@
-"""DeepSpeed's JSON files: found, checked, and completed with what the recipe decides.
+"""DeepSpeed's JSON files: finding them, checking them, and adding what the recipe decides.
 
-A file holds DeepSpeed's own decisions only (ZeRO stage, bucket sizes, overlap, offload, persistence). DeepSpeed itself
-ignores unknown top-level keys in silence, so they are refused here, as are settings whose one home is the recipe.
-DeepSpeed is not imported: a plan is made where only the driver runs.
+A file holds DeepSpeed's own decisions only (ZeRO stage, bucket sizes, overlap, offload, persistence). Settings that belong
+to the recipe are refused. So are unknown top-level keys, because DeepSpeed itself would ignore them silently. DeepSpeed is
+not imported here: a plan is computed on the driver, which may not have it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kasa.errors import nearest
 from pipeline.config.settings import TrainSettings
 from pipeline.core.errors import RecipeError
 
-# What DeepSpeed 0.19.8 reads at the top level, apart from the two tables below; the test suite compares the list with
-# the keys that DeepSpeedConfig really looks up.
+# The top-level keys that DeepSpeed 0.19.8 reads, apart from the two tables below. A test compares this list with the keys
+# that DeepSpeedConfig really looks up.
 KNOWN_KEYS = frozenset(
     {
         "aio",
@@ -59,6 +59,7 @@ KNOWN_KEYS = frozenset(
     }
 )
 
+# Keys whose value the recipe decides, with the recipe's key.
 RECIPE_KEYS = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -73,6 +74,7 @@ RECIPE_KEYS = {
     "activation_checkpointing": "train.gradient_checkpointing",
 }
 
+# Keys that `complete_config` sets.
 PIPELINE_KEYS = frozenset(
     {
         "managed_gradient_accumulation",
@@ -82,20 +84,23 @@ PIPELINE_KEYS = frozenset(
     }
 )
 
-_NEVER = 10**9
+_NEVER = 10**9  # steps between DeepSpeed's own lines of progress
 
 
 def config_names() -> list[str]:
-    """The names of the files in `deepspeed_configs/`, sorted."""
+    """The names of the shipped files in `deepspeed_configs/`, sorted, without their suffix."""
     found = files("deepspeed_configs").iterdir()
     return sorted(entry.name.removesuffix(".json") for entry in found if entry.name.endswith(".json"))
 
 
 def load_deepspeed_config(name_or_path: str) -> dict[str, Any]:
-    """Read and check a DeepSpeed configuration: a name in `deepspeed_configs/`, or the path of a JSON file.
+    """Read and check a DeepSpeed configuration.
+
+    Args:
+        name_or_path: A name in `deepspeed_configs/`, or the path of a JSON file.
 
     Raises:
-        RecipeError: no such file, no JSON object, a key DeepSpeed does not know, a key that belongs to the recipe, or a
+        RecipeError: There is no such file, no JSON object, a key DeepSpeed does not know, a key that belongs to the recipe, or a
             ZeRO section without a valid stage.
     """
     where, text = _read(name_or_path)
@@ -111,13 +116,13 @@ def load_deepspeed_config(name_or_path: str) -> dict[str, Any]:
 
 
 def complete_config(config: dict[str, Any], train: TrainSettings) -> dict[str, Any]:
-    """A copy of a loaded configuration with the recipe's values; `with_passes` makes it ready for `deepspeed.initialize`.
+    """A copy of a loaded configuration with the recipe's values added. `with_accumulation` adds the batch sizes.
 
-    The optimizer is the caller's own `torch.optim.AdamW`: under CPU offload DeepSpeed accepts it only with
-    `zero_force_ds_cpu_optimizer` false.
+    Raises:
+        RecipeError: DeepSpeed cannot train with this combination of file and recipe.
     """
     if zero_stage(config) == 0 and train.precision == "bf16":
-        # DeepSpeed 0.19.8 counts a step of its own there, and parameters then take another path (docs/decisions.md).
+        # DeepSpeed 0.19.8 keeps a step counter of its own there, and parameters take another path (docs/decisions.md).
         raise RecipeError(
             f"train.deepspeed {train.deepspeed} is ZeRO stage 0, which DeepSpeed does not train rightly with "
             "train.precision bf16; use stage 1, such as cpu_zero1, or train.precision=fp32"
@@ -132,35 +137,38 @@ def complete_config(config: dict[str, Any], train: TrainSettings) -> dict[str, A
         "gradient_clipping": train.gradient_clipping,
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": _NEVER,
+        # The optimizer is the caller's own `torch.optim.AdamW`. Under CPU offload DeepSpeed accepts it only so.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
 
 
-def with_passes(config: dict[str, Any], workers: int, passes: int) -> dict[str, Any]:
-    """A copy of a complete configuration for steps of `passes` forward passes of each worker.
+def with_accumulation(config: dict[str, Any], workers: int, accumulation_steps: int) -> dict[str, Any]:
+    """A copy of a complete configuration with its batch sizes, ready for `deepspeed.initialize`.
 
-    DeepSpeed divides gradients by the passes; how many samples share one makes no difference to it.
+    Args:
+        accumulation_steps: Forward passes of each worker per optimizer step. DeepSpeed divides gradients by this number;
+            how many samples a pass holds makes no difference to it, so it is told one.
     """
     return config | {
-        "train_batch_size": workers * passes,
+        "train_batch_size": workers * accumulation_steps,
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": passes,
+        "gradient_accumulation_steps": accumulation_steps,
     }
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """The ZeRO stage, 0 to 3; 0 where the configuration names none."""
+    """The ZeRO stage, 0 to 3; 0 if the configuration names none."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def workers_of_a_copy(config: dict[str, Any]) -> int:
-    """Among how many workers ZeRO++ shares out a second copy of the weights, mostly those of a node; 1 without one."""
+    """How many workers hold one secondary copy of the weights between them (ZeRO++ hpZ), mostly those of a node; 1 if off."""
     return int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
 
 
 def quantises_frozen(config: dict[str, Any]) -> bool:
-    """Whether ZeRO++ keeps frozen weights in 8 bits."""
+    """Whether ZeRO++ stores frozen weights in 8 bits."""
     return bool(config.get("zero_optimization", {}).get("zero_quantized_nontrainable_weights", False))
 
 

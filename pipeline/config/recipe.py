@@ -1,25 +1,31 @@
-"""Where recipes are: files of the user's, or those that come along, by name (`kasa run glue-roberta-base-sst2`).
+"""The shipped recipes, as `kasa recipes` lists them and `docs/recipes.md` describes them.
 
 Recipes: the one place where a run is described.
 
-A recipe is a YAML file of the sections in `pipeline.config.settings`. Nothing unknown is accepted; the error names the file, the
-dotted key, the value and the nearest valid key.
+A recipe is a YAML file of the sections in `pipeline.config.settings`: a file of the user, or a shipped one by its name
+(`kasa run glue-roberta-base-sst2`). An unknown key is an error, which names the file, the dotted key, the value and the
+nearest valid key.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich.console import Console
+from rich.table import Table
 
+from kasa.config import KasaConfig
 from kasa.errors import nearest
 from kasa.truncation import CALIBRATED
+from pipeline.config.methods import AdapterSettings
 from pipeline.config.settings import (
     AboutSettings,
-    AdapterSettings,
     BaseSettings,
     DataSettings,
     EvaluateSettings,
@@ -30,33 +36,89 @@ from pipeline.config.settings import (
     TrainSettings,
 )
 from pipeline.core.errors import RecipeError
-from pipeline.core.places import local_folder
+from pipeline.core.files import local_folder
+
+_out = Console(highlight=False, soft_wrap=True)
 
 
-def named_recipes() -> dict[str, Path]:
-    """The files of the recipes that come along, by name: those at the top first, then family by family."""
-    package = find_spec("recipes")  # no part of what goes along with a registered model
-    if package is None or package.origin is None:
-        return {}
-    folder = Path(package.origin).parent
-    files = sorted(folder.rglob("*.yaml"), key=lambda file: (file.parent != folder, file))
-    return {file.stem: file for file in files}
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A shipped recipe.
 
-
-def find_recipe(path: Path) -> Path:
-    """The recipe's file: `path` where there is one, else the recipe of that name.
-
-    Raises:
-        RecipeError: there is neither.
+    Attributes:
+        name: The name that commands take in place of a file.
+        file: Its YAML file.
+        recipe: Its content, validated.
     """
-    if path.exists():
-        return path
-    named = named_recipes()
-    if str(path) in named:
-        return named[str(path)]
-    raise RecipeError(
-        f"recipe {path} does not exist; give a YAML file, or a name that `kasa recipes` lists{nearest(str(path), named)}"
+
+    name: str
+    file: Path
+    recipe: Recipe
+
+    @property
+    def family(self) -> str:
+        """The name of the folder that holds it."""
+        return self.file.parent.name
+
+    @property
+    def fetched(self) -> list[str]:
+        """The base model and data sources that a run would download, unless they are replaced by local files."""
+        model = [] if self.recipe.base.model.startswith("embedded:") else [self.recipe.base.model]
+        sources = [*self.recipe.data.train, *self.recipe.data.heldout]
+        return model + [source for source in sources if source.startswith(("hub:", "http"))]
+
+    @property
+    def hardware(self) -> str:
+        """The hardware that it asks for, such as `4 GPUs`."""
+        workers = self.recipe.train.workers
+        if not self.recipe.train.gpu:
+            return f"{workers} CPU core{'s' if workers > 1 else ''}"
+        return f"{workers} GPU{'s' if workers > 1 else ''}"
+
+    @property
+    def published(self) -> str:
+        """The published result, such as `accuracy 95.2`; empty if there is none."""
+        return ", ".join(f"{metric} {value:g}" for metric, value in self.recipe.about.published.items())
+
+
+def catalogue() -> Iterator[NamedRecipe]:
+    """All shipped recipes in the order of `named_recipes`."""
+    for name, file in named_recipes().items():
+        yield NamedRecipe(name, file, load_recipe(file))
+
+
+def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
+    """The recipes as JSON objects, for `kasa recipes --json`."""
+    return [
+        {
+            "name": one.name,
+            "family": one.family,
+            **one.recipe.about.model_dump(mode="json"),
+            "base": one.recipe.base.model,
+            "hardware": one.hardware,
+            "fetched": one.fetched,
+        }
+        for one in named
+    ]
+
+
+def show_recipes(named: Sequence[NamedRecipe]) -> None:
+    """Print the recipes as a table."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("what", "settings", "trains on"):
+        table.add_column(heading)
+    for one in named:
+        about = one.recipe.about
+        table.add_row(one.name, about.summary, about.settings, one.hardware)
+    _out.print(table)
+    _out.print(
+        "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
     )
+
+
+# What text tells of a layer's inputs and outputs that the spectra depend on.
+Weighted = Literal["no", "inputs", "both"]
 
 
 class Recipe(Section):
@@ -65,7 +127,7 @@ class Recipe(Section):
     name: str = Field(
         description="Names the MLflow experiment and the registered model.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
     )
-    place: str = Field(
+    location: str = Field(
         "workspace",
         alias="workspace",
         description="Folder for artifacts, MLflow's database and reports, on storage that all nodes share; or a URL such "
@@ -85,32 +147,49 @@ class Recipe(Section):
 
     @property
     def workspace(self) -> Path:
-        """The workspace's folder on this node."""
-        return local_folder(self.place)
+        """The folder of the workspace on this node."""
+        return local_folder(self.location)
 
     @property
     def registered_name(self) -> str:
-        """The name under which versions are registered."""
+        """The name of the registered model."""
         return self.register_.model or self.name
 
     @property
     def dropped_rank(self) -> int:
         """How many singular triplets each adapted weight loses (0 with `truncation: none`, and with another method)."""
-        if self.adapter.truncation == "none" or self.adapter.method != "kasa":
+        if self.adapter.truncation == "none" or self.adapter.spec.components != "dropped":
             return 0
         return self.adapter.truncation_rank or self.adapter.rank
 
     @property
+    def kasa_config(self) -> KasaConfig:
+        """The `adapter` section in the terms of the method library."""
+        adapter = self.adapter
+        return KasaConfig(
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            truncation=adapter.truncation,
+            dropped_rank=self.dropped_rank,
+            regulariser=adapter.regulariser,
+            singular_value_weight=adapter.singular_value_weight if adapter.singular_values else 0.0,
+            orthogonality_weight=adapter.orthogonality_weight,
+            singular_values=adapter.singular_values,
+        )
+
+    @property
     def decomposes(self) -> bool:
-        """Whether the method begins with a decomposition of the base weights that is worth keeping."""
-        return bool(self.dropped_rank) or self.adapter.method == "corda"
+        """Whether the method begins with components of the base weights, which the spectra stage computes and keeps."""
+        return bool(self.dropped_rank) or self.adapter.spec.components == "leading"
 
     @property
     def weighted(self) -> Weighted:
         """What text tells of a layer's inputs and outputs that the spectra depend on."""
-        if self.adapter.method == "corda":
+        components = self.adapter.spec.components
+        if components == "leading":
             return "inputs"
-        if self.adapter.method != "kasa" or self.adapter.truncation not in CALIBRATED:
+        if components == "none" or self.adapter.truncation not in CALIBRATED:
             return "no"
         return "both" if self.adapter.truncation == "loss" else "inputs"
 
@@ -122,14 +201,14 @@ class Recipe(Section):
     @property
     def spectra_rank(self) -> int:
         """How many singular triplets are computed per weight (at least one, so that the report can show them)."""
-        if self.adapter.method == "corda":
+        if self.adapter.spec.components == "leading":
             return self.adapter.rank
         return self.spectra.rank or max(self.dropped_rank, 1)
 
     @model_validator(mode="before")
     @classmethod
     def _evaluation_follows_the_head(cls, values: Any) -> Any:
-        """A new head leaves one kind of evaluation, which need not be named."""
+        """Fill in `evaluate.kind`, since a new head leaves only one."""
         blocks = values if isinstance(values, dict) else {}
         base, evaluate = blocks.get("base"), blocks.get("evaluate") or {}
         head = base.get("head") if isinstance(base, dict) else None
@@ -189,9 +268,9 @@ class Recipe(Section):
             )
         if train.patience is not None and self.data.validation_rows is None:
             raise ValueError("train.patience needs validation samples; set data.validation_rows, such as 200")
-        if train.start == "champion" and self.adapter.method != "kasa":
+        if train.start == "champion" and not self.adapter.spec.registrable:
             raise ValueError(
-                f"train.start champion goes on from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
+                f"train.start champion warm-starts from a KaSA adapter, and adapter.method is {self.adapter.method}; use "
                 "train.start scratch"
             )
         if train.batch_size < train.workers:
@@ -205,16 +284,43 @@ class Recipe(Section):
         return self
 
 
+def named_recipes() -> dict[str, Path]:
+    """The files of the shipped recipes by name: those at the top of `recipes/` first, then folder by folder."""
+    package = find_spec("recipes")  # absent where a registered model is served: it does not carry the recipes
+    if package is None or package.origin is None:
+        return {}
+    folder = Path(package.origin).parent
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (file.parent != folder, file))
+    return {file.stem: file for file in files}
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe's file: `path` if it exists, else the shipped recipe of that name.
+
+    Raises:
+        RecipeError: There is neither.
+    """
+    if path.exists():
+        return path
+    named = named_recipes()
+    if str(path) in named:
+        return named[str(path)]
+    raise RecipeError(
+        f"recipe {path} does not exist; give a YAML file, or a name that `kasa recipes` lists{nearest(str(path), named)}"
+    )
+
+
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file, apply `section.key=value` overrides, and validate.
+    """Read a recipe file, apply the overrides, and validate the result.
 
     Paths in `base.model`, `data.train`, `data.heldout` and `workspace` are relative to the working directory.
 
     Args:
-        path: A file, or the name of a recipe that comes along.
+        path: A file, or the name of a shipped recipe.
+        overrides: Each of the form `section.key=value`, with a YAML value.
 
     Raises:
-        RecipeError: the file is missing or no YAML mapping, an override is malformed, or a value is invalid.
+        RecipeError: The file is missing or no YAML mapping, an override is malformed, or a value is invalid.
     """
     path = find_recipe(path)
     try:
@@ -236,7 +342,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe given as a mapping; `where` names its origin in errors.
 
     Raises:
-        RecipeError: the first problems found, one line each, with the dotted key, the value and the nearest valid key.
+        RecipeError: Up to five problems, one line each, with the dotted key, the value and the nearest valid key.
     """
     try:
         return Recipe.model_validate(values)
@@ -246,7 +352,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as plain YAML-ready values, the form stored with every run."""
+    """The resolved recipe as YAML-ready values, in the form that is stored with every run."""
     return recipe.model_dump(mode="json", by_alias=True)
 
 
@@ -290,6 +396,3 @@ def _keys_of(location: list[str]) -> list[str]:
             return []
         model = field.annotation
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-Weighted = Literal["no", "inputs", "both"]

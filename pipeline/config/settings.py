@@ -1,61 +1,60 @@
-"""The sections of a recipe, with every setting's meaning, default and bounds.
+"""The sections of a recipe that say what it is of and where it leads: `about`, `base`, `data` and `register`.
 
-Every field's `description` is its documentation: `docs/recipe.md` is generated from it (`make docs`).
+The other sections have modules of their own: `methods` (`adapter`), `training` (`spectra` and `train`) and `evaluate` (with
+`promotion`). The `description` of every field is its documentation: `docs/recipe.md` is generated from it (`make docs`).
+
+The `spectra` and `train` sections of a recipe: what is computed of the base weights first, and how the adapter is trained.
+
+The `evaluate` and `promotion` sections of a recipe: what is measured on held-out samples, and what a new version must show.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from kasa.errors import nearest
-from kasa.truncation import Truncation
 from pipeline.core.machine import fast_precision
+from pipeline.metrics import catalogue
 
-# Of generated text, in the order people read them, and those of them that take no effort.
-_TEXT_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "chrf")
-_ALWAYS = frozenset(["bleu", "rouge_l", "chrf"])
+HeadKind = Literal["language-model", "classification", "regression"]
 
-TokenizedForm = Literal[
-    "auto", "prompt-completion", "multiple-choice", "llm-adapters", "alpaca", "chat", "completion", "labelled"
-]
 
-MethodName = Literal[
-    "kasa",
-    "lora",
-    "rslora",
-    "dora",
-    "pissa",
-    "milora",
-    "olora",
-    "corda",
-    "adalora",
-    "vera",
-    "fourierft",
-    "ia3",
-    "layernorm",
-    "full",
-]
-_LOW_RANK = frozenset({"rank", "alpha", "dropout", "targets"})
-# Which settings of `adapter` each method has a use for.
-METHOD_SETTINGS: dict[str, frozenset[str]] = {
-    "kasa": _LOW_RANK
-    | {
-        "truncation",
-        "truncation_rank",
-        "regulariser",
-        "singular_values",
-        "singular_value_weight",
-        "orthogonality_weight",
-    },
-    **dict.fromkeys(("lora", "rslora", "dora", "pissa", "milora", "olora", "corda", "adalora"), _LOW_RANK),
-    "vera": _LOW_RANK - {"alpha"},
-    "fourierft": frozenset({"rank", "targets"}),
-    "ia3": frozenset({"targets"}),
-    "layernorm": frozenset(),
-    "full": frozenset(),
-}
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text that must be a name of a catalogue, as in `Annotated[str, OneOf("method", METHODS)]`.
+
+    Attributes:
+        what: what such a name stands for, in errors.
+        names: the names there are, in the order of the documentation.
+    """
+
+    what: str
+    names: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: str) -> str:
+        if value not in self.names:
+            hint = nearest(value, self.names) or f"; choose one of {', '.join(self.names)}"
+            raise ValueError(f"there is no such {self.what}{hint}")
+        return value
+
+
+@dataclass(frozen=True)
+class NamedAbove:
+    """Marks a text that must be a name of a table on a higher floor, which this floor cannot read.
+
+    Attributes:
+        table: the module that has the table and checks the name.
+    """
+
+    table: str
 
 
 def _as_list(value: Any) -> Any:
@@ -95,7 +94,7 @@ class BaseSettings(Section):
     head: HeadKind = Field(
         "language-model",
         description="`classification` and `regression` give the base, an encoder such as RoBERTa or a causal model, a new head "
-        "with as many classes as the data has; it is trained whole beside the adapter and saved with it.",
+        "with as many classes as the data has; all of it is trained beside the adapter and saved with it.",
     )
 
 
@@ -110,7 +109,7 @@ class DataSettings(Section):
         default_factory=list,
         description="Text that `adapter.truncation` looks at, in the form of `train`; empty: `train` itself.",
     )
-    form: TokenizedForm = Field(
+    form: Annotated[str, NamedAbove("pipeline.data.forms")] = Field(
         "auto",
         description="How rows are read; `auto` decides by the columns of the first row. `labelled`, a text or a pair of them "
         "with a label, is the form for a new `base.head`.",
@@ -173,44 +172,10 @@ class DataSettings(Section):
         return self
 
 
-class AdapterSettings(Section):
-    """What is trained: the KaSA adapter (arXiv 2412.06071), or another method to compare it with."""
+class RegisterSettings(Section):
+    """The MLflow model registry."""
 
-    method: MethodName = Field(
-        "kasa",
-        description="Another one than `kasa` is for `kasa compare` (docs/compare.md) and has a use for `rank`, `alpha`, "
-        "`dropout` and `targets` at most.",
-    )
-    rank: int = Field(
-        8,
-        ge=1,
-        description="Adapter rank r. Of `vera` the width of its frozen projections, of `fourierft` the number of "
-        "coefficients a module, of `adalora` the rank it ends with on average.",
-    )
-    alpha: float = Field(16, gt=0, description="Scale numerator; the update is multiplied by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: str | list[str] = Field(
-        "all-linear",
-        description="`all-linear`, module names such as `[q_proj, v_proj]`, or a regular expression `re:...` on full names.",
-    )
-    truncation: Truncation = Field(
-        "loss",
-        description="What is dropped from each base weight. `loss`: what matters least to the base's loss on the "
-        "calibration text; `activation`: what matters least to the layer's output there; `weight`: the smallest singular triplets (the paper's rule); `authors`: as `weight`, but wide "
-        "weights stay whole (the authors' code); `none`: nothing.",
-    )
-    truncation_rank: int | None = Field(None, ge=1, description="The rank of what is dropped; default: `rank`.")
-    regulariser: Literal["paper", "authors"] = Field(
-        "authors",
-        description="`paper`: r x r Gram matrices, summed over layers. `authors`: in x in and out x out, averaged over "
-        "layers, as in the code that the published weights belong to.",
-    )
-    singular_values: bool = Field(
-        True,
-        description="Learn d, the singular values of the update; `false` leaves B A, without their regulariser L2.",
-    )
-    singular_value_weight: float = Field(1e-4, ge=0, description="beta, the weight of the L2 term on d.")
-    orthogonality_weight: float = Field(1e-3, ge=0, description="gamma, the weight of the orthogonality term L3.")
+    model: str | None = Field(None, description="Registered model name; default: the recipe's name.")
 
 
 class SpectraSettings(Section):
@@ -242,7 +207,7 @@ class TrainSettings(Section):
     min_workers: int | None = Field(
         None,
         ge=1,
-        description="While the cluster has no room for `workers`, train with at least so many. Default: `workers`.",
+        description="While the cluster has no room for `workers`, train with fewer, but at least so many. Default: `workers`.",
     )
     gpu: bool = Field(False, description="Give every training and evaluation worker a GPU.")
     cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved for each training worker.")
@@ -278,15 +243,15 @@ class TrainSettings(Section):
     validate_every: int = Field(
         50,
         ge=1,
-        description="With `data.validation_rows`: optimizer steps between looks at the validation loss. The adapter with "
+        description="With `data.validation_rows`: optimizer steps between measurements of the validation loss. The adapter with "
         "the lowest is kept.",
     )
     patience: int | None = Field(
-        None, ge=1, description="Stop after so many looks in a row without a lower validation loss."
+        None, ge=1, description="Stop after so many measurements in a row without a lower validation loss."
     )
     start: Literal["scratch", "champion"] = Field(
         "scratch",
-        description="`champion`: go on from the adapter of the registered champion, beside what that one drops from the base; "
+        description="`champion`: warm-start from the adapter of the registered champion and keep what that one drops from the base; "
         "from scratch, and said so, where there is none or its base, rank, alpha, targets or truncation differ.",
     )
     seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
@@ -300,26 +265,16 @@ class TrainSettings(Section):
     @model_validator(mode="after")
     def _fast_precision(self) -> TrainSettings:
         if self.precision == "auto":
-            # Before anyone has seen it: what a stage's key says must be what was computed.
+            # The settings are frozen, and the value must be set before anyone reads it: a stage's key says what was computed.
             object.__setattr__(self, "precision", fast_precision(self.gpu))
-            # A plan for other hardware asks whether anyone has set it.
+            # A plan for other hardware asks whether the user has chosen a precision.
             self.model_fields_set.discard("precision")
         return self
 
     @property
     def fewest_workers(self) -> int:
-        """The least number of training processes."""
+        """The smallest number of training processes that will do."""
         return self.workers if self.min_workers is None else self.min_workers
-
-
-_DECIDING = {
-    "text": "rouge_l",
-    "answer": "exact_match",
-    "choice": "accuracy",
-    "loss": "loss",
-    "classification": "accuracy",
-    "regression": "pearson",
-}
 
 
 class HarnessSettings(Section):
@@ -334,18 +289,17 @@ class HarnessSettings(Section):
 
 
 class EvaluateSettings(Section):
-    """The held-out comparison of base, adapter and champion."""
+    """The comparison of base, adapter and champion on held-out samples."""
 
     kind: Literal["text", "answer", "choice", "loss", "classification", "regression"] = Field(
         "text",
-        description="`text`: generated prose, scored by BLEU, ROUGE-L and chrF; `answer`: generated answers, right or "
+        description=f"`text`: generated prose, scored by {catalogue.labels_of_text()}; `answer`: generated answers, right or "
         "wrong; `choice`: one of several given answers; `loss`: loss and perplexity alone, of any data. With a new "
         "`base.head` it is that head's kind.",
     )
     metrics: StrList = Field(
         default_factory=list,
-        description="For `text`, what is measured beside: `nist`, `meteor`, `cider` (the last two need the extra `e2e`, "
-        "METEOR Java as well).",
+        description=f"For `text`, what is measured beside: {catalogue.optional_of_text()}.",
     )
     choices: list[str] = Field(
         default_factory=list,
@@ -359,8 +313,8 @@ class EvaluateSettings(Section):
     )
     metric: str | None = Field(
         None,
-        description="What promotion is decided on, of the metrics that are measured. Default: `rouge_l`, `exact_match`, "
-        "`accuracy`, `pearson` or `loss`, as the kind has it.",
+        description="What promotion is decided on, of the metrics that are measured. Default: "
+        f"{catalogue.deciding_names()}, as the kind has it.",
     )
     workers: int = Field(1, ge=1, description="Evaluation processes; the samples are shared out among them.")
     batch_size: int = Field(16, ge=1, description="Samples per forward pass or generated batch.")
@@ -373,22 +327,12 @@ class EvaluateSettings(Section):
     @property
     def measured(self) -> tuple[str, ...]:
         """The metrics that are compared, in the order people read them."""
-        text = tuple(name for name in _TEXT_METRICS if name in _ALWAYS or name in self.metrics)
-        own = {
-            "text": (*text, "exact_match"),
-            "answer": ("exact_match",),
-            "choice": ("accuracy", "accuracy_norm", *(("accuracy_generated",) if self.extract else ())),
-            "loss": (),
-            "classification": ("accuracy", "f1", "f1_macro", "matthews"),
-            "regression": ("pearson", "spearman"),
-        }
-        of_labels = self.kind in ("classification", "regression")
-        return (*own[self.kind], "loss", *(() if of_labels else ("perplexity",)))
+        return catalogue.measured(self.kind, {*self.metrics, *(["accuracy_generated"] if self.extract else [])})
 
     @property
     def gate_metric(self) -> str:
         """The metric that decides promotion."""
-        return self.metric or _DECIDING[self.kind]
+        return self.metric or catalogue.deciding(self.kind)
 
     @property
     def generates(self) -> bool:
@@ -398,8 +342,8 @@ class EvaluateSettings(Section):
     @model_validator(mode="after")
     def _settings_suit_the_kind(self) -> EvaluateSettings:
         for name in self.metrics:
-            if name not in _TEXT_METRICS:
-                hint = nearest(name, _TEXT_METRICS) or f"; choose from {', '.join(_TEXT_METRICS)}"
+            if name not in (known := catalogue.of_text_alone()):
+                hint = nearest(name, known) or f"; choose from {', '.join(known)}"
                 raise ValueError(f"metrics: there is no {name!r} of generated text{hint}")
         for setting, kind in (("metrics", "text"), ("choices", "choice"), ("extract", "choice")):
             if getattr(self, setting) and self.kind != kind:
@@ -426,20 +370,10 @@ class PromotionSettings(Section):
         0.0,
         ge=0,
         description="The gain in `evaluate.metric` that the whole 95% interval must lie above, in the metric's unit: "
-        "accuracies and `exact_match` run from 0 to 1, `bleu`, `rouge_l`, `meteor` and `chrf` from 0 to 100, `loss` is in "
-        "nats (of a regression: the mean squared error).",
+        f"{catalogue.scales()}, `loss` is in nats (of a regression: the mean squared error).",
     )
     guards: dict[str, float] = Field(
         default_factory=dict,
         description="Other metrics that must not get worse, each with the largest fall allowed (of `loss`: the largest "
         "rise), such as `{loss: 0.02}`; the whole 95% interval must lie within it.",
     )
-
-
-class RegisterSettings(Section):
-    """The MLflow model registry."""
-
-    model: str | None = Field(None, description="Registered model name; default: the recipe's name.")
-
-
-HeadKind = Literal["language-model", "classification", "regression"]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: lines and progress bars on stderr, so that stdout holds results alone."""
+"""Progress bars and messages of a running command. They go to stderr, so that stdout holds results only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 console = Console(stderr=True, highlight=False)
 
-# Where there is no terminal (CI, `ray job submit` logs), a line every so often replaces the bars.
+# Without a terminal (CI, logs of a Ray job) a line at most this often replaces the bars.
 PLAIN_INTERVAL_S = 15.0
 
 
 class ProgressBars:
-    """Progress of several activities at once; safe to use from several threads."""
+    """Progress of several activities at once. Its methods may be called from several threads."""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -36,7 +36,7 @@ class ProgressBars:
 
     @contextmanager
     def showing(self) -> Iterator[ProgressBars]:
-        """Show the bars within the block."""
+        """Show the bars during the block."""
         if not console.is_terminal:
             yield self
             return
@@ -45,7 +45,10 @@ class ProgressBars:
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[ProgressBars]:
-        """The same bars for one of several things done side by side: what it shows is named so, and goes when it ends."""
+        """The same bars for one of several concurrent activities.
+
+        Its lines start with `label: `. Its bars are removed at the end of the block.
+        """
         inner = copy.copy(self)
         inner._label = f"{label}: "
         try:
@@ -55,11 +58,11 @@ class ProgressBars:
                 self._bars.remove_task(self._tasks.pop(name))  # type: ignore[arg-type]
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bars."""
+        """Print a line that stays, above the bars."""
         console.print(f"{self._label}{text}", markup=False, soft_wrap=True)
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units of the activity `name`, with a short remark at the end of its line."""
+        """Show that `done` of `total` units of the activity `name` are complete, with a short note at the end of the line."""
         name = f"{self._label}{name}"
         if console.is_terminal:
             self._update_bar(name, done, total, note)
@@ -84,7 +87,12 @@ class ProgressBars:
 
 
 def time_left(seconds: float, done: int, to_do: int) -> str:
-    """How long `to_do` units take, if `done` took so long: `about 3 min left`; empty where nothing is left or known."""
+    """An estimate such as `about 3 min left`; empty if nothing is left or nothing is known yet.
+
+    Args:
+        seconds: How long the first `done` units took.
+        to_do: How many units are left.
+    """
     if done <= 0 or to_do <= 0:
         return ""
     left = seconds * to_do / done

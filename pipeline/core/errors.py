@@ -1,4 +1,8 @@
-"""The pipeline's branch of the exception tree rooted in `kasa.errors.KasaError`."""
+"""The pipeline's branch of the exception tree rooted in `kasa.errors.KasaError`, and errors as one line of text.
+
+A `KasaError` is a mistake that the user can correct: the command ends with exit code 2 and the message alone. The
+exceptions that are none (`WorkerError` and those after it) are failures of machines and services: exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ class ClusterError(KasaError):
 
 
 class JobError(KasaError):
-    """A recipe cannot be sent to a cluster as a job."""
+    """A recipe cannot be submitted to a cluster as a job."""
 
 
 class ModelError(KasaError):
@@ -34,34 +38,42 @@ class ModelError(KasaError):
 
 
 class TrainingError(KasaError):
-    """Training cannot go on for a reason the user can mend, such as a rate at which it diverges."""
+    """Training cannot continue for a reason that the user can correct, such as a learning rate at which it diverges."""
 
 
 class JudgeError(KasaError):
-    """The judge of answers cannot be asked, or its words cannot be understood."""
+    """The judge model cannot be reached, or its answer cannot be parsed."""
 
 
 class ConnectionLostError(Exception):
-    """A service that answered before does so no longer; what it was asked to do may well go on."""
+    """A service that answered before no longer does. What it was asked to do may still be running."""
 
 
 class WorkerError(Exception):
-    """Worker processes died or failed: no mistake of the user's, so the exit code is 1."""
+    """Worker processes died or failed."""
 
 
 class LeaseLostError(Exception):
-    """Another process has taken over what only one may do: no mistake of the user's, so the exit code is 1."""
+    """Another process has taken over a lease that this one held."""
 
 
 class TrackingAwayError(Exception):
-    """The tracking server stayed away for longer than is waited: no mistake of the user's, so the exit code is 1."""
+    """The tracking server was unavailable for longer than its calls are retried."""
 
 
 class StorageError(Exception):
-    """The store of a remote workspace failed in the middle of a run, for longer than is waited: the exit code is 1."""
+    """The store of a remote workspace failed during a run, for longer than its requests are retried."""
 
 
-def first_line(error: BaseException) -> str:
-    """The type and the last line of an error's text, which in a chain of errors is the first cause."""
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of an error or warning with its white space collapsed, cut after `limit` characters.
+
+    If it has no text, the name of its type.
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def cause_line(error: BaseException) -> str:
+    """An error's type and the last line of its text. Ray puts the traceback of a worker first and the cause last."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"

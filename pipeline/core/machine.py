@@ -1,11 +1,133 @@
-"""What this machine really gives a process: cores, memory and limits, those of a container included. Reads only."""
+"""Work beside the main thread, and pauses between attempts.
+
+Whether a network service answers, within a second. A probe opens a connection or sends a GET, and nothing more.
+
+What this machine offers a process: cores, memory and fast precision, within the limits of its container. Reads only.
+"""
 
 from __future__ import annotations
 
+import configparser
+import http.client
 import math
 import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+from urllib.parse import urlsplit
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def in_background(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `work(stop)` in a thread during the block. At the end of the block `stop` is set and the thread is joined.
+
+    The thread is a daemon: should the interpreter be torn down before the block ends, it keeps nobody waiting.
+    """
+    stop = threading.Event()
+    thread = threading.Thread(target=work, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def side_by_side(checks: Sequence[Callable[[], Result]], deadline_s: float) -> list[Result | None]:
+    """Run slow checks at the same time; None for each that is not done by the deadline.
+
+    Name resolution has no time-out, hence daemon threads: one that hangs must not keep the process alive.
+    """
+    results: list[Result | None] = [None] * len(checks)
+
+    def store(index: int, check: Callable[[], Result]) -> None:
+        results[index] = check()
+
+    threads = [threading.Thread(target=store, args=pair, daemon=True) for pair in enumerate(checks)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + deadline_s
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return list(results)
+
+
+def backoff_s(first_s: float, longest_s: float) -> Iterator[float]:
+    """Seconds to wait before each new attempt, without end: doubled each time up to `longest_s`."""
+    pause_s = first_s
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, longest_s)
+
+
+TIMEOUT_S = 1.0
+
+_PYPI = "https://pypi.org/simple"
+
+
+def host_and_port(address: str, default_port: int) -> tuple[str, int] | None:
+    """The host and port of `host:port` or `scheme://host:port/...`; None if the host is missing or the port is no number."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        return (parts.hostname, parts.port or default_port) if parts.hostname else None
+    except ValueError:
+        return None
+
+
+def connects(host: str, port: int, timeout_s: float = TIMEOUT_S) -> str | None:
+    """Open a TCP connection and close it again. Returns None on success, else the reason for the failure."""
+    try:
+        socket.create_connection((host, port), timeout=timeout_s).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def answers(url: str, timeout_s: float = TIMEOUT_S) -> tuple[int | None, str]:
+    """Send a GET request; the environment's proxy variables apply.
+
+    Returns:
+        (HTTP status, reason). The status is None if nothing answered, and the reason then says why.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+            return response.status, response.reason
+    except urllib.error.HTTPError as error:
+        return error.code, error.reason
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return None, str(getattr(error, "reason", error))
+
+
+def package_index() -> str:
+    """The URL of the index that pip downloads from: PIP_INDEX_URL, then pip's configuration files, then PyPI."""
+    if os.environ.get("PIP_INDEX_URL"):
+        return os.environ["PIP_INDEX_URL"]
+    parser = configparser.RawConfigParser()
+    home = Path.home()
+    candidates = [Path("/etc/pip.conf"), home / ".pip/pip.conf", home / ".config/pip/pip.conf"]
+    try:
+        parser.read([*candidates, os.environ.get("PIP_CONFIG_FILE", os.devnull)], encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return _PYPI
+    return parser.get("global", "index-url", fallback=_PYPI)
+
+
+def without_login(url: str) -> str:
+    """A URL that is safe to display: scheme, host, port and path, without user, password and query."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(a malformed URL)"
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
 
 GIB = 2**30
 
@@ -13,14 +135,14 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def cpu_cores(cgroup_root: Path = _CGROUP_ROOT) -> int:
-    """Cores this process may use: its affinity, cut by the cgroup quota (rounded down, at least 1)."""
+    """How many cores this process may use: its affinity, limited by the cgroup quota (rounded down, at least 1)."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota(cgroup_root)
     return max(1, min(affinity, math.floor(quota))) if quota else affinity
 
 
 def memory_gib(cgroup_root: Path = _CGROUP_ROOT, meminfo: Path = Path("/proc/meminfo")) -> tuple[float, float] | None:
-    """(total, available) memory in GiB, the smaller of machine and cgroup; None where the system does not tell."""
+    """(total, available) memory in GiB, the smaller of machine and cgroup; None if the system does not report it."""
     values = _meminfo_bytes(meminfo)
     if values is None:
         return None
@@ -32,9 +154,10 @@ def memory_gib(cgroup_root: Path = _CGROUP_ROOT, meminfo: Path = Path("/proc/mem
 
 
 def fast_precision(gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
-    """What this machine computes fast in: bf16 on GPUs and on processors that have it, else fp32.
+    """The precision that is fast on this machine: bf16 on GPUs and on processors with bf16 instructions, else fp32.
 
-    Without instructions for it a processor takes 6 times as long in bf16 forward, 40 times backward (AVX2, torch 2.13).
+    A processor without them takes 6 times as long in bf16 for a forward pass and 40 times for a backward pass (measured
+    with AVX2 and torch 2.13).
     """
     if gpu:
         return "bf16"
@@ -46,7 +169,7 @@ def fast_precision(gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal[
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself where it exists, else the nearest folder above it that does."""
+    """The path itself if it exists, else its nearest parent that does."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -64,7 +187,7 @@ def _cpu_quota(root: Path) -> float | None:
 
 
 def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
-    """(limit, use) in bytes: cgroup v2, then v1."""
+    """(limit, usage) in bytes; cgroup v2 is read first, then v1."""
     for limit, used in (
         (root / "memory.max", root / "memory.current"),
         (root / "memory" / "memory.limit_in_bytes", root / "memory" / "memory.usage_in_bytes"),

@@ -1,8 +1,8 @@
-"""Rows to samples, by the form that the rows have: see `REQUIRED`.
+"""The forms that rows of data can have (`data.form`), and how each becomes samples.
 
-A row with several references gives a sample for each; the held-out ones are joined again (`stage.join_references`).
-What is wrong with the data as a whole (no form fits its columns) stops the run; what is wrong with one row is a
-`Rejection`, to be counted and named.
+A form is one entry of `FORMS` and the function that reads a row. A row with several references gives a sample for each; the
+held-out ones are joined again (`pipeline.data.split`). What is wrong with the data as a whole (no form fits its columns) is an
+error that stops the run. What is wrong with one row is a `Rejection`, to be counted and named.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import Any, NamedTuple
 
 from kasa.errors import nearest
 from pipeline.config.settings import DataSettings
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, RecipeError
+from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow
-from pipeline.models.heads import PAIR_SEPARATOR
-from pipeline.models.prompting import Message
+from pipeline.models.prompting import PAIR_SEPARATOR, Message
 
-# What labels belong to: our own names, then those of GLUE's tasks and their like. A second text makes a pair.
+# The form that the columns of the first row decide.
+AUTO = "auto"
+
+# The column of labels, and the columns of texts that they belong to: our own names, then those of GLUE's tasks and their like.
+# A second text makes a pair.
 LABEL = "label"
 LABELLED_TEXTS = (
     ("text",),
@@ -36,91 +40,80 @@ ASKED_AND_ANSWERED = (
     ("meaning_representation", "human_reference"),
     ("meaning_representation", "target"),
 )
-# In the order in which `auto` tries them: data sets often repeat a sample in a further `text` or `messages` column.
-REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "multiple-choice": (
-        ("prompt", "choices", "answer"),
-        ("question", "choices", "answer"),
-        ("question", "choices", "answerKey"),
-        ("question_stem", "choices", "answerKey"),
-    ),
-    "prompt-completion": (*ASKED_AND_ANSWERED, ("prompt", "references")),
-    "llm-adapters": (("instruction", "output", "answer"),),
-    "alpaca": (("instruction", "output"),),
-    "chat": (("messages",), ("conversations",)),
-    "completion": (("text",),),
-    "labelled": tuple((*texts, LABEL) for texts in LABELLED_TEXTS),
-}
-OPTIONAL = {
-    "prompt-completion": ("references",),
-    "llm-adapters": ("input",),
-    "alpaca": ("input",),
-    "labelled": ("text_pair",),
-}
+# What is asked and which choice is right: our own names, then those of the hub's ARC and OpenBookQA.
+QUESTIONS_AND_ANSWERS = (
+    ("prompt", "answer"),
+    ("question", "answer"),
+    ("question", "answerKey"),
+    ("question_stem", "answerKey"),
+)
 _ANSWER_FORMAT = re.compile(r"^Answer format:[ \t]*(\S.*)$", re.MULTILINE)
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
 
-class Rejection(NamedTuple):
-    """A row that cannot be used; `reason` is worded so that equal defects have equal reasons."""
-
-    location: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A conversation ending with an assistant turn, before any template. A lone assistant turn is plain text.
-
-    Of a labelled text the label is that turn; the second text of a pair is a turn of the role `pair`.
-
-    Attributes:
-        further: references beside the last turn.
-        choices: the answers that the last turn is one of, if there are such.
-        labels: how a generated answer names each choice.
-    """
+class _Conversation(NamedTuple):
+    """The content of a row, or of one of its references; the fields are those of `Sample`."""
 
     turns: tuple[Message, ...]
-    location: str
-    further: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
 
-    @property
-    def prompt(self) -> str:
-        """What a user would type to get the last turn; for longer conversations the transcript up to there."""
-        before = self.turns[:-1]
-        if len(before) == 1 and before[0].role == "user":
-            return before[0].content
-        if self.is_pair:
-            return PAIR_SEPARATOR.join(turn.content for turn in before)
-        return "\n".join(f"{turn.role}: {turn.content}" for turn in before)
+
+@dataclass(frozen=True)
+class Form:
+    """One form of rows.
+
+    Attributes:
+        name: as `data.form` has it.
+        read: the fields of a row -> its conversations. It raises `_RowError` for a row that cannot be used.
+        required: the sets of fields of which a row must have one.
+        optional: fields that it may have as well.
+        recognises: whether a row with the required fields has this form; `auto` asks it, for columns alone may not tell.
+    """
+
+    name: str
+    read: Callable[[dict[str, Any]], list[_Conversation]]
+    required: tuple[tuple[str, ...], ...]
+    optional: tuple[str, ...] = ()
+    recognises: Callable[[Mapping[str, Any]], bool] = lambda values: True
+
+    def fits(self, present: set[str]) -> bool:
+        """Whether the required fields are among those present."""
+        return any(present.issuperset(fields) for fields in self.required)
 
     @property
-    def references(self) -> tuple[str, ...]:
-        """The last assistant turn, then the further ones; none for plain text, which has no answer to compare with."""
-        return (self.turns[-1].content, *self.further) if len(self.turns) > 1 else ()
-
-    @property
-    def is_pair(self) -> bool:
-        """Whether it is a pair of texts with a label."""
-        return len(self.turns) == 3 and self.turns[1].role == "pair"
-
-    @property
-    def opening(self) -> str:
-        """What samples must not share across the split: all up to the first answer, or the whole of a plain text."""
-        first = next(index for index, turn in enumerate(self.turns) if turn.role == "assistant")
-        return "\n".join(turn.content for turn in self.turns[: first or 1])
+    def fields(self) -> str:
+        """All fields, in words."""
+        required = " or ".join(" + ".join(fields) for fields in self.required)
+        return required + "".join(f" (+ {field})" for field in self.optional)
 
 
 class _RowError(Exception):
     """The reason why one row is rejected."""
 
 
-def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str) -> str:
-    """The form of the data, decided by the first row's columns where the recipe says `auto`.
+def form_names() -> tuple[str, ...]:
+    """What `data.form` can be, `auto` first."""
+    return (AUTO, *FORMS)
 
-    Alpaca rows may have a column `answer` as well; what tells those of LLM-Adapters' tasks is the line with the answers.
+
+def check_form(settings: DataSettings) -> None:
+    """Refuse a form that does not exist.
+
+    Raises:
+        RecipeError: with the nearest name.
+    """
+    if settings.form not in form_names():
+        hint = nearest(settings.form, form_names()) or f"; choose one of {', '.join(form_names())}"
+        raise RecipeError(f"data.form: there is no form {settings.form!r}{hint}")
+
+
+def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str) -> str:
+    """The form of the data: that of the recipe, or, where it says `auto`, what the first row looks like.
+
+    Args:
+        first: the first row.
+        location: where that is, for errors.
 
     Raises:
         DataError: no form fits the columns, or `data.columns` names a field or column that does not exist.
@@ -132,44 +125,44 @@ def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str)
                 f"{location}: data.columns maps {field} to {column!r}, but the columns are {_listed(found)}"
                 f"{nearest(column, found)}"
             )
-    present = {*found, *settings.columns}
-    fitting = [form for form, sets in REQUIRED.items() if any(present.issuperset(fields) for fields in sets)]
-    if settings.form == "auto" and "llm-adapters" in fitting and not _answer_labels(first, settings):
-        fitting.remove("llm-adapters")
-    form = settings.form if settings.form != "auto" else next(iter(fitting), "")
-    if form not in fitting:
-        wanted = "; ".join(f"{name}: {_fields(name)}" for name in REQUIRED if form in ("", name))
+    values = _renamed(first, settings)
+    fitting = {name: form for name, form in FORMS.items() if form.fits(set(values))}
+    if settings.form == AUTO:
+        fitting = {name: form for name, form in fitting.items() if form.recognises(values)}
+    chosen = next(iter(fitting), "") if settings.form == AUTO else settings.form
+    if chosen not in fitting:
+        wanted = "; ".join(f"{name}: {form.fields}" for name, form in FORMS.items() if chosen in ("", name))
         raise DataError(
-            f"{location}: columns {_listed(found)} fit {f'not the form {form}' if form else 'no form'} ({wanted}); "
+            f"{location}: columns {_listed(found)} fit {f'not the form {chosen}' if chosen else 'no form'} ({wanted}); "
             "rename them with data.columns, e.g. {prompt: question, completion: answer}"
         )
-    known = dict.fromkeys([*itertools.chain(*REQUIRED[form]), *OPTIONAL.get(form, ())])
+    form = FORMS[chosen]
+    known = dict.fromkeys([*itertools.chain(*form.required), *form.optional])
     for field in settings.columns:
         if field not in known:
             raise DataError(
-                f"data.columns: {field!r} is no field of the form {form}, which has {_fields(form)}"
+                f"data.columns: {field!r} is no field of the form {chosen}, which has {form.fields}"
                 f"{nearest(field, known)}"
             )
-    return form
+    return chosen
 
 
 def read_samples(rows: Iterable[RawRow], settings: DataSettings, form: str) -> Iterator[Sample | Rejection]:
-    """Samples and rejections in the order of the rows; `form` as `decide_form` gave it."""
-    build = _BUILDERS[form]
+    """Samples and rejections in the order of the rows; `form` is what `decide_form` returned."""
+    read = FORMS[form].read
     for row in rows:
         try:
             if row.defect:
                 raise _RowError(row.defect)
-            renamed = {field: row.values.get(column) for field, column in settings.columns.items()}
-            for conversation in build({**row.values, **renamed}):
+            for conversation in read(_renamed(row.values, settings)):
                 yield Sample(location=row.location, **conversation._asdict())
         except _RowError as error:
             yield Rejection(row.location, str(error))
 
 
-def _fields(form: str) -> str:
-    required = " or ".join(" + ".join(fields) for fields in REQUIRED[form])
-    return required + "".join(f" (+ {field})" for field in OPTIONAL.get(form, ()))
+def _renamed(values: Mapping[str, Any], settings: DataSettings) -> dict[str, Any]:
+    """A row with the fields that `data.columns` names in addition to its own columns."""
+    return {**values, **{field: values.get(column) for field, column in settings.columns.items()}}
 
 
 def _listed(columns: list[str]) -> str:
@@ -202,14 +195,6 @@ def _checked(value: Any, field: str) -> str:
     return value
 
 
-class _Conversation(NamedTuple):
-    """What a row says, or one of its references."""
-
-    turns: tuple[Message, ...]
-    choices: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-
-
 def _pair(prompt: str, answer: str) -> tuple[Message, ...]:
     return Message("user", prompt), Message("assistant", answer)
 
@@ -222,14 +207,14 @@ def _prompt_completion(values: dict[str, Any]) -> list[_Conversation]:
     answers = []
     if values.get(answered) is not None or "references" not in values:
         answers.append(_text(values, answered))
-    # Data sets often leave the list of their training rows empty.
+    # Data sets often have the column in all splits, with an empty list in the training rows.
     if values.get("references") or not answers:
         answers += _texts(values, "references")
     return [_Conversation(_pair(prompt, answer)) for answer in dict.fromkeys(answers)]
 
 
 def _multiple_choice(values: dict[str, Any]) -> list[_Conversation]:
-    """Choices as a list of texts, or as the hub's ARC and OpenBookQA have them: lists `text` and `label`."""
+    """The choices are a list of texts, or, as in the hub's ARC and OpenBookQA, an object of the lists `text` and `label`."""
     question = next((field for field in ("prompt", "question", "question_stem") if field in values), "question")
     given, names = values.get("choices"), []
     if isinstance(given, Mapping):
@@ -246,7 +231,7 @@ def _multiple_choice(values: dict[str, Any]) -> list[_Conversation]:
 
 
 def _place(answer: Any, choices: tuple[str, ...], names: list[str]) -> int:
-    """Which choice the answer is: its label, its text, its place from 0, or its letter."""
+    """The index of the choice that the answer names by its label, its text, its index from 0, or its letter."""
     if isinstance(answer, str):
         said = answer.strip()
         for known in (names, choices):
@@ -262,7 +247,7 @@ def _place(answer: Any, choices: tuple[str, ...], names: list[str]) -> int:
 
 
 def _llm_adapters(values: dict[str, Any]) -> list[_Conversation]:
-    """Rows of LLM-Adapters' commonsense tasks: each choice is the output with another answer in place of the right one."""
+    """Rows of LLM-Adapters' commonsense tasks. Each choice is the output with one of the answers in it."""
     (row,) = _alpaca(values)
     labels, answer, output = _labels_in(row.turns[0].content), _text(values, "answer").strip(), row.turns[1].content
     if not labels:
@@ -275,8 +260,9 @@ def _llm_adapters(values: dict[str, Any]) -> list[_Conversation]:
     return [row._replace(choices=tuple(f"{before}{label}{after}" for label in labels), labels=labels)]
 
 
-def _answer_labels(first: Mapping[str, Any], settings: DataSettings) -> tuple[str, ...]:
-    return _labels_in(str(first.get(settings.columns.get("instruction", "instruction"))))
+def _has_answer_format(values: Mapping[str, Any]) -> bool:
+    """Alpaca rows may have a column `answer` as well; what tells LLM-Adapters' rows is the line with the answers."""
+    return bool(_labels_in(str(values.get("instruction"))))
 
 
 def _labels_in(instruction: str) -> tuple[str, ...]:
@@ -335,9 +321,9 @@ def _label(values: dict[str, Any]) -> str:
 
 def _role(item: dict[str, Any], key: str) -> str:
     role = item.get(key)
-    if not isinstance(role, str) or role not in ROLES:
-        raise _RowError(f"role {role!r} is none of {', '.join(ROLES)}")
-    return ROLES[role]
+    if not isinstance(role, str) or role not in _ROLES:
+        raise _RowError(f"role {role!r} is none of {', '.join(_ROLES)}")
+    return _ROLES[role]
 
 
 def _check_order(roles: list[str]) -> None:
@@ -347,12 +333,20 @@ def _check_order(roles: list[str]) -> None:
         raise _RowError("the conversation has no user turn before its first answer")
 
 
-_BUILDERS: dict[str, Callable[[dict[str, Any]], list[_Conversation]]] = {
-    "multiple-choice": _multiple_choice,
-    "llm-adapters": _llm_adapters,
-    "prompt-completion": _prompt_completion,
-    "alpaca": _alpaca,
-    "chat": _chat,
-    "completion": _completion,
-    "labelled": _labelled,
+# In the order in which `auto` tries them: data sets often repeat a sample in a further `text` or `messages` column.
+FORMS = {
+    form.name: form
+    for form in (
+        Form(
+            "multiple-choice",
+            _multiple_choice,
+            tuple((question, "choices", answer) for question, answer in QUESTIONS_AND_ANSWERS),
+        ),
+        Form("prompt-completion", _prompt_completion, (*ASKED_AND_ANSWERED, ("prompt", "references")), ("references",)),
+        Form("llm-adapters", _llm_adapters, (("instruction", "output", "answer"),), ("input",), _has_answer_format),
+        Form("alpaca", _alpaca, (("instruction", "output"),), ("input",)),
+        Form("chat", _chat, (("messages",), ("conversations",))),
+        Form("completion", _completion, (("text",),)),
+        Form("labelled", _labelled, tuple((*texts, LABEL) for texts in LABELLED_TEXTS), ("text_pair",)),
+    )
 }

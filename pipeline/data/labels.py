@@ -1,7 +1,7 @@
-"""Labels of texts: which classes there are, and what each label means to a new head.
+"""Labels of texts: which classes a data set has, and what each label means to a new head.
 
-A label is read as the text that people would write for it (`pipeline.data.forms`); here it becomes the number of a class or,
-for a regression, a value.
+`pipeline.data.forms` reads a label as the text that people would write for it. Here it becomes the number of a class or, for a
+regression, a value.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 from kasa.errors import nearest
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import DataError
-from pipeline.data.forms import Rejection, Sample
-from pipeline.models.heads import Head
-from pipeline.models.prompting import Message
+from pipeline.data.prepared import Rejection, Sample
+from pipeline.models.prompting import Head, Message
 
-# The label of rows that a benchmark keeps to itself.
+# The label of rows whose true label a benchmark does not publish.
 UNLABELLED = "-1"
 _CLASSES_SHOWN = 5
 
@@ -30,15 +29,15 @@ class Labels:
     """What the labels of one data set mean.
 
     Attributes:
-        head: the head they call for.
-        named: whether the recipe names the classes.
+        head: the head that learns them.
+        named: whether the recipe names the classes. Then a label may be the name or the number of a class.
     """
 
     head: Head
     named: bool = False
 
     def read(self, sample: Sample) -> tuple[Sample, float] | Rejection:
-        """The sample with its class by name, and the number of the class or the value."""
+        """The sample, with its class by name, and the number of the class or the value; or why it cannot be used."""
         label = sample.references[0]
         if self.head.kind == "regression":
             value = _number(label)
@@ -58,7 +57,11 @@ class Labels:
 
 
 def find_labels(kind: HeadKind, names: Sequence[str], samples: Sequence[Sample]) -> Labels:
-    """What the labels of the training and held-out samples mean to a head of this kind; `names` are the recipe's.
+    """What the labels mean to a head of this kind.
+
+    Args:
+        names: the classes that the recipe names; empty where the samples decide.
+        samples: those of training and held-out data.
 
     Raises:
         DataError: there is one class only, or the labels are numbers or texts rather than classes.
@@ -84,12 +87,15 @@ def find_labels(kind: HeadKind, names: Sequence[str], samples: Sequence[Sample])
 def check_sides(head: Head, train: Sequence[float], heldout: Sequence[float]) -> None:
     """Refuse splits from which nothing can be learned or measured.
 
+    Args:
+        train, heldout: the number of the class or the value of each sample.
+
     Raises:
-        DataError: one of them has one class, or one value, only.
+        DataError: one of the splits has only one class or value.
     """
     for side, values in (("training", train), ("held-out", heldout)):
         if side == "held-out" and head.kind == "classification":
-            continue  # accuracy means something there
+            continue  # accuracy means something with one class too
         if len(set(values)) < 2:
             what = head.classes[int(values[0])] if head.kind == "classification" else f"{values[0]:g}"
             raise DataError(
@@ -107,7 +113,7 @@ def label_summary(head: Head, values: Sequence[float]) -> dict[str, Any]:
 
 
 def _in_order(labels: Iterable[str]) -> list[str]:
-    """Numbers by size, names by the alphabet."""
+    """Sorted: numbers by size, names by the alphabet."""
     found = sorted(labels)
     if all(_number(label) is not None for label in found):
         found.sort(key=float)

@@ -1,14 +1,7 @@
-"""The prepare stage: files in, two tokenised splits out.
+"""Preparation of a dataset: read the source files, check and tokenise their rows, split them, and write the result.
 
-    out/train, out/heldout   Hugging Face datasets on disk (columns: see `COLUMNS` and `LABELLED_COLUMNS`)
-    out/validation           another one, where `data.validation_rows` asks for it
-    out/calibration          another one, where `data.calibration` names a source
-    out/prompting.json       how prompts are written (`pipeline.models.prompting`)
-    out/head.json            what the outputs of a new head mean (`pipeline.models.heads`), where the recipe asks for one
-    out/rejected.jsonl       every unusable row with its reason
-    out/summary.json         counts; written last
-
-The same rows give the same splits and token ids, in whatever files and order they come.
+`pipeline.data.prepared` describes the folder that is written. The same rows give the same splits and token ids, whatever the
+files that hold them and whatever their order.
 """
 
 from __future__ import annotations
@@ -19,30 +12,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.settings import DataSettings, HeadKind
-from pipeline.core.errors import BaseModelError, DataError, WorkspaceError
-from pipeline.data.forms import Rejection, Sample, decide_form, read_samples
+from pipeline.core.errors import DataError, WorkspaceError
+from pipeline.data.forms import decide_form, read_samples
 from pipeline.data.labels import Labels, check_sides, find_labels, label_summary
+from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS, Rejection, Sample
 from pipeline.data.readers import read_rows
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.data.split import Split, split_samples
-from pipeline.models.heads import Head
-from pipeline.models.prompting import Message, Prompting, TemplateError, Tokenizer, encode_texts
+from pipeline.models.prompting import Message, Prompting, TemplateError, Tokenizer, encode_texts, load_tokenizer
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-COLUMNS = ("input_ids", "labels", "prompt", "prompt_tokens", "references", "choices", "choice_labels", "source")
-# `token_type_ids` is empty where the tokenizer has none.
-LABELLED_COLUMNS = ("input_ids", "token_type_ids", "label", "prompt", "references", "source")
 PROGRESS_EVERY_ROWS = 256
+# One Arrow array of lists holds at most 2**31 tokens, so the rows are written in batches.
 ROWS_PER_BATCH = 10_000
 LOCATIONS_SHOWN = 5
 
@@ -50,56 +38,17 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class PreparedDataset:
-    """What `prepare_dataset` made: its folder and summary; the splits are mapped from disk when first asked for."""
-
-    folder: Path
-    summary: dict[str, Any]
-
-    @cached_property
-    def train(self) -> Dataset:
-        """The training split."""
-        return self._load("train")
-
-    @cached_property
-    def heldout(self) -> Dataset:
-        """The held-out split."""
-        return self._load("heldout")
-
-    @cached_property
-    def validation(self) -> Dataset | None:
-        """What training is watched by, if anything."""
-        return self._load("validation") if (self.folder / "validation").exists() else None
-
-    @cached_property
-    def calibration(self) -> Dataset:
-        """The text that truncation looks at: its own source, or the training split."""
-        return self._load("calibration") if (self.folder / "calibration").exists() else self.train
-
-    @cached_property
-    def prompting(self) -> Prompting:
-        """How the prompts were written."""
-        return Prompting.load(self.folder)
-
-    @cached_property
-    def head(self) -> Head:
-        """The head that the samples are for."""
-        return Head.load(self.folder)
-
-    def _load(self, name: str) -> Dataset:
-        from datasets import load_from_disk
-
-        try:
-            return load_from_disk(str(self.folder / name))
-        except (OSError, ValueError) as error:
-            raise WorkspaceError(
-                f"{self.folder / name} is damaged ({error}); delete {self.folder} and run again"
-            ) from None
-
-
-@dataclass(frozen=True)
 class Tokenised:
-    """A sample with its token ids; `labels` and `prompt_tokens` for a language model, the others for a new head."""
+    """A tokenised sample.
+
+    Attributes:
+        sample: The sample that was tokenised.
+        input_ids: Its token ids.
+        labels: For a language model: the ids to be learned, and -100 elsewhere. Empty for a new head.
+        prompt_tokens: For a language model: how many ids lie before the answer.
+        token_type_ids: For a new head: which text of a pair each token belongs to, if the tokenizer says so.
+        label: For a new head: the number of the class, or the value.
+    """
 
     sample: Sample
     input_ids: npt.NDArray[np.int32]
@@ -110,26 +59,13 @@ class Tokenised:
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """The conversation."""
+        """The turns of its conversation."""
         return self.sample.turns
 
     @property
     def opening(self) -> str:
-        """What must not occur in both splits."""
+        """The text that must not occur in both splits."""
         return self.sample.opening
-
-
-def load_prepared(folder: Path) -> PreparedDataset:
-    """Open what `prepare_dataset` wrote.
-
-    Raises:
-        WorkspaceError: the folder is incomplete or damaged.
-    """
-    path = folder / "summary.json"
-    try:
-        return PreparedDataset(folder, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise WorkspaceError(f"{path} cannot be read ({error}); delete {folder} and run again") from None
 
 
 def prepare_dataset(
@@ -144,16 +80,17 @@ def prepare_dataset(
     """Read, check, tokenise and split the data, and write the folder `out`.
 
     Args:
-        context_tokens: The longest sequence the base model takes.
-        on_progress: Called now and then with the rows tokenised so far and the rows in all.
-        head: What the samples are for.
+        context_tokens: The length of the longest sequence that the base model takes.
+        on_progress: Called now and then with (rows tokenised so far, all rows).
+        head: The head that the samples are for.
 
     Returns:
-        The summary, as in `summary.json`.
+        The content of `summary.json`.
 
     Raises:
-        DataError: damaged files, more unusable rows than `max_rejected_share`, an empty split, contradictory settings.
-        BaseModelError: the tokenizer cannot be loaded.
+        DataError: A file is damaged, more rows than `max_rejected_share` are unusable, a split is empty, or settings
+            contradict each other.
+        BaseModelError: The tokenizer cannot be loaded.
         WorkspaceError: `out` cannot be written.
     """
     if settings.max_tokens > context_tokens:
@@ -163,79 +100,87 @@ def prepare_dataset(
         )
     tokenizer = load_tokenizer(tokenizer_folder)
     labelled = head != "language-model"
+    rows, settings = _read_sides(settings, sources, labelled)
+    _check_rejected(rows.rejected, rows.count, settings)  # before the minutes that tokenising may take
+    labels = find_labels(head, settings.labels, [*rows.train, *rows.heldout]) if labelled else None
+    prompting = Prompting() if labelled else Prompting.from_settings(settings, tokenizer, settings.form)
+    tokenise = partial(_tokenise_labelled, labels) if labels else partial(_tokenise, prompting)
+    train, heldout, calibration = _tokenise_sides(
+        rows, lambda sample: tokenise(sample, tokenizer, settings.max_tokens), on_progress
+    )
+    _check_rejected(rows.rejected, rows.count, settings)
+    split = _split([train, heldout], settings, has_heldout=bool(sources.heldout))
+    summary = _summary(split, rows, settings.form) | (_label_summary(labels, split) if labels else {})
+    with _storing(out):
+        _write_splits(split, calibration, out, LABELLED_COLUMNS if labels else COLUMNS)
+        prompting.save(out)
+        if labels:
+            labels.head.save(out)
+        _write_facts(out, rows.rejected, summary)
+    return summary
+
+
+def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Tokenised]:
+    """Join samples that differ by their reference only: the first of each group, with the references of all.
+
+    Args:
+        by_prompt: Group all samples of one prompt; otherwise only those that come from one row.
+    """
+    groups: dict[Any, list[Tokenised]] = {}
+    for sample in samples:
+        asked = sample.turns[:-1]
+        place = None if by_prompt and asked else sample.sample.location
+        groups.setdefault((asked, sample.sample.choices, place), []).append(sample)
+    joined = []
+    for first, *others in groups.values():
+        further = tuple(other.turns[-1].content for other in others)
+        joined.append(replace(first, sample=replace(first.sample, further=further)))
+    return joined
+
+
+@dataclass
+class _Rows:
+    """What was read from the sources: the usable rows of each side, the rejected ones, and how many rows there were."""
+
+    train: list[Sample]
+    heldout: list[Sample]
+    calibration: list[Sample]
+    rejected: list[Rejection]
+    count: int
+
+
+def _read_sides(settings: DataSettings, sources: DataSources, labelled: bool) -> tuple[_Rows, DataSettings]:
+    """The rows of all sides, and the settings with the form that they have."""
     if labelled:
         settings = settings.model_copy(update={"form": "labelled"})
     form, train, rejected = _read(sources.train, settings)
     if form == "labelled" and not labelled:
         raise DataError("texts with a label need a head to learn it; set base.head: classification or regression")
-    same_form = settings.model_copy(update={"form": form})
-    _, heldout, heldout_rejected = _read(sources.heldout, same_form)
-    _, calibration, calibration_rejected = _read(sources.calibration, same_form)
+    settings = settings.model_copy(update={"form": form})
+    _, heldout, heldout_rejected = _read(sources.heldout, settings)
+    _, calibration, calibration_rejected = _read(sources.calibration, settings)
     rejected += heldout_rejected + calibration_rejected
-    rows_read = len(
-        {item.location for item in itertools.chain[Sample | Rejection](train, heldout, calibration, rejected)}
-    )
-    _check_rejected(rejected, rows_read, settings)  # before the minutes that tokenising may take
+    count = len({item.location for item in itertools.chain[Sample | Rejection](train, heldout, calibration, rejected)})
+    return _Rows(train, heldout, calibration, rejected, count), settings
 
-    labels = find_labels(head, settings.labels, [*train, *heldout]) if labelled else None
-    prompting = Prompting() if labelled else Prompting.from_settings(settings, tokenizer, form)
-    tokenise = partial(_tokenise_labelled, labels) if labels else partial(_tokenise, prompting)
+
+def _tokenise_sides(
+    rows: _Rows, tokenise: Callable[[Sample], Tokenised | Rejection], on_progress: Progress
+) -> list[list[Tokenised]]:
+    """The tokenised rows of each side. Rows that turn out unusable are added to the rejected ones."""
     sides: list[list[Tokenised]] = [[], [], []]
-    done, total = 0, len(train) + len(heldout) + len(calibration)
-    for side, samples in zip(sides, (train, heldout, calibration), strict=True):
+    done, total = 0, len(rows.train) + len(rows.heldout) + len(rows.calibration)
+    for side, samples in zip(sides, (rows.train, rows.heldout, rows.calibration), strict=True):
         for sample in samples:
-            result = tokenise(sample, tokenizer, settings.max_tokens)
+            result = tokenise(sample)
             if isinstance(result, Rejection):
-                rejected.append(result)
+                rows.rejected.append(result)
             else:
                 side.append(result)
             done += 1
             if done % PROGRESS_EVERY_ROWS == 0 or done == total:
                 on_progress(done, total)
-    _check_rejected(rejected, rows_read, settings)
-
-    split = split_samples(
-        sides[0],
-        sides[1] if sources.heldout else None,
-        settings,
-        partial(join_references, by_prompt=settings.group_references),
-    )
-    if settings.train_on_prompt:
-        split = replace(split, train=[replace(row, labels=row.input_ids) for row in split.train])
-    summary = _summary(split, rejected, rows_read, form)
-    if labels:
-        values = [row.label for row in split.train]
-        check_sides(labels.head, values, [row.label for row in split.heldout])
-        summary |= label_summary(labels.head, values)
-    with _storing(out):
-        _write_splits(split, sides[2], out, LABELLED_COLUMNS if labels else COLUMNS)
-        prompting.save(out)
-        if labels:
-            labels.head.save(out)
-        lines = [json.dumps({"source": row.location, "reason": row.reason}, ensure_ascii=False) for row in rejected]
-        out.joinpath("rejected.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        out.joinpath("summary.json").write_text(text, encoding="utf-8")
-    return summary
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a local Hugging Face folder; it never warns of long texts, since their length is checked here.
-
-    Raises:
-        BaseModelError: the folder holds no tokenizer that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its many tokenizer formats raise
-        reason = " ".join(str(error).split())[:300]
-        raise BaseModelError(
-            f"no tokenizer can be loaded from {folder}: {reason}; copy the whole model folder"
-        ) from None
-    tokenizer.model_max_length = 10**30
-    return tokenizer
+    return sides
 
 
 def _read(files: Sequence[SourceFile], settings: DataSettings) -> tuple[str, list[Sample], list[Rejection]]:
@@ -245,7 +190,7 @@ def _read(files: Sequence[SourceFile], settings: DataSettings) -> tuple[str, lis
         rows = read_rows(file.path, settings.separator)
         head = [next(rows)]
         form = decide_form(settings, head[0].values, head[0].location)
-        settings = settings.model_copy(update={"form": form})  # all files in one form
+        settings = settings.model_copy(update={"form": form})  # the first file decides for all
         for item in read_samples(itertools.chain(head, rows), settings, form):
             if isinstance(item, Sample):
                 samples.append(item)
@@ -254,11 +199,25 @@ def _read(files: Sequence[SourceFile], settings: DataSettings) -> tuple[str, lis
     return settings.form, samples, rejected
 
 
+def _split(sides: list[list[Tokenised]], settings: DataSettings, has_heldout: bool) -> Split[Tokenised]:
+    join = partial(join_references, by_prompt=settings.group_references)
+    split = split_samples(sides[0], sides[1] if has_heldout else None, settings, join)
+    if settings.train_on_prompt:
+        split = replace(split, train=[replace(row, labels=row.input_ids) for row in split.train])
+    return split
+
+
+def _label_summary(labels: Labels, split: Split[Tokenised]) -> dict[str, Any]:
+    values = [row.label for row in split.train]
+    check_sides(labels.head, values, [row.label for row in split.heldout])
+    return label_summary(labels.head, values)
+
+
 def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
     turns = [Message(role, prompting.wrap(text) if role == "user" else text) for role, text in sample.turns]
     try:
         encoded = prompting.encode(tokenizer, turns)
-        # Every choice is scored after the prompt.
+        # Evaluation scores every choice after the prompt, so all of them have to fit.
         others = [
             prompting.encode(tokenizer, [*turns[:-1], Message("assistant", choice)])
             for choice in sample.choices
@@ -270,20 +229,6 @@ def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_to
         return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
     ids, labels, prompt_tokens = encoded
     return Tokenised(sample, np.array(ids, np.int32), np.array(labels, np.int32), prompt_tokens)
-
-
-def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Tokenised]:
-    """One sample for those of one row, or `by_prompt` for all of one prompt: the first, with the references of all."""
-    groups: dict[Any, list[Tokenised]] = {}
-    for sample in samples:
-        asked = sample.turns[:-1]
-        place = None if by_prompt and asked else sample.sample.location
-        groups.setdefault((asked, sample.sample.choices, place), []).append(sample)
-    joined = []
-    for first, *others in groups.values():
-        further = tuple(other.turns[-1].content for other in others)
-        joined.append(replace(first, sample=replace(first.sample, further=further)))
-    return joined
 
 
 def _tokenise_labelled(labels: Labels, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
@@ -314,11 +259,12 @@ def _length_hint(rejected: list[Rejection]) -> str:
     return ", raise data.max_tokens" if any(row.reason.startswith("longer than") for row in rejected) else ""
 
 
-def _summary(split: Split[Tokenised], rejected: list[Rejection], rows_read: int, form: str) -> dict[str, Any]:
+def _summary(split: Split[Tokenised], rows: _Rows, form: str) -> dict[str, Any]:
+    rejected = rows.rejected
     both = split.train + split.heldout + split.validation
     return {
         "form": form,
-        "rows_read": rows_read,
+        "rows_read": rows.count,
         "rows_rejected": len(rejected),
         "rejected": dict(Counter(row.reason for row in rejected).most_common()),
         "rejected_first": [f"{row.location}: {row.reason}" for row in rejected[:LOCATIONS_SHOWN]],
@@ -356,7 +302,6 @@ def _write_split(rows: list[Tokenised], folder: Path, columns: Sequence[str]) ->
     types = {"input_ids": ids, "labels": ids, "token_type_ids": ids, "prompt_tokens": pa.int32(), "label": pa.float64()}
     types |= dict.fromkeys(("references", "choices", "choice_labels"), texts)
     schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
-    # In batches: one array of lists holds at most 2**31 tokens.
     batches = [_batch(rows[start : start + ROWS_PER_BATCH], schema) for start in range(0, len(rows), ROWS_PER_BATCH)]
     table = datasets.Dataset(pa.Table.from_batches(batches, schema))
     bars = datasets.are_progress_bars_disabled()
@@ -387,6 +332,13 @@ def _batch(rows: list[Tokenised], schema: Any) -> Any:
 
     arrays = [pa.array([_CELLS[field.name](row) for row in rows], field.type) for field in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _write_facts(out: Path, rejected: list[Rejection], summary: dict[str, Any]) -> None:
+    lines = [json.dumps({"source": row.location, "reason": row.reason}, ensure_ascii=False) for row in rejected]
+    out.joinpath("rejected.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    out.joinpath("summary.json").write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Rows out of files: jsonl, json (a list of objects), csv, parquet, txt.
+"""Readers of rows from files: jsonl, json (a list of objects), csv, parquet, txt.
 
-A damaged file (not UTF-8, broken JSON, a csv cell that never ends) stops the reading with its file and line. A line
-that is sound but unusable is passed on with its defect, to be counted.
+A damaged file (not UTF-8, broken JSON, a csv cell that never ends) is an error that names the file and line. A row that is
+well-formed but unusable is returned with its defect, to be counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 class RawRow(NamedTuple):
-    """One row: where it was found (`file:line`, `file:row N`), its values by column, and why it is unusable, or ""."""
+    """One row of a file.
+
+    Attributes:
+        location: Where it was found: `file:line` or `file:row N`.
+        values: Its values by column.
+        defect: Why it is unusable; empty if it is usable.
+    """
 
     location: str
     values: dict[str, Any]
@@ -27,14 +33,14 @@ class RawRow(NamedTuple):
 
 
 def read_rows(path: Path, separator: str | None = None) -> Iterator[RawRow]:
-    """The rows of one file in their order.
+    """The rows of one file, in the order of the file.
 
     Args:
         path: A file with one of `SUFFIXES`.
-        separator: txt only: splits a line into `prompt` and `completion`; without it a line is `{"text": line}`.
+        separator: For txt only: splits a line into `prompt` and `completion`. Without it a line is `{"text": line}`.
 
     Raises:
-        DataError: the file is empty, damaged or cannot be read, or a separator is given for another format than txt.
+        DataError: The file is empty, damaged or cannot be read, or a separator is given for another format than txt.
     """
     suffix = path.suffix.lower()
     if separator is not None and suffix != ".txt":
@@ -53,7 +59,7 @@ def read_rows(path: Path, separator: str | None = None) -> Iterator[RawRow]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends; split at line feeds only, since JSON strings may hold other separators."""
+    """Numbered lines with their line ends. Only line feeds separate them, because JSON strings may hold other separators."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:

@@ -1,91 +1,62 @@
-"""Data files at an address, `https://...`: fetched once into the workspace, where a run finds them ever after.
+"""Data files from elsewhere, fetched once into the workspace: `https://...` and
+`hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]`.
 
-A run depends on the bytes that were fetched, not on what the address has later; to fetch anew, remove the file.
-
-Hub data sets, `hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]`: each revision of a split becomes a parquet file of its own
-in the workspace, so that a run depends on those bytes, not on the hub, and an old revision is never taken for a new one.
-
-Without a revision a run takes the newest one that is known here, and `look_for_newest` asks the hub which that is. What
-is named is taken as it stands: a branch or a tag that moves on is not fetched again.
+A run depends on the bytes that were fetched, not on what the address or the hub has later. To fetch a web file again,
+delete it. Each revision of a split of a hub data set is stored as a parquet file of its own, so an old revision is never
+taken for a new one. Without a revision a run takes the newest one that is known in the workspace, and `look_for_newest`
+asks the hub for it. A revision that is named is fetched once: a branch or a tag that moves on is not fetched again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
-import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlparse
 
-from filelock import FileLock
-
 from pipeline.config.settings import DataSettings
 from pipeline.core.console import console
-from pipeline.core.errors import DataError, WorkspaceError
-from pipeline.core.files import atomic_write
+from pipeline.core.errors import DataError, WorkspaceError, one_line
+from pipeline.core.files import atomic_write, make_once
 
 PREFIXES = ("https://", "http://")
-_DOWNLOAD_PATIENCE_S = 30.0
+PREFIX = "hub:"
+
+_DOWNLOAD_TIMEOUT_S = 30.0
+_HUB_TIMEOUT_S = 20.0
+_FORM = re.compile(
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]*))?"
+)
 
 
 def web_file(address: str, key: str, workspace: Path, fetch: bool) -> Path | None:
-    """The file, fetched where it is absent; None where `fetch` forbids that. `key` names its place in the recipe.
+    """The local copy of a web file, fetched if it is missing.
+
+    Args:
+        key: The recipe's key that holds the address, for errors.
+        fetch: Whether it may be fetched. If not, a missing file gives None.
 
     Raises:
-        DataError: it cannot be fetched.
-        WorkspaceError: it cannot be stored.
+        DataError: It cannot be fetched.
+        WorkspaceError: It cannot be stored.
     """
     name = PurePosixPath(unquote(urlparse(address).path)).name
     if not name:
         raise DataError(f"{key}: {address} names no file")
-    folder = workspace / "sources" / "web" / hashlib.sha256(address.encode()).hexdigest()[:16]
-    file = folder / name
-    if file.exists() or not fetch:
+    file = workspace / "sources" / "web" / hashlib.sha256(address.encode()).hexdigest()[:16] / name
+    if not fetch:
         return file if file.exists() else None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{name}.lock"):
-            if not file.exists():
-                console.print(f"fetching {address}", markup=False, soft_wrap=True)
-                _fetch(address, key, file)
-    except OSError as error:
-        raise WorkspaceError(f"{address} cannot be stored in {file}: {error}; free space or rights?") from None
-    return file
-
-
-def _fetch(address: str, key: str, file: Path) -> None:
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".fetch-", delete=False) as out:
-        try:
-            with urllib.request.urlopen(address, timeout=_DOWNLOAD_PATIENCE_S) as answer:
-                shutil.copyfileobj(answer, out)
-                missing = answer.length
-        except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-            Path(out.name).unlink()
-            reason = getattr(error, "reason", None) or error
-            raise DataError(
-                f"{key}: {address} cannot be fetched ({reason}); check the address and the network, or name a local copy"
-            ) from None
-    if missing:
-        Path(out.name).unlink()
-        raise DataError(f"{key}: {address} broke off {missing} bytes before its end; run again")
-    os.replace(out.name, file)
-
-
-PREFIX = "hub:"
-_FORM = re.compile(
-    r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]*))?"
-)
-_PATIENCE_S = 20.0
+    return _stored(file, address, address, lambda new: _download(address, key, new))
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    """One split of a data set, or of a subset of it; `revision` is None where the newest is meant."""
+    """One split of a hub data set, or of a subset of it. `revision` is None if the newest is meant."""
 
     name: str
     revision: str | None
@@ -98,15 +69,15 @@ class HubSplit:
 
     @property
     def file_name(self) -> str:
-        """Of its copy in the workspace."""
+        """The name of its copy in the workspace."""
         return f"{self.subset}--{self.split}.parquet" if self.subset else f"{self.split}.parquet"
 
 
 def parse_entry(entry: str, key: str) -> HubSplit:
-    """What an entry of the recipe means.
+    """Parse an entry of a recipe.
 
     Raises:
-        DataError: it has not the form of one; `key` names its place in the recipe.
+        DataError: It does not have the form of a hub data set. The message names `key`, where the entry stands.
     """
     found = _FORM.fullmatch(entry.removeprefix(PREFIX))
     if found is None:
@@ -117,38 +88,40 @@ def parse_entry(entry: str, key: str) -> HubSplit:
 
 
 def hub_file(split: HubSplit, workspace: Path, fetch: bool) -> Path | None:
-    """The split's parquet file, fetched where it is absent; None where `fetch` forbids that.
+    """The local parquet file of a split, fetched if it is missing.
+
+    Args:
+        fetch: Whether it may be fetched. If not, a missing file gives None.
 
     Raises:
-        DataError: it cannot be fetched.
-        WorkspaceError: it cannot be stored.
+        DataError: It cannot be fetched.
+        WorkspaceError: It cannot be stored.
     """
     revision = split.revision or _newest_known(split.name, workspace)
     if revision is None:
         if not fetch:
             return None
-        revision = _ask(split.name)
+        revision = _newest_on_hub(split.name)
         _remember(split.name, revision, workspace)
     file = _folder(split.name, workspace) / revision.replace("/", "--") / split.file_name
-    if not file.exists():
-        if not fetch:
-            return None
-        _export(split, revision, file)
-    return file
+    if not fetch:
+        return file if file.exists() else None
+    subject = f"{split} (revision {revision[:12]}) from the hub"
+    return _stored(file, str(split), subject, lambda new: _export(split, revision, new))
 
 
 def look_for_newest(settings: DataSettings, workspace: Path) -> None:
     """Ask the hub for the newest revision of each data set that the recipe names without one, and fetch it if it is new.
 
-    Where the hub cannot be reached, what is here already serves, and a line says so.
+    If the hub cannot be reached, the newest known revision is used, and a line says so.
 
     Raises:
-        DataError: there is nothing here yet, or the new revision cannot be fetched.
+        DataError: No revision is known yet, and none can be fetched.
     """
     for name, splits in _following(settings).items():
         known = _newest_known(name, workspace)
         try:
-            newest = _ask(name)
+            newest = _newest_on_hub(name)
             for split in splits:
                 hub_file(replace(split, revision=newest), workspace, fetch=True)
         except DataError as error:
@@ -156,12 +129,39 @@ def look_for_newest(settings: DataSettings, workspace: Path) -> None:
                 raise
             console.print(f"{error}; going on with revision {known[:12]}, which is here", markup=False, soft_wrap=True)
             continue
-        # Only now that all of it is here: a run without a network must find what it is told to take.
+        # Not before all its splits are stored: a run without a network must find the revision that it is told to take.
         _remember(name, newest, workspace)
 
 
+def _stored(file: Path, name: str, subject: str, make: Callable[[Path], None]) -> Path:
+    """Store a source in `file`, unless it is there, and say that it is fetched."""
+
+    def announced(new: Path) -> None:
+        console.print(f"fetching {subject}", markup=False, soft_wrap=True)
+        make(new)
+
+    try:
+        return make_once(file, announced)
+    except OSError as error:
+        raise WorkspaceError(f"{name} cannot be stored in {file}: {error}; free space or rights?") from None
+
+
+def _download(address: str, key: str, file: Path) -> None:
+    try:
+        with urllib.request.urlopen(address, timeout=_DOWNLOAD_TIMEOUT_S) as answer, file.open("wb") as out:
+            shutil.copyfileobj(answer, out)
+            missing = answer.length
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise DataError(
+            f"{key}: {address} cannot be fetched ({reason}); check the address and the network, or name a local copy"
+        ) from None
+    if missing:
+        raise DataError(f"{key}: {address} broke off {missing} bytes before its end; run again")
+
+
 def _following(settings: DataSettings) -> dict[str, set[HubSplit]]:
-    """The data sets whose newest revision is meant, with the splits that are used."""
+    """The data sets that the recipe names without a revision, with the splits that it uses."""
     found: dict[str, set[HubSplit]] = {}
     for side in ("train", "heldout", "calibration"):
         for entry in getattr(settings, side):
@@ -172,15 +172,15 @@ def _following(settings: DataSettings) -> dict[str, set[HubSplit]]:
     return found
 
 
-def _ask(name: str) -> str:
-    """The newest revision, as the hub says."""
+def _newest_on_hub(name: str) -> str:
+    """Ask the hub for the newest revision of a data set."""
     from huggingface_hub import HfApi
 
     try:
-        revision = HfApi().dataset_info(name, timeout=_PATIENCE_S).sha
+        revision = HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S).sha
     except Exception as error:  # the hub client lets errors of several libraries through
         raise DataError(
-            f"{PREFIX}{name}: the hub cannot be asked for its newest revision ({_first_line(error)}); check the name and "
+            f"{PREFIX}{name}: the hub cannot be asked for its newest revision ({one_line(error)}); check the name and "
             "the network, or name a local file"
         ) from None
     if not revision:
@@ -192,23 +192,13 @@ def _export(split: HubSplit, revision: str, file: Path) -> None:
     import datasets
 
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.parent / f".{file.name}.lock"):
-            if file.exists():
-                return
-            console.print(f"fetching {split} (revision {revision[:12]}) from the hub", markup=False, soft_wrap=True)
-            try:
-                rows = datasets.load_dataset(split.name, split.subset, split=split.split, revision=revision)
-            except Exception as error:  # as above
-                raise DataError(
-                    f"{split} cannot be fetched from the hub: {_first_line(error)}; check the name, the revision, the "
-                    "split and the network, or name a local file"
-                ) from None
-            with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as scratch:
-                rows.to_parquet(Path(scratch, file.name))
-                os.replace(Path(scratch, file.name), file)
-    except OSError as error:
-        raise WorkspaceError(f"{split} cannot be stored in {file}: {error}; free space or rights?") from None
+        rows = datasets.load_dataset(split.name, split.subset, split=split.split, revision=revision)
+    except Exception as error:  # as above
+        raise DataError(
+            f"{split} cannot be fetched from the hub: {one_line(error)}; check the name, the revision, the split and the "
+            "network, or name a local file"
+        ) from None
+    rows.to_parquet(file)
 
 
 def _newest_known(name: str, workspace: Path) -> str | None:
@@ -224,7 +214,3 @@ def _remember(name: str, revision: str, workspace: Path) -> None:
 
 def _folder(name: str, workspace: Path) -> Path:
     return workspace / "sources" / "hub" / name.replace("/", "--")
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

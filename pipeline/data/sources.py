@@ -1,4 +1,4 @@
-"""What `data.train`, `data.heldout` and `data.calibration` stand for: concrete local files, known by the digest of their bytes."""
+"""The local files that `data.train`, `data.heldout` and `data.calibration` name, with the digests of their bytes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kasa.errors import nearest
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
+from pipeline.data.forms import check_form
 from pipeline.data.readers import SUFFIXES
 from pipeline.data.remote import PREFIX as HUB
 from pipeline.data.remote import PREFIXES as WEB
@@ -30,14 +31,19 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """What the bytes are read as: the suffix in lower case, with its dot."""
+        """The format that the file is read as: its suffix in lower case, with the dot."""
         return self.path.suffix.lower()
 
 
 @dataclass(frozen=True)
 class DataSources:
-    """The files of all sides; `heldout` is empty where it is to be split off from `train`, `calibration` where `train`
-    serves for it."""
+    """The files of all sides.
+
+    Attributes:
+        train: The files to train on.
+        heldout: The held-out files; empty if samples are to be split off from `train`.
+        calibration: The files whose text truncation looks at; empty if `train` serves for it.
+    """
 
     train: tuple[SourceFile, ...]
     heldout: tuple[SourceFile, ...] = ()
@@ -45,12 +51,12 @@ class DataSources:
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """Those of all sides."""
+        """The files of all sides."""
         return self.train + self.heldout + self.calibration
 
     @property
     def digest(self) -> str:
-        """sha256 over the contents: the same wherever the files lie, in any order, whenever they were written."""
+        """SHA-256 over the contents. It does not depend on where the files lie, on their order, or on when they were written."""
         sides = [
             sorted((file.kind, file.sha256) for file in side) for side in (self.train, self.heldout, self.calibration)
         ]
@@ -66,9 +72,11 @@ def resolve_sources(
     the sha256 of a file's bytes (hexadecimal).
 
     Raises:
+        RecipeError: there is no such `data.form`.
         DataError: a file is missing or of an unknown format, a pattern matches nothing, or a source cannot be fetched.
         WorkspaceError: what was fetched cannot be stored.
     """
+    check_form(settings)
     sides: list[tuple[SourceFile, ...]] = []
     for side in ("train", "heldout", "calibration"):
         key, entries = f"data.{side}", getattr(settings, side)
@@ -87,7 +95,7 @@ def resolve_sources(
 
 
 def resolve_source(entry: str, key: str, workspace: Path, fetch: bool) -> list[Path] | None:
-    """The files of one entry of the setting `key`; see `resolve_sources`."""
+    """The files of one entry of the recipe's key `key`. Arguments and errors are those of `resolve_sources`."""
     if entry.startswith(EMBEDDED):
         present = embedded_path_if_present(entry, workspace)
         if present is None and fetch:

@@ -1,7 +1,7 @@
-"""Training against held-out samples: no prompt on both sides, and the same split whatever the order of the rows.
+"""The split into training and held-out samples: no prompt is on both sides, and the order of the rows does not matter.
 
-Where a prompt goes is decided by its own hash alone. So a prompt keeps its side when the data grows, and a model
-trained on last week's data has not seen this week's held-out prompts.
+The hash of a prompt alone decides which side it goes to. So a prompt keeps its side when the data grows, and a model that
+was trained on last week's data has not seen this week's held-out prompts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pipeline.models.prompting import Message
 
 
 class Splittable(Protocol):
-    """What the split needs to know of a sample (`forms.Sample`)."""
+    """What the split needs to know about a sample (`forms.Sample`)."""
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """The conversation."""
+        """The turns of its conversation."""
 
     @property
     def opening(self) -> str:
@@ -33,8 +33,15 @@ S = TypeVar("S", bound=Splittable)
 
 @dataclass(frozen=True)
 class Split(Generic[S]):
-    """Both sides in the order of their hashes; how many repeated samples were removed, and how many training samples
-    because their prompt occurs in the held-out source. `validation` was taken from the training side, whole prompts."""
+    """The sides of a split, each in the order of its samples' hashes.
+
+    Attributes:
+        train: The training samples.
+        heldout: The held-out samples.
+        validation: Samples taken from the training side, all those of a prompt together.
+        duplicates: How many repeated samples were removed.
+        leaked: How many training samples were removed because their prompt occurs in the held-out source.
+    """
 
     train: list[S]
     heldout: list[S]
@@ -46,16 +53,17 @@ class Split(Generic[S]):
 def split_samples(
     train: Sequence[S], heldout: Sequence[S] | None, settings: DataSettings, join: Callable[[list[S]], list[S]] = list
 ) -> Split[S]:
-    """Split `train`, or protect the named `heldout` source from leaks; then apply the row limits.
+    """Split `train`, or remove from it the prompts of a named held-out source; then apply the row limits.
 
-    A limit takes the training samples with the smallest hashes, and held-out samples prompt by prompt, so that a
-    prompt's references stay together. Prompts are equal if they are equal up to case and white space.
+    A limit keeps the training samples with the smallest hashes, and held-out samples prompt by prompt, so that the
+    references of a prompt stay together. Prompts are equal if they are equal up to case and white space.
 
     Args:
-        join: makes one held-out sample of those that differ by their reference alone; the limit counts what it returns.
+        heldout: The samples of `data.heldout`; None if they are to be split off from `train`.
+        join: Makes one held-out sample of those that differ by their reference only. The limit counts its results.
 
     Raises:
-        DataError: a side is empty, or the validation samples leave nothing to train on.
+        DataError: A side is empty, or the validation samples leave nothing to train on.
     """
     kept = _without_duplicates(train)
     duplicates = len(train) - len(kept)
@@ -91,13 +99,13 @@ def _divide(samples: list[S], settings: DataSettings) -> tuple[list[S], list[S]]
         )
     first, *_, last = sorted(places, key=places.__getitem__)
     chosen = {key for key, place in places.items() if place < settings.heldout_share * 2**64}
-    # A small data set may leave a side empty by chance.
+    # In a small data set one side may be empty by chance.
     chosen = (chosen | {first}) - {last}
     return _sides(samples, lambda sample: group_key(sample) in chosen)
 
 
 def _set_aside(ordered: list[S], settings: DataSettings) -> tuple[list[S], list[S]]:
-    """What is left to train on, and the validation samples: all of the prompts that come first by a hash of their own."""
+    """(training samples, validation samples). The latter are those of the first prompts by a hash of their own."""
     if settings.validation_rows is None:
         return ordered, []
     prompts: dict[str, list[S]] = {}

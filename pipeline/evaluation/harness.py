@@ -1,4 +1,7 @@
-"""Tasks of lm-evaluation-harness (the extra `harness`) on one candidate, in a process of their own."""
+"""What a worker does with a task of lm-evaluation-harness (the extra `harness`): run it on one candidate.
+
+The task's results are read back by `pipeline.evaluation.results`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ import torch
 from pipeline.config.settings import HarnessSettings
 from pipeline.core.files import atomic_write
 from pipeline.evaluation.results import harness_tasks
-from pipeline.models.prompting import Prompting
-from pipeline.serving.generation import load_answerer
+from pipeline.models.prompting import LANGUAGE_MODEL, Prompting
+from pipeline.serving.inference import load_model
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,13 @@ class HarnessJob:
     """One task, or group of tasks, on one candidate.
 
     Attributes:
-        base_folder, adapter: the candidate; the plain base where `adapter` is None.
-        out: the JSON file to write: a list of `HarnessResult`'s fields.
+        base_folder: the base model of the candidate.
+        adapter: its adapter; None for the plain base.
+        precision: `fp32` or `bf16`.
+        task: the name of the task or group.
+        settings: the recipe's `evaluate.harness` section.
+        batch_size: requests per forward pass.
+        out: the JSON file to write: a list of the fields of `HarnessResult`.
     """
 
     base_folder: Path
@@ -39,14 +47,15 @@ class HarnessJob:
 
 
 def run_harness(job: HarnessJob) -> None:
-    """Evaluate the task with the harness's own prompts; the model answers as it is loaded, without a chat template."""
+    """Evaluate the task with the harness's own prompts, without a chat template, and write `out`."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    answerer = load_answerer(job.base_folder, job.adapter, job.precision, Prompting())
-    model = HFLM(pretrained=answerer.model, tokenizer=answerer.tokenizer, batch_size=job.batch_size)
+    # The harness asks through the tokenizer alone, so the adapter's own prompting is left out.
+    loaded = load_model(job.base_folder, job.adapter, job.precision, LANGUAGE_MODEL, Prompting())
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=job.batch_size)
     found: Any = simple_evaluate(
         model,
         tasks=[job.task],
@@ -69,7 +78,7 @@ def run_harness(job: HarnessJob) -> None:
 
 
 def _named(task: str, values: Mapping[str, Any]) -> Iterable[tuple[str, str, str, Any]]:
-    """`TASK/METRIC` with metric, filter and value; a filter is named where the task has another one than `none`."""
+    """The name (`TASK/METRIC`, with `/FILTER` unless that is `none`), metric, filter and value of each result."""
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, Real):
@@ -79,7 +88,7 @@ def _named(task: str, values: Mapping[str, Any]) -> Iterable[tuple[str, str, str
 def _per_sample(
     samples: Iterable[Mapping[str, Any]], metric: str, filtered: str, value: float
 ) -> dict[str, float] | None:
-    """The metric of every document, where the task's value is their mean; None where it is something else."""
+    """The metric of every document by its id; None unless the task's value is their mean."""
     found = {
         str(sample["doc_id"]): sample[metric] for sample in samples if sample["filter"] == filtered and metric in sample
     }

@@ -1,81 +1,121 @@
-"""Per-sample results as a parquet file: one row a sample, whatever its evaluator found out about it.
+"""Rules of multiple choice: the choices of a sample, the likeliest of them, and the one that a generated answer names.
 
-What lm-evaluation-harness found out about the candidates, side by side.
+A choice's log-likelihood is the sum over its own tokens. As in lm-evaluation-harness, the end of the answer (EOS) does not
+count: a base model that would continue after the right word has still chosen it.
+
+Checks before training that the evaluation at its end will be possible: of the held-out samples and of the harness.
+
+The results that an evaluation keeps: per-sample records as parquet, and those of lm-evaluation-harness as JSON.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kasa.errors import nearest
 from pipeline.config.settings import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError
-from pipeline.core.journal import Record
+from pipeline.core.files import Record
+from pipeline.data.prepared import PreparedDataset
 from pipeline.metrics.intervals import Interval, mean_differences
+from pipeline.models.prompting import Prompting
 
 
-def write_samples(path: Path, records: Sequence[Record]) -> None:
-    """Write results; a field that a record lacks is null in its row."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    fields = dict.fromkeys(field for record in records for field in record)
-    table = pa.table({field: [record.get(field) for record in records] for field in fields})
-    pyarrow.parquet.write_table(table, path)
+def choices_of(sample: Mapping[str, Any], given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(choices, labels) of a sample: those `given` for all samples, or its own where none are given."""
+    return (list(given), list(given)) if given else (list(sample["choices"]), list(sample["choice_labels"]))
 
 
-def read_samples(path: Path) -> list[Record]:
-    """The results as they were written."""
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-    return [{field: value for field, value in row.items() if value is not None} for row in rows]
+def right_choice(references: Sequence[str], choices: Sequence[str]) -> int | None:
+    """The index of the first reference among the choices; None where it is not among them."""
+    said = references[0].strip() if references else ""
+    return next((place for place, choice in enumerate(choices) if choice.strip() == said), None)
 
 
-HARNESS_JSON = "harness.json"
+def score_choices(log_likelihoods: Sequence[float], choices: Sequence[str], right: int | None) -> dict[str, Any]:
+    """Score the choices of a sample.
 
+    Args:
+        log_likelihoods: of each choice, in nats.
+        choices: their texts.
+        right: index of the right one; None where no choice is right.
 
-@dataclass(frozen=True)
-class HarnessResult:
-    """One metric of one task for one candidate.
-
-    Attributes:
-        name: `TASK/METRIC`, or `TASK/METRIC/FILTER`.
-        per_sample: the metric of every document by its id, where `value` is their mean.
+    Returns:
+        The likeliest `choice`, whether it is right (`accuracy`, the harness's `acc`), and whether the one of the largest
+        log-likelihood per character is right (`accuracy_norm`, the harness's `acc_norm`).
     """
+    likeliest = int(np.argmax(log_likelihoods))
+    by_length = int(np.argmax(np.array(log_likelihoods) / [len(choice) for choice in choices]))
+    return {
+        "choices": list(choices),
+        "log_likelihoods": list(log_likelihoods),
+        "choice": choices[likeliest],
+        "accuracy": float(likeliest == right),
+        "accuracy_norm": float(by_length == right),
+    }
 
-    name: str
-    value: float
-    lower_is_better: bool
-    per_sample: dict[str, float] | None
 
+def named_choice(output: str, labels: Sequence[str]) -> int | None:
+    """The index of the choice whose label comes first in a generated answer; None where none is named.
 
-@dataclass(frozen=True)
-class HarnessRow:
-    """One metric of one task for all candidates.
-
-    Attributes:
-        values: by candidate.
-        differences: by opponent, adapted - opponent on the same documents, with interval; none where the task's value is no
-            mean over documents.
+    This is how LLM-Adapters reads `the correct answer is answer3`. Case matters, a label must be a word of its own, and of
+    labels that start at one position the longest counts.
     """
+    pattern = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    found = re.search(rf"(?<!\w)(?:{pattern})(?!\w)", output)
+    return labels.index(found[0]) if found else None
 
-    name: str
-    lower_is_better: bool
-    values: dict[str, float]
-    differences: dict[str, Interval]
+
+def continuation_ids(prompting: Prompting, tokenizer: Any, prompt: str, choice: str) -> list[int]:
+    """A choice's token ids after the prompt, without EOS."""
+    ids = prompting.answer_ids(tokenizer, prompt, choice)
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def check_suitable(settings: EvaluateSettings, prepared: PreparedDataset) -> None:
+    """Check that the held-out samples have what the evaluation needs.
+
+    Raises:
+        RecipeError: the samples are plain text without a prompt, have no choices, or an answer that is none of them.
+    """
+    if settings.kind in ("loss", "classification", "regression"):
+        return
+    heldout = prepared.heldout.select_columns(["references", "choices", "choice_labels", "source"])
+    form = prepared.summary["form"]
+    for sample in heldout:
+        if not sample["references"]:
+            raise RecipeError(
+                f"evaluate.kind: {settings.kind} needs prompts with answers, but {sample['source']} is plain text (data of "
+                f"form {form}); set evaluate.kind: loss, which measures loss and perplexity"
+            )
+        if settings.kind != "choice":
+            continue
+        choices, _ = choices_of(sample, settings.choices)
+        if not choices:
+            raise RecipeError(
+                f"evaluate.kind: choice needs choices, but {sample['source']} (data of form {form}) has none; name them in "
+                "evaluate.choices, or use data of form multiple-choice or llm-adapters"
+            )
+        if right_choice(sample["references"], choices) is None:
+            raise RecipeError(
+                f"evaluate.choices: the answer {sample['references'][0]!r} of {sample['source']} is none of "
+                f"{', '.join(choices)}"
+            )
 
 
 def check_harness(evaluate: EvaluateSettings, head: str) -> None:
-    """Whether the tasks can be run here; training should not run for nothing.
+    """Check that the tasks of lm-evaluation-harness can be run here.
 
     Raises:
-        RecipeError: the harness is not installed, has no such task, or the model is none that answers in words.
+        RecipeError: the harness is not installed, has no such task, or the model is no language model.
     """
     settings = evaluate.harness
     if not settings.tasks:
@@ -91,35 +131,8 @@ def check_harness(evaluate: EvaluateSettings, head: str) -> None:
     _check_names(settings)
 
 
-def read_harness(folder: Path) -> list[HarnessResult]:
-    """What an evaluation's artifact holds of the harness."""
-    file = folder / HARNESS_JSON
-    return [HarnessResult(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
-
-
-def harness_rows(candidates: Mapping[str, Sequence[HarnessResult]]) -> list[HarnessRow]:
-    """The candidates' results side by side; one of them is called `adapted`."""
-    found = {name: {result.name: result for result in results} for name, results in candidates.items()}
-    rows = []
-    for name, ours in found["adapted"].items():
-        others = {candidate: results[name] for candidate, results in found.items() if name in results}
-        rows.append(
-            HarnessRow(
-                name=name,
-                lower_is_better=ours.lower_is_better,
-                values={candidate: result.value for candidate, result in others.items()},
-                differences={
-                    candidate: mean_differences(ours.per_sample, result.per_sample)
-                    for candidate, result in others.items()
-                    if candidate != "adapted" and ours.per_sample and result.per_sample
-                },
-            )
-        )
-    return rows
-
-
 def harness_tasks(settings: HarnessSettings) -> Any:
-    """The harness's index of tasks: of the included folder alone where all that are asked for are single tasks in it.
+    """The harness's index of tasks: of the included folder alone where it has all that are asked for as single tasks.
 
     To read the thousands that come with the harness takes eight seconds. Only groups and tags can refer to them.
     """
@@ -140,3 +153,86 @@ def _check_names(settings: HarnessSettings) -> None:
                 f"evaluate.harness.tasks: lm-evaluation-harness has no task {task!r}{nearest(task, known.all_tasks)}; "
                 "`lm_eval ls tasks` lists them, and evaluate.harness.include names a folder of your own"
             )
+
+
+HARNESS_JSON = "harness.json"
+
+
+def write_samples(path: Path, records: Sequence[Record]) -> None:
+    """Write records as parquet, one row each; a field that a record lacks is null in its row."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    fields = dict.fromkeys(field for record in records for field in record)
+    table = pa.table({field: [record.get(field) for record in records] for field in fields})
+    pyarrow.parquet.write_table(table, path)
+
+
+def read_samples(path: Path) -> list[Record]:
+    """Read records back as they were written."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    return [{field: value for field, value in row.items() if value is not None} for row in rows]
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """One metric of one task for one candidate.
+
+    Attributes:
+        name: `TASK/METRIC`, or `TASK/METRIC/FILTER`.
+        value: the metric over all documents.
+        lower_is_better: which way the metric improves.
+        per_sample: the metric of every document by its id; None unless `value` is their mean.
+    """
+
+    name: str
+    value: float
+    lower_is_better: bool
+    per_sample: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class HarnessRow:
+    """One metric of one task for all candidates.
+
+    Attributes:
+        name: `TASK/METRIC`, or `TASK/METRIC/FILTER`.
+        lower_is_better: which way the metric improves.
+        values: the metric of each candidate.
+        differences: adapted - opponent on the same documents with its interval, by opponent; empty unless the task's value
+            is a mean over documents.
+    """
+
+    name: str
+    lower_is_better: bool
+    values: dict[str, float]
+    differences: dict[str, Interval]
+
+
+def read_harness(folder: Path) -> list[HarnessResult]:
+    """Read the harness results of an evaluation; empty where no task was run."""
+    file = folder / HARNESS_JSON
+    return [HarnessResult(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+
+
+def harness_rows(candidates: Mapping[str, Sequence[HarnessResult]]) -> list[HarnessRow]:
+    """Put the candidates' results side by side, and compare each with the candidate `adapted`."""
+    found = {name: {result.name: result for result in results} for name, results in candidates.items()}
+    rows = []
+    for name, ours in found["adapted"].items():
+        others = {candidate: results[name] for candidate, results in found.items() if name in results}
+        rows.append(
+            HarnessRow(
+                name=name,
+                lower_is_better=ours.lower_is_better,
+                values={candidate: result.value for candidate, result in others.items()},
+                differences={
+                    candidate: mean_differences(ours.per_sample, result.per_sample)
+                    for candidate, result in others.items()
+                    if candidate != "adapted" and ours.per_sample and result.per_sample
+                },
+            )
+        )
+    return rows

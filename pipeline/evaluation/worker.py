@@ -1,12 +1,11 @@
-"""Scoring a model with a head: each sample's label beside the prediction, with the outputs it was made from.
+"""Scoring held-out samples with a loaded model: losses, choices and generated answers, or a head's labels.
 
-How likely each continuation of a prompt is to a model.
-
-Legend: B = prompts, C = continuations of more than one token, T = tokens, V = vocabulary.
+Legend: B = samples or their prompts, C = continuations of more than one token (or outputs of a head), T = tokens,
+V = vocabulary.
 
 What each evaluation process does: load the model once, score its share of the held-out samples, journal each result.
 
-An interrupted shard goes on where its journal ends.
+An interrupted shard resumes where its journal ends.
 """
 
 from __future__ import annotations
@@ -22,32 +21,30 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.config.settings import EvaluateSettings
-from pipeline.core.journal import JournalWriter, Record, read_journal
-from pipeline.data.prepare import PreparedDataset, load_prepared
-from pipeline.evaluation.choices import (
-    choices_of,
-    continuation_ids,
-    named_choice,
-    right_choice,
-    score_choices,
-)
-from pipeline.models.language_model import IGNORED, Sample, collate, label_losses, limits_logits
+from pipeline.core.files import JournalWriter, Record, read_journal
+from pipeline.data.prepared import PreparedDataset, load_prepared
+from pipeline.evaluation.results import choices_of, continuation_ids, named_choice, right_choice, score_choices
+from pipeline.models.forward import IGNORED, Sample, collate, label_losses, limits_logits, sample_losses
 from pipeline.models.prompting import Message, Prompting
-from pipeline.models.sequence_classification import sample_losses
-from pipeline.serving.generation import Answerer, greedy_answers, load_answerer
-from pipeline.serving.prediction import Predictor, load_predictor
+from pipeline.serving.inference import LoadedModel, load_model
+
+Ids = Sequence[int]
 
 
-def score_labels(predictor: Predictor, samples: Sequence[Any], indices: Sequence[int]) -> list[Record]:
-    """The results of samples, `indices` in the held-out split.
+def score_labels(loaded: LoadedModel, samples: Sequence[Any], indices: Sequence[int]) -> list[Record]:
+    """Score samples with a trained head.
 
-    Of a classification `label` and `prediction` are numbers of classes and `logits` one for each; of a regression they are
-    values. `loss_sum` is the cross entropy in nats or the squared error.
+    Args:
+        loaded: a model with a new head.
+        samples: tokenised samples with their `label`.
+        indices: their numbers in the held-out split.
+
+    Returns:
+        A record per sample. `loss_sum` is its cross entropy in nats, or its squared error. For a classification `label` and
+        `prediction` are numbers of classes and `logits` has an entry for each; for a regression all are values.
     """
-    import torch
-
-    head = predictor.head
-    outputs_BC = predictor.outputs(samples)
+    head = loaded.head
+    outputs_BC = loaded.outputs(samples)
     labels_B = torch.tensor([sample["label"] for sample in samples], dtype=torch.float64)
     losses = sample_losses(outputs_BC, labels_B, head).tolist()
     records: list[Record] = []
@@ -63,7 +60,80 @@ def score_labels(predictor: Predictor, samples: Sequence[Any], indices: Sequence
     return records
 
 
-Ids = Sequence[int]
+@torch.inference_mode()
+def score_texts(
+    loaded: LoadedModel, samples: Sequence[Sample], indices: Sequence[int], settings: EvaluateSettings
+) -> list[Record]:
+    """Score samples with a language model.
+
+    Args:
+        loaded: a model with the base's own head.
+        samples: tokenised samples with `references`, and with choices where the evaluation needs them.
+        indices: their numbers in the held-out split.
+        settings: what is measured.
+
+    Returns:
+        A record per sample: `loss_sum` in nats over its `tokens` labelled tokens, the scores of its choices
+        (`score_choices`), and its generated `output` where one is measured or shown.
+    """
+    losses, counts = _summed_losses(loaded.model, samples)
+    records: list[Record] = [
+        {"sample": index, "loss_sum": loss, "tokens": count, "references": list(sample["references"])}
+        for index, loss, count, sample in zip(indices, losses, counts, samples, strict=True)
+    ]
+    if settings.kind == "choice":
+        _add_choices(loaded, samples, records, settings)
+    _add_outputs(loaded, samples, records, settings)
+    return records
+
+
+def _add_choices(
+    loaded: LoadedModel, samples: Sequence[Sample], records: Sequence[Record], settings: EvaluateSettings
+) -> None:
+    options = [choices_of(sample, settings.choices)[0] for sample in samples]
+    found = log_likelihoods(
+        loaded.model,
+        [_prompt(sample) for sample in samples],
+        [
+            [continuation_ids(loaded.prompting, loaded.tokenizer, sample["prompt"], choice) for choice in choices]
+            for sample, choices in zip(samples, options, strict=True)
+        ],
+    )
+    for record, choices, likelihoods in zip(records, options, found, strict=True):
+        record.update(score_choices(likelihoods, choices, right_choice(record["references"], choices)))
+
+
+def _add_outputs(
+    loaded: LoadedModel, samples: Sequence[Sample], records: Sequence[Record], settings: EvaluateSettings
+) -> None:
+    """Generate for all samples where a metric needs it, else for those that the report shows."""
+    shown = [
+        (sample, record)
+        for sample, record in zip(samples, records, strict=True)
+        if sample["prompt_tokens"] and (settings.generates or record["sample"] < settings.samples_shown)
+    ]
+    if not shown:
+        return
+    prompts = [_prompt(sample) for sample, _ in shown]
+    outputs = loaded.generate(prompts, settings.max_new_tokens)
+    for (sample, record), output in zip(shown, outputs, strict=True):
+        record["output"] = output
+        if settings.extract:
+            choices, labels = choices_of(sample, settings.choices)
+            right = right_choice(record["references"], choices)
+            record["accuracy_generated"] = float(right is not None and named_choice(output, labels) == right)
+        elif settings.generates:
+            record["exact_match"] = float(output in [reference.strip() for reference in record["references"]])
+
+
+def _prompt(sample: Sample) -> list[int]:
+    return list(sample["input_ids"][: sample["prompt_tokens"]])
+
+
+def _summed_losses(model: nn.Module, samples: Sequence[Sample]) -> tuple[list[float], list[int]]:
+    batch = collate(samples).to(next(model.parameters()).device)
+    losses_BK = label_losses(model, batch)
+    return losses_BK.sum(dim=1).tolist(), (batch.labels_BK >= 0).sum(dim=1).tolist()
 
 
 @torch.inference_mode()
@@ -72,7 +142,15 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """The summed log-likelihood in nats of each continuation of each prompt.
 
-    Each prompt is computed once; its keys and values serve all of its continuations, which share one further pass.
+    Each prompt is computed once. Its keys and values serve all of its continuations, which share one further forward pass.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids.
+        continuations: token ids of the continuations of each prompt, at least one token each.
+
+    Returns:
+        The log-likelihoods, in the order of `continuations`.
     """
     device = next(model.parameters()).device
     prompt_BT, mask_BT = _padded(prompts, left=True)
@@ -109,7 +187,7 @@ def log_likelihoods(
 
 
 def _padded(rows: Sequence[Ids], left: bool, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (rows, T) and a mask that is 1 where there is one."""
+    """Padded ids of shape (rows, T), and a mask that is 1 at each id."""
     longest = max(len(row) for row in rows)
     ids, mask = torch.full((len(rows), longest), fill), torch.zeros(len(rows), longest, dtype=torch.long)
     for place, row in enumerate(rows):
@@ -119,19 +197,24 @@ def _padded(rows: Sequence[Ids], left: bool, fill: int = 0) -> tuple[torch.Tenso
     return ids, mask
 
 
-# Samples and their indices -> their results.
+# (samples, their numbers in the held-out split) -> a record per sample.
 Scorer = Callable[[Sequence[Any], Sequence[int]], list[Record]]
 
 
 @dataclass(frozen=True)
 class EvaluationShard:
-    """A share of one candidate's evaluation: the batches `index`, `index + count`, ... of the held-out samples.
+    """One worker's share of the evaluation of one candidate: the batches `index`, `index + count`, ... of the samples.
 
     Attributes:
-        base_folder, adapter: the candidate; the plain base where `adapter` is None.
+        base_folder: the base model of the candidate.
+        adapter: its adapter; None for the plain base.
         prepared: folder of the prepared data.
+        precision: `fp32` or `bf16`.
+        settings: the recipe's `evaluate` section.
+        index: number of this shard.
+        count: how many shards there are.
+        journal: file that results are appended to.
         seed: of an untrained head, where there is no adapter.
-        journal: where results go.
     """
 
     base_folder: Path
@@ -146,7 +229,7 @@ class EvaluationShard:
 
 
 def evaluate_shard(shard: EvaluationShard) -> int:
-    """Score the shard's samples that its journal lacks; returns how many it holds in the end."""
+    """Score the samples of the shard that its journal lacks; returns how many results it then holds."""
     torch.set_num_threads(1)
     prepared = load_prepared(shard.prepared)
     samples = prepared.heldout
@@ -164,36 +247,43 @@ def evaluate_shard(shard: EvaluationShard) -> int:
 
 
 def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Samples of like length together, the longest first: what does not fit into memory fails at once.
+    """Indices of samples in batches of similar length.
 
-    The batches are the same for any number of workers, and so, with them, is every last bit of the results.
+    The longest come first, so that what does not fit into memory fails at once. Padding depends on the batch, and so do the
+    last bits of a result: the batches are the same for any number of workers.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _label_scorer(shard: EvaluationShard, prepared: PreparedDataset) -> Scorer:
-    predictor = load_predictor(shard.base_folder, shard.adapter, shard.precision, prepared.head, shard.seed)
-    return partial(score_labels, predictor)
+    loaded = load_model(shard.base_folder, shard.adapter, shard.precision, prepared.head, seed=shard.seed)
+    return partial(score_labels, loaded)
 
 
 def _text_scorer(shard: EvaluationShard, prepared: PreparedDataset) -> Scorer:
     written = prepared.prompting
     own = Prompting.load(shard.adapter) if shard.adapter else written
-    answerer = load_answerer(shard.base_folder, shard.adapter, shard.precision, own)
+    loaded = load_model(shard.base_folder, shard.adapter, shard.precision, prepared.head, own)
 
     def score(samples: Sequence[Any], indices: Sequence[int]) -> list[Record]:
-        asked = [rewritten(sample, written, own, answerer.tokenizer) for sample in samples]
-        return _score(answerer, asked, indices, shard.settings)
+        asked = [rewritten(sample, written, own, loaded.tokenizer) for sample in samples]
+        return score_texts(loaded, asked, indices, shard.settings)
 
     return score
 
 
 def rewritten(sample: Sample, written: Prompting, own: Prompting, tokenizer: Any) -> Sample:
-    """A sample of one prompt and its answer in the form an adapter was trained on.
+    """A sample with its prompt in the form that an adapter was trained on.
 
-    A champion of another prompt template would do badly on prompts in the new one, and be replaced for that alone.
-    Longer conversations and plain text are taken as they are.
+    A champion of another prompt template would score badly on prompts in the new one, and be replaced for that alone.
+    Conversations of several turns and plain text stay as they are.
+
+    Args:
+        sample: a prepared sample.
+        written: the form it was prepared in.
+        own: the form of the adapter.
+        tokenizer: the base's.
     """
     if own == written:
         return sample
@@ -205,67 +295,3 @@ def rewritten(sample: Sample, written: Prompting, own: Prompting, tokenizer: Any
         return sample
     ids, labels, prompt_tokens = own.encode(tokenizer, [Message("user", own.wrap(sample["prompt"])), answer])
     return {**sample, "input_ids": ids, "labels": labels, "prompt_tokens": prompt_tokens}
-
-
-@torch.inference_mode()
-def _score(
-    answerer: Answerer, samples: Sequence[Sample], indices: Sequence[int], settings: EvaluateSettings
-) -> list[Record]:
-    losses, counts = _summed_losses(answerer.model, samples)
-    records: list[Record] = [
-        {"sample": index, "loss_sum": loss, "tokens": count, "references": list(sample["references"])}
-        for index, loss, count, sample in zip(indices, losses, counts, samples, strict=True)
-    ]
-    if settings.kind == "choice":
-        _add_choices(answerer, samples, records, settings)
-    _add_outputs(answerer, samples, records, settings)
-    return records
-
-
-def _add_choices(
-    answerer: Answerer, samples: Sequence[Sample], records: Sequence[Record], settings: EvaluateSettings
-) -> None:
-    options = [choices_of(sample, settings.choices)[0] for sample in samples]
-    found = log_likelihoods(
-        answerer.model,
-        [_prompt(sample) for sample in samples],
-        [
-            [continuation_ids(answerer.prompting, answerer.tokenizer, sample["prompt"], choice) for choice in choices]
-            for sample, choices in zip(samples, options, strict=True)
-        ],
-    )
-    for record, choices, likelihoods in zip(records, options, found, strict=True):
-        record.update(score_choices(likelihoods, choices, right_choice(record["references"], choices)))
-
-
-def _add_outputs(
-    answerer: Answerer, samples: Sequence[Sample], records: Sequence[Record], settings: EvaluateSettings
-) -> None:
-    """Generate for all samples where a metric needs it, else for those that the report shows."""
-    shown = [
-        (sample, record)
-        for sample, record in zip(samples, records, strict=True)
-        if sample["prompt_tokens"] and (settings.generates or record["sample"] < settings.samples_shown)
-    ]
-    if not shown:
-        return
-    prompts = [_prompt(sample) for sample, _ in shown]
-    outputs = greedy_answers(answerer.model, answerer.tokenizer, prompts, settings.max_new_tokens)
-    for (sample, record), output in zip(shown, outputs, strict=True):
-        record["output"] = output
-        if settings.extract:
-            choices, labels = choices_of(sample, settings.choices)
-            right = right_choice(record["references"], choices)
-            record["accuracy_generated"] = float(right is not None and named_choice(output, labels) == right)
-        elif settings.generates:
-            record["exact_match"] = float(output in [reference.strip() for reference in record["references"]])
-
-
-def _prompt(sample: Sample) -> list[int]:
-    return list(sample["input_ids"][: sample["prompt_tokens"]])
-
-
-def _summed_losses(model: nn.Module, samples: Sequence[Sample]) -> tuple[list[float], list[int]]:
-    batch = collate(samples).to(next(model.parameters()).device)
-    losses_BK = label_losses(model, batch)
-    return losses_BK.sum(dim=1).tolist(), (batch.labels_BK >= 0).sum(dim=1).tolist()

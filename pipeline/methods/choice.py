@@ -1,119 +1,114 @@
-"""From a recipe to its method: which settings count, what a method cannot do, and the method itself."""
+"""From a recipe to its method: what the method cannot do, how many parameters it trains, and the method itself.
+
+Everything is read from the method's entry in `pipeline.config.methods`; the module that builds the method is imported when
+it is needed. Neither torch nor numpy is imported here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kasa import KasaConfig
 from kasa.targets import Target, check_rank
 from pipeline.config.deepspeed import zero_stage
+from pipeline.config.methods import REFERENCE, AdapterSettings, Layers
 from pipeline.config.recipe import Recipe
-from pipeline.config.settings import METHOD_SETTINGS
 from pipeline.core.errors import RecipeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pipeline.methods.method import Method
     from pipeline.models.base import BaseModel
 
-# The largest ZeRO stage of methods that need whole weights or whole gradients.
-_LARGEST_STAGE = {"adalora": 0, "pissa": 2, "milora": 2, "olora": 2, "corda": 2, "layernorm": 2}
-_WHY = {
-    "adalora": "it needs whole gradients between steps",
-    "pissa": "it takes whole base weights apart",
-    "milora": "it takes whole base weights apart",
-    "olora": "it takes whole base weights apart",
-    "corda": "it takes whole base weights apart",
-    "layernorm": "it copies whole weights of the base",
-}
-
 
 def check_method(recipe: Recipe, deepspeed: dict[str, Any]) -> None:
-    """Refuse what the recipe's method cannot do.
+    """Refuse a ZeRO stage or a precision that the recipe's method cannot be trained with.
 
     Args:
         deepspeed: the complete DeepSpeed configuration.
 
     Raises:
-        RecipeError: it needs another ZeRO stage or precision.
+        RecipeError: naming the setting and what to choose instead.
     """
-    method, stage = recipe.adapter.method, zero_stage(deepspeed)
-    largest = _LARGEST_STAGE.get(method, 3)
+    spec, stage = recipe.adapter.spec, zero_stage(deepspeed)
+    largest = spec.largest_stage
     if stage > largest:
         kind = "gpu" if recipe.train.gpu else "cpu"
         known = f" (such as {kind}_zero{largest})" if largest or not recipe.train.gpu else ""
         raise RecipeError(
-            f"adapter.method {method} works up to ZeRO stage {largest}, for {_WHY[method]}; train.deepspeed "
+            f"adapter.method {spec.name} works up to ZeRO stage {largest}, for {spec.stage_reason}; train.deepspeed "
             f"{recipe.train.deepspeed} is stage {stage}: choose one of stage {largest}{known}"
         )
-    if method == "adalora" and recipe.train.precision != "fp32":
-        raise RecipeError(
-            "adapter.method adalora needs train.precision=fp32: in bf16 DeepSpeed keeps the gradients to itself"
-        )
+    if spec.only_fp32 and recipe.train.precision != "fp32":
+        raise RecipeError(f"adapter.method {spec.name} needs train.precision=fp32: {spec.only_fp32}")
 
 
 def check_registrable(recipe: Recipe) -> None:
-    """Refuse a run that would have to register what the registry's models cannot be.
+    """Refuse a run of a method whose adapters the registry cannot hold.
 
     Raises:
-        RecipeError: the method is not KaSA.
+        RecipeError: the method is for comparisons only.
     """
-    if recipe.adapter.method != "kasa":
+    method = recipe.adapter.method
+    if not recipe.adapter.spec.registrable:
         raise RecipeError(
-            f"adapter.method {recipe.adapter.method}: a run ends with a model in the registry, which serves and promotes "
-            "KaSA adapters alone; `kasa compare RECIPE --methods kasa,"
-            f"{recipe.adapter.method}` trains and evaluates it, and keeps its adapter"
+            f"adapter.method {method}: a run ends with a model in the registry, which serves and promotes KaSA adapters "
+            f"alone; `kasa compare RECIPE --methods {REFERENCE},{method}` trains and evaluates it, and keeps its adapter"
         )
 
 
 def check_ranks(recipe: Recipe, targets: Sequence[Target]) -> None:
-    """Refuse a rank that the targets do not have.
+    """Refuse a rank that the weights of the targets cannot have.
 
     Raises:
         TargetError: naming the target and the setting.
     """
-    if "alpha" in METHOD_SETTINGS[recipe.adapter.method]:
+    spec = recipe.adapter.spec
+    if "alpha" in spec.settings:
+        # Without alpha / rank, the rank is no rank of a matrix (see `MethodSpec.rank_meaning`).
         check_rank(targets, recipe.adapter.rank, "adapter.rank")
-    if recipe.adapter.method == "kasa":
+    if spec.components == "dropped":
         check_rank(targets, recipe.spectra_rank, "spectra.rank")
 
 
 def method_of(
     recipe: Recipe, base: BaseModel, targets: Sequence[Target], spectra: Path | None, start: Path | None = None
 ) -> Method:
-    """The recipe's method.
+    """Build the recipe's method.
 
     Args:
-        spectra: folder of the spectra, where the method begins with some.
-        start: folder of the KaSA adapter to go on from, if any.
+        spectra: folder of the components that the spectra stage computed; None where the method begins with none.
+        start: folder of the adapter to warm-start from, if any.
     """
-    adapter = recipe.adapter
-    if adapter.method == "kasa":
-        from pipeline.methods.kasa import KasaMethod
-
-        return KasaMethod(base.name, base.folder, tuple(targets), kasa_config(recipe), spectra, start)
-    if adapter.method == "full":
-        from pipeline.methods.full import FullMethod
-        from pipeline.models.loading import DTYPES
-
-        return FullMethod(base.name, DTYPES[recipe.train.precision])
-    from pipeline.methods.peft import PeftMethod
-
-    return PeftMethod(adapter.method, tuple(targets), adapter.rank, adapter.alpha, adapter.dropout, base.name, spectra)
+    method: Method = import_module(recipe.adapter.spec.module).build(recipe, base, tuple(targets), spectra, start)
+    return method
 
 
-def kasa_config(recipe: Recipe) -> KasaConfig:
-    """The recipe's adapter section in the method library's terms."""
-    settings = recipe.adapter
-    return KasaConfig(
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        truncation=settings.truncation,
-        dropped_rank=recipe.dropped_rank,
-        regulariser=settings.regulariser,
-        singular_value_weight=settings.singular_value_weight if settings.singular_values else 0.0,
-        orthogonality_weight=settings.orthogonality_weight,
-        singular_values=settings.singular_values,
-    )
+def trainable_count(adapter: AdapterSettings, targets: Sequence[Target], model: nn.Module) -> int:
+    """How many numbers the method of `adapter` trains; `model` may be on the meta device."""
+    spec = adapter.spec
+    if spec.parameters is None:
+        return int(import_module(spec.module).parameter_count(spec.name, targets, model))
+    outputs = sum(target.out_features for target in targets)
+    sides = sum(target.in_features for target in targets) + outputs
+    return spec.parameters(adapter, Layers(len(targets), outputs, sides))
+
+
+def matching_rank(adapter: AdapterSettings, targets: Sequence[Target], model: nn.Module, budget: int) -> int:
+    """The rank at which the method of `adapter` trains as nearly `budget` numbers as it can.
+
+    Where the base alone decides how many it trains, that is the rank that is there.
+    """
+    if adapter.spec.parameters is None:
+        return adapter.rank
+
+    def count(rank: int) -> int:
+        return trainable_count(adapter.model_copy(update={"rank": rank}), targets, model)
+
+    # The slope over two ranks: AdaLoRA's first rank is half as much again, rounded up.
+    rank = round(2 * (budget - count(1)) / (count(3) - count(1))) + 1
+    rank = min((max(1, rank + step) for step in (-1, 0, 1)), key=lambda near: abs(count(near) - budget))
+    return max(1, min(rank, adapter.spec.largest_rank(targets)))

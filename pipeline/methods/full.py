@@ -1,18 +1,25 @@
-"""Full fine-tuning: every parameter of the base is trained, and saved."""
+"""Full fine-tuning: every parameter of the base is trained and saved."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from kasa.errors import AdapterFileError
 from kasa.folders import read_tensor_folder, write_tensor_folder
+from kasa.targets import Target
 from pipeline.methods.method import Adapted, Tensors
-from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.forward import DTYPES
+from pipeline.models.prompting import LANGUAGE_MODEL, Head
+
+if TYPE_CHECKING:
+    from pipeline.config.recipe import Recipe
+    from pipeline.models.base import BaseModel
 
 WEIGHTS_JSON = "weights.json"
 
@@ -22,14 +29,15 @@ class FullMethod:
     """All weights, embeddings and output head included; weights that the base ties stay tied.
 
     Attributes:
-        dtype: what they are stored in, that of the training.
+        base_name: the base, for the record of the weights.
+        dtype: the type that the weights are stored in, which is that of the training.
     """
 
     base_name: str
     dtype: torch.dtype
 
     def attach(
-        self, model: nn.Module, seed: int, steps: int, whole: Sequence[str] = (), head: Head = LANGUAGE_MODEL
+        self, model: nn.Module, seed: int, steps: int, modules_to_save: Sequence[str] = (), head: Head = LANGUAGE_MODEL
     ) -> Adapted:
         """See `Method.attach`."""
         model.requires_grad_(True)
@@ -42,8 +50,20 @@ class FullMethod:
         return Adapted(dict(model.named_parameters()), save)
 
 
+def build(
+    recipe: Recipe, base: BaseModel, targets: tuple[Target, ...], spectra: Path | None, start: Path | None
+) -> FullMethod:
+    """See `pipeline.methods.method`."""
+    return FullMethod(base.name, DTYPES[recipe.train.precision])
+
+
+def parameter_count(name: str, targets: Sequence[Target], model: nn.Module) -> int:
+    """All parameters of the base."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Put trained weights in the place of the base's.
+    """Replace the weights of a loaded base by trained ones.
 
     Raises:
         AdapterFileError: the folder is damaged, or belongs to another architecture.
@@ -62,5 +82,5 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def base_of_weights(folder: Path) -> str:
-    """Where the base came from."""
+    """Where the base of the trained weights came from: a folder or a hub id."""
     return str(read_tensor_folder(folder, WEIGHTS_JSON)[0]["base"])

@@ -1,4 +1,4 @@
-"""Putting a trained adapter onto its base, whatever method made it; the folder says which."""
+"""Putting a trained adapter onto its base, whatever method trained it: the files in its folder say which loader it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kasa.errors import AdapterFileError
 from kasa.interchange import PEFT_CONFIG
 from pipeline.methods.full import WEIGHTS_JSON, base_of_weights, load_weights
 
-# What a folder of each kind holds.
+# The file by which a folder of each format is recognised.
 MARKS = (ADAPTER_JSON, PEFT_CONFIG, WEIGHTS_JSON)
 
 
@@ -28,7 +28,7 @@ def attach_folder(model: nn.Module, folder: Path) -> None:
         AdapterFileError: the folder is no adapter, damaged, or made for another architecture.
     """
     if (folder / PEFT_CONFIG).exists() and not (folder / ADAPTER_JSON).exists():
-        from pipeline.methods.peft import load_peft_folder
+        from pipeline.methods.peft import load_peft_folder  # slow, and needed for other methods than KaSA alone
 
         load_peft_folder(model, folder)
     elif (folder / WEIGHTS_JSON).exists():
@@ -38,7 +38,7 @@ def attach_folder(model: nn.Module, folder: Path) -> None:
 
 
 def base_name(folder: Path) -> str:
-    """Where the base of the adapter in `folder` came from.
+    """Where the base of the adapter in `folder` came from: a folder or a hub id.
 
     Raises:
         AdapterFileError: the folder is no adapter, or damaged.
@@ -53,10 +53,10 @@ def base_name(folder: Path) -> str:
 
 
 def check_saved_base(folder: Path, base: Path) -> None:
-    """Compare the base with the one the adapter was trained on, as far as the adapter says.
+    """Check that the base is the one that the adapter was trained on. Only KaSA adapters record enough for that.
 
     Raises:
-        AdapterFileError: it is another one.
+        AdapterFileError: it is another one, or the folder holds no adapter.
     """
     if (folder / ADAPTER_JSON).exists():
         check_base(read_adapter(folder), base)

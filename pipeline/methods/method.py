@@ -1,4 +1,13 @@
-"""What the training stage knows of a method: how to put it into a base, and what that leaves to be trained and saved."""
+"""The interface between the training stage and a method: how it is put into a base, what is trained, and how that is saved.
+
+The module that `MethodSpec.module` names has
+
+    def build(recipe, base, targets, spectra, start) -> Method
+
+and, where the spec has no formula for it, `parameter_count(name, targets, model) -> int`. `spectra` is the folder of the
+components that the spectra stage computed, None where the method begins with none; `start` that of the adapter to warm-start
+from, None where training begins from scratch.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +19,24 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from kasa.targets import is_within
-from pipeline.models.heads import LANGUAGE_MODEL, Head
-from pipeline.models.shapes import head_modules
+from pipeline.models.prompting import LANGUAGE_MODEL, Head
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 class Method(Protocol):
-    """A method with its hyperparameters; it can be sent to the training workers."""
+    """A method with its hyperparameters; it can be pickled and sent to the training workers."""
 
     def attach(
-        self, model: nn.Module, seed: int, steps: int, whole: Sequence[str] = (), head: Head = LANGUAGE_MODEL
+        self, model: nn.Module, seed: int, steps: int, modules_to_save: Sequence[str] = (), head: Head = LANGUAGE_MODEL
     ) -> Adapted:
         """Put the method into a loaded base, in place.
 
         Args:
-            model: whole, or partitioned by ZeRO-3 as it was loaded.
+            model: the base, whole, or partitioned by ZeRO-3 while it was loaded.
             seed: decides whatever is random, so that a resumed run begins as the first one did.
             steps: how many optimizer steps the training has.
-            whole: modules to train whole beside, a new head, by name.
+            modules_to_save: names of modules that are trained as a whole beside the adapter and saved with it: a new head.
             head: what the model answers with.
 
         Raises:
@@ -38,19 +45,19 @@ class Method(Protocol):
 
 
 class Allocation(Protocol):
-    """What a method does between the optimizer's steps, with a state of its own that checkpoints keep."""
+    """What a method does between optimizer steps, with a state of its own that checkpoints keep."""
 
     def before_step(self) -> None:
-        """The gradients of the step are complete, and not used yet."""
+        """Called when the gradients of a step are complete, before the optimizer uses them."""
 
     def after_step(self, step: int) -> None:
-        """The optimizer has done its step number `step`, counted from 0."""
+        """Called after the optimizer's step number `step`, counted from 0."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that later steps depend on."""
+        """Everything that later steps depend on."""
 
     def restore(self, state: Tensors) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,9 @@ class Adapted:
     Attributes:
         parameters: what is trained, by names that stay the same from run to run.
         save: (folder, values) -> None writes the trained values, fp32 by the names of `parameters`, as a folder that
-            `pipeline.methods.loading` reads; one that is there is replaced.
-        penalties: what is added to the task loss, weighted, by the names it has in the journal; needs `parameters` whole.
+            `pipeline.methods.loading` reads. A folder that is there is replaced.
+        penalties: the weighted terms that are added to the task loss, by their names in the journal. They need
+            `parameters` whole, not partitioned.
         start: the values to begin with, where the engine's rounding to bf16 must not touch them.
         allocation: what is done between steps, if anything.
     """
@@ -71,19 +79,3 @@ class Adapted:
     penalties: Callable[[], dict[str, torch.Tensor]] | None = None
     start: Tensors | None = None
     allocation: Allocation | None = None
-
-
-def adalora_rank(rank: int) -> int:
-    """The rank that AdaLoRA begins with, to end at `rank` on average: half as much again, as its authors' settings have it."""
-    return (3 * rank + 1) // 2
-
-
-def norm_names(model: nn.Module) -> list[str]:
-    """The normalisation layers of the body: modules without children, of a class called so, with a weight."""
-    beside = head_modules(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and not list(module.children()) and hasattr(module, "weight")
-        if not is_within(name, beside)
-    ]

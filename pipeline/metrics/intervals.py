@@ -1,27 +1,26 @@
-"""From samples' results to metrics, and to the difference between two models, each with its interval.
+"""Metrics of samples' results, and differences between models or methods, each with its 95% interval.
 
-95% percentile bootstrap over samples, 2,000 resamples. For a difference the same samples are drawn for both models.
+For one model the interval is a percentile bootstrap over samples with 2,000 resamples. For the difference between two models
+the same samples are drawn for both.
 
-Metrics of methods that were trained several times: intervals over both the held-out samples and the seeds.
+Of methods that were trained with several seeds, two things are left to chance, and the intervals cover both:
 
-Two things are left to chance, which samples were held out and which seed a training had, and the intervals cover both:
-
-- samples: bootstrap. In each resample the same samples are drawn for all seeds and both methods, the metric of each seed is
-  computed of the drawn samples, and the mean over seeds taken.
-- seeds: a handful, too few to draw from: with two, a bootstrap would find less than half the spread. So each resample is
+- the held-out samples: bootstrap. In each resample the same samples are drawn for all seeds and both methods, the metric of
+  each seed is computed of the drawn samples, and the mean over seeds taken.
+- the seeds: a handful, too few to draw from; with two, a bootstrap would find less than half the spread. So each resample is
   shifted by s / sqrt(K) times a draw of Student's t with K - 1 degrees of freedom, s being the standard deviation of the K
   seeds' metrics over all samples, as in the t interval of a mean.
 
-95% percentile intervals. For a difference the pairs are the seeds: both methods' runs of one seed saw the same samples in the
-same order. A p-value is two-sided, the share of resamples on the far side of zero, twice; it agrees with the interval. With one
-seed the spread between seeds is not known, and the interval says what these very trainings differ by.
+For a difference between methods the seeds are paired: both methods' runs of one seed saw the same samples in the same order. A
+p-value is two-sided: twice the share of resamples on the far side of zero, which agrees with the interval. With one seed the
+spread between seeds is unknown, and the interval says by how much these very trainings differ.
 
-Legend: K = seeds, R = resamples.
+Legend: N = samples, S = statistics of one metric, K = seeds, R = resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +28,12 @@ import numpy as np
 from pipeline.metrics.catalogue import METRICS
 from pipeline.metrics.metric import Floats, SampleResult
 
+# The results of several trainings of one method on the same samples.
+Runs = Sequence[Sequence[SampleResult]]
+
 RESAMPLES = 2000
 _TAIL = 0.025
-# Bounds the memory of the draws: 8 bytes each.
+# How many draws are in memory at once, of 8 bytes each.
 _DRAWS_HELD = 2**24
 
 
@@ -42,6 +44,10 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+    def text(self, number: Callable[[float], str] = "{:+.4f}".format) -> str:
+        """`estimate [low, high]`, each number as `number` writes it."""
+        return f"{number(self.estimate)} [{number(self.low)}, {number(self.high)}]"
 
 
 def measure(results: Sequence[SampleResult], metrics: Sequence[str], seed: int = 0) -> dict[str, Interval]:
@@ -103,9 +109,6 @@ def interval_of(estimate: Floats | np.floating, resampled_R: Floats) -> Interval
     return Interval(float(estimate), float(low), float(high))
 
 
-Runs = Sequence[Sequence[SampleResult]]
-
-
 @dataclass(frozen=True)
 class Difference:
     """Ours - theirs, the mean over seeds.
@@ -150,7 +153,7 @@ def difference_over_seeds(ours: Runs, theirs: Runs, metric: str, seed: int = 0) 
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for there being several (Holm 1979): all below 0.05 hold together with an error of 5% at most."""
+    """p-values adjusted for several tests (Holm 1979): those below 0.05 hold together, with an error of at most 5%."""
     adjusted: dict[str, float] = {}
     largest = 0.0
     for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):

@@ -7,28 +7,30 @@ case. Beside the official scorer of the E2E challenge (github.com/tuetschek/e2e-
 |---|---|---|
 | BLEU | sacrebleu, corpus BLEU-4, closest reference length | the same, but for a corpus without any match of some order |
 | NIST | NIST-5 as nltk's `corpus_nist` defines it | that merges the references' counts and takes their mean length; here the best one counts, order by order |
-| METEOR | the METEOR 1.5 jar, as in pycocoevalcap | the same, but for the tokens: words without punctuation here, Stanford's PTB tokens there |
+| METEOR | the METEOR 1.5 jar that comes with pycocoevalcap | the same, but for the tokens: words without punctuation here, Stanford's PTB tokens there |
 | CIDEr | pycocoevalcap's CIDEr-D | as METEOR; document frequencies come from the references of all held-out samples |
 | ROUGE-L | rouge-score's F-measure with stemming, best reference, mean over samples | coco-caption's: no stemming, beta 1.2, best precision and best recall of different references |
 | chrF | sacrebleu's corpus chrF, order 6, beta 2, case kept | not among its metrics |
 
-Legend: N = samples, S = statistics of one metric, R = resamples, O = n-gram orders, M = METEOR's matchers.
+Legend: N = samples, S = statistics of one metric, O = n-gram orders, M = METEOR's matchers (exact, stem, synonym, paraphrase).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from pipeline.metrics.metric import Floats, Metric, SampleResult, mean_of, ratio, table
 
-from pipeline.metrics import meteor
-from pipeline.metrics.caption_tools import lacks_meteor, lacks_package
-from pipeline.metrics.metric import Floats, Metric, SampleResult, mean_of, ratio
+# Of the extra `e2e`: CIDEr, and METEOR's jar.
+_CAPTION_PACKAGE = "pycocoevalcap"
 
 _NIST_ORDERS = 5
 # As coco-caption's tokenizer drops them.
@@ -43,7 +45,7 @@ def _rouge_l(results: Sequence[SampleResult]) -> Floats:
         max(scorer.score(reference, result["output"])["rougeL"].fmeasure for reference in result["references"])
         for result in results
     ]
-    return np.array([(100 * score, 1.0) for score in best])
+    return table([(100 * score, 1.0) for score in best])
 
 
 def _sacrebleu_statistics(make: Callable[[], Any]) -> Callable[[Sequence[SampleResult]], Floats]:
@@ -52,14 +54,15 @@ def _sacrebleu_statistics(make: Callable[[], Any]) -> Callable[[Sequence[SampleR
     def statistics(results: Sequence[SampleResult]) -> Floats:
         # One list for each reference's place; None where a sample has fewer.
         places = [list(place) for place in zip_longest(*(result["references"] for result in results))]
-        counts = make()._extract_corpus_statistics([result["output"] for result in results], places)
-        return np.array(counts, dtype=np.float64)
+        return table(make()._extract_corpus_statistics([result["output"] for result in results], places))
 
     return statistics
 
 
 def _sacrebleu_value(make: Callable[[], Any]) -> Callable[[Floats], Floats]:
     def value(sums: Floats) -> Floats:
+        import numpy as np
+
         scorer = make()
         rows = sums.reshape(-1, sums.shape[-1])
         scores = [scorer._compute_score_from_stats([int(count) for count in row]).score for row in rows]
@@ -108,7 +111,7 @@ def _nist(results: Sequence[SampleResult]) -> Floats:
         best = [_best_match(output, several, order, weights) for order in range(1, _NIST_ORDERS + 1)]
         lengths = sum(length for _, _, length in best), _NIST_ORDERS * len(output)
         rows.append([*(found for found, _, _ in best), *(count for _, count, _ in best), *lengths])
-    return np.array(rows, dtype=np.float64)
+    return table(rows)
 
 
 def _best_match(
@@ -141,6 +144,8 @@ def _ngrams(text: list[str], order: int) -> Iterator[tuple[str, ...]]:
 
 def _nist_value(sums: Floats) -> Floats:
     """Mean information by order, summed, times a penalty that is 1/2 at two thirds of the references' length."""
+    import numpy as np
+
     information_O, counts_O = sums[..., :_NIST_ORDERS], sums[..., _NIST_ORDERS : 2 * _NIST_ORDERS]
     precision = (information_O / np.maximum(counts_O, 1)).sum(axis=-1)
     shortness = np.clip(sums[..., -1] / np.maximum(sums[..., -2], 1), 1e-12, 1)
@@ -154,20 +159,108 @@ def _cider(results: Sequence[SampleResult]) -> Floats:
     for result in results:
         scorer += (words(result["output"]), [words(reference) for reference in result["references"]])
     _, scores = scorer.compute_score()
-    return np.stack([scores, np.ones(len(scores))], axis=1)
+    return table([(score, 1.0) for score in scores])
+
+
+# English, task `rank`: what the jar takes by default.
+_METEOR_ALPHA, _METEOR_BETA, _METEOR_GAMMA, _METEOR_CONTENT = 0.85, 0.2, 0.6, 0.75
+_METEOR_MATCHERS_M = (1.0, 0.6, 0.8, 0.6)
 
 
 def _meteor(results: Sequence[SampleResult]) -> Floats:
+    """METEOR 1.5 (Denkowski and Lavie 2014): the statistics of each sample from the authors' jar; it takes the best reference.
+
+    The jar would compute one score of one corpus. `_meteor_value` is its formula, which gives the value of every resample of
+    a bootstrap from summed statistics.
+
+    Raises:
+        RuntimeError: the jar failed.
+    """
     pairs = [(words(result["output"]), [words(reference) for reference in result["references"]]) for result in results]
-    return meteor.statistics(pairs)
+    lines = [" ||| ".join(["SCORE", *map(_plain, references), _plain(output)]) for output, references in pairs]
+    done = subprocess.run(
+        ["java", "-jar", "-Xmx2G", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"],
+        cwd=_meteor_folder(),
+        input="".join(f"{line}\n" for line in lines),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    rows = [line.split() for line in done.stdout.splitlines()]
+    if done.returncode or len(rows) != len(pairs):
+        raise RuntimeError(f"METEOR's jar failed with exit code {done.returncode}: {done.stderr[-500:]}")
+    table_NS = table([[float(count) for count in row] for row in rows])
+    # For a sample that matches as a whole the jar reports one chunk, and counts none in its scores.
+    whole = (table_NS[:, 21] == table_NS[:, 0]) & (table_NS[:, 22] == table_NS[:, 1]) & (table_NS[:, 20] == 1)
+    table_NS[whole, 20] = 0
+    return table_NS
+
+
+def _meteor_value(sums: Floats) -> Floats:
+    """(..., S) -> (...), 0 to 100: the weighted F-mean, lessened the more chunks the matches fall into."""
+    import numpy as np
+
+    output, reference, output_function, reference_function = (sums[..., place] for place in range(4))
+    # By matcher: content words of output and reference, function words of both.
+    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
+    chunks, output_matches, reference_matches = (sums[..., place] for place in range(20, 23))
+
+    def share(side: int, length: Floats, function_words: Floats) -> Floats:
+        found = (np.array(_METEOR_MATCHERS_M) * _weighted(matches[..., side], matches[..., side + 2])).sum(axis=-1)
+        return _over(found, _weighted(length - function_words, function_words))
+
+    precision = share(0, output, output_function)
+    recall = share(1, reference, reference_function)
+    mean = _over(precision * recall, _METEOR_ALPHA * precision + (1 - _METEOR_ALPHA) * recall)
+    pieces = _over(chunks, (output_matches + reference_matches) / 2)
+    return 100 * mean * (1 - _METEOR_GAMMA * pieces**_METEOR_BETA)
+
+
+def _weighted(content: Floats, function: Floats) -> Floats:
+    return _METEOR_CONTENT * content + (1 - _METEOR_CONTENT) * function
+
+
+def _over(part: Floats, whole: Floats) -> Floats:
+    """The quotient; 0 where `whole` is 0."""
+    import numpy as np
+
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)
+
+
+def _plain(text: str) -> str:
+    """One line without the jar's separator."""
+    return " ".join(text.replace("|||", " ").split())
+
+
+def _meteor_folder() -> Path:
+    """Where METEOR's jar and its data lie; the package is there (`Metric.lacks`)."""
+    spec = importlib.util.find_spec(_CAPTION_PACKAGE)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "meteor"
 
 
 TEXT_METRICS = (
-    Metric("bleu", "BLEU", _sacrebleu_statistics(_bleu), _sacrebleu_value(_bleu), best=100),
-    Metric("nist", "NIST", _nist, _nist_value),
-    Metric("meteor", "METEOR", _meteor, meteor.value, best=100, lacks=lacks_meteor),
-    Metric("rouge_l", "ROUGE-L", _rouge_l, ratio, best=100),
-    Metric("cider", "CIDEr", _cider, ratio, best=10, lacks=lacks_package),
-    Metric("chrf", "chrF", _sacrebleu_statistics(_chrf), _sacrebleu_value(_chrf), best=100),
-    Metric("exact_match", "Exact match", mean_of("exact_match"), ratio, best=1),
+    Metric("bleu", "BLEU", _sacrebleu_statistics(_bleu), _sacrebleu_value(_bleu), ("text",), best=100),
+    Metric("nist", "NIST", _nist, _nist_value, ("text",), by_default=False),
+    Metric(
+        "meteor",
+        "METEOR",
+        _meteor,
+        _meteor_value,
+        ("text",),
+        by_default=False,
+        best=100,
+        package=_CAPTION_PACKAGE,
+        extra="e2e",
+        java=True,
+    ),
+    Metric("rouge_l", "ROUGE-L", _rouge_l, ratio, ("text",), decides=("text",), best=100),
+    Metric(
+        "cider", "CIDEr", _cider, ratio, ("text",), by_default=False, best=10, package=_CAPTION_PACKAGE, extra="e2e"
+    ),
+    Metric("chrf", "chrF", _sacrebleu_statistics(_chrf), _sacrebleu_value(_chrf), ("text",), best=100),
+    Metric(
+        "exact_match", "Exact match", mean_of("exact_match"), ratio, ("text", "answer"), decides=("answer",), best=1
+    ),
 )

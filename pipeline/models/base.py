@@ -1,8 +1,7 @@
-"""Where the base model lies and what it is made of, found without torch: a retraining with nothing to do must be quick.
+"""The base model: its folder, the digest of its content, and its outline (the modules that can carry an adapter).
 
-Outlines of bases, kept by what the bases are made of: a run that finds everything made need not load torch to choose targets.
-
-The base model: where it is and what it is made of, without its weights, and without torch where that is known already.
+Nothing here loads weights. An outline is drawn from an empty model, which needs torch and transformers, and then stored by
+the digest of the base. So a run that finds everything made, or a retraining with nothing to do, imports neither.
 """
 
 from __future__ import annotations
@@ -15,18 +14,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from kasa.targets import Outline, Target, select_targets
 from pipeline.config.settings import BaseSettings, HeadKind
 from pipeline.core.code import code_digests, package_versions
-from pipeline.core.errors import BaseModelError
+from pipeline.core.errors import BaseModelError, one_line
 from pipeline.core.files import atomic_write, content_digest
 from pipeline.models.embedded import PREFIX, embedded_base, embedded_path_if_present
 
 if TYPE_CHECKING:
     from kasa import CheckpointWeights
 
-# Everything that decides what the model computes and how text becomes tokens.
+# The module that draws an outline: a change of its code makes the stored outlines stale.
+_CODE = ("pipeline.models.shapes",)
+# Models that number positions from behind the padding token.
+_COUNTING_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
+# The files that decide what the model computes and how text becomes tokens.
 _CONTENT = (
     "*.safetensors",
     "config.json",
@@ -39,9 +42,87 @@ _CONTENT = (
 )
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on local or shared storage.
+
+    Attributes:
+        name: Its name in the recipe.
+        folder: Its Hugging Face folder.
+        head: The kind of head that it gets.
+        outlines: The folder in which outlines are stored; None to store none.
+    """
+
+    name: str
+    folder: Path
+    head: HeadKind = "language-model"
+    outlines: Path | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the content of its files, wherever they lie."""
+        return folder_digest(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """Its transformers configuration."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+
+    @property
+    def context_tokens(self) -> int:
+        """The length of the longest sequence that it was made for."""
+        config = self.config
+        positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**20)
+        return positions - config.pad_token_id - 1 if config.model_type in _COUNTING_FROM_PADDING else positions
+
+    def targets(self, wanted: str | Sequence[str]) -> list[Target]:
+        """The modules that carry an adapter, found without loading weights.
+
+        Raises:
+            TargetError: `wanted` matches nothing.
+        """
+        return select_targets(self._outline, wanted)
+
+    @cached_property
+    def _outline(self) -> Outline:
+        def draw() -> Outline:
+            from pipeline.models.shapes import base_outline, meta_model  # torch and transformers
+
+            return base_outline(meta_model(self.config, self.head), self.head)
+
+        return draw() if self.outlines is None else remembered_outline(self.outlines, self.digest, self.head, draw)
+
+    @property
+    def weights(self) -> CheckpointWeights:
+        """Its stored weights, by name."""
+        from kasa import CheckpointWeights
+
+        return CheckpointWeights(self.folder)
+
+
+def find_base(settings: BaseSettings, workspace: Path, fetch: bool = True) -> BaseModel | None:
+    """Find the base model of a recipe. An embedded or hub model is fetched first.
+
+    Args:
+        fetch: Whether anything may be fetched or stored.
+
+    Returns:
+        The base model; None only if `fetch` is false and the model has not been fetched yet.
+
+    Raises:
+        BaseModelError: There is no such model, it cannot be fetched, or it is no safetensors checkpoint.
+    """
+    folder = find_folder(settings, workspace, fetch)
+    if folder is None:
+        return None
+    return BaseModel(settings.model, folder, settings.head, workspace / "outlines" if fetch else None)
+
+
 def find_folder(settings: BaseSettings, workspace: Path, fetch: bool = True) -> Path | None:
-    """The base model's Hugging Face folder; arguments, answer and errors as for `pipeline.models.base.find_base`."""
-    folder = _place(settings, workspace, fetch)
+    """The Hugging Face folder of the base model. Arguments and errors are those of `find_base`, and so is None."""
+    folder = _find(settings, workspace, fetch)
     if folder is None:
         return None
     _check_folder(folder, settings.model)
@@ -49,12 +130,23 @@ def find_folder(settings: BaseSettings, workspace: Path, fetch: bool = True) -> 
 
 
 def folder_digest(folder: Path, digest: Callable[[Path], str] = file_digest) -> str:
-    """SHA-256 over the content of the model's files, independent of where they lie; `digest` gives that of one file."""
+    """SHA-256 over the content of a model's files, wherever they lie. `digest` gives that of one file."""
     files = sorted({file for pattern in _CONTENT for file in folder.glob(pattern)})
     return content_digest({file.name: digest(file) for file in files})
 
 
-def _place(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
+def remembered_outline(folder: Path, base_digest: str, head: HeadKind, draw: Callable[[], Outline]) -> Outline:
+    """The stored outline of this base and head; if there is none for the current code and transformers, that of `draw`."""
+    asked = {"base": base_digest, "head": head, **code_digests(_CODE), **package_versions(["transformers"])}
+    file = folder / f"{content_digest(asked)[:16]}.json"
+    if (known := _read_outline(file)) is not None:
+        return known
+    outline = draw()
+    atomic_write(file, json.dumps(dataclasses.asdict(outline)))
+    return outline
+
+
+def _find(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
     if settings.model.startswith(PREFIX):
         name = settings.model.removeprefix(PREFIX)
         return embedded_base(name, workspace) if fetch else embedded_path_if_present(name, workspace)
@@ -79,9 +171,8 @@ def _from_hub(settings: BaseSettings, fetch: bool) -> Path | None:
     except Exception as error:  # the hub client raises a dozen unrelated types
         if not fetch:
             return None
-        reason = str(error).strip().splitlines()[0]
         raise BaseModelError(
-            f"base.model {settings.model} cannot be fetched from the hub ({type(error).__name__}: {reason}); "
+            f"base.model {settings.model} cannot be fetched from the hub ({type(error).__name__}: {one_line(error)}); "
             "without a network, name a local folder"
         ) from error
 
@@ -99,105 +190,9 @@ def _check_folder(folder: Path, name: str) -> None:
         raise BaseModelError(f"base.model {name}: {folder} has no .safetensors weights; convert the checkpoint first")
 
 
-_CODE = ["kasa.targets", "pipeline.models.base", "pipeline.models.shapes"]
-
-
-def remembered_outline(folder: Path, base_digest: str, head: HeadKind, draw: Callable[[], Outline]) -> Outline:
-    """The outline that `draw` gives, or gave when it was last asked for this base, head, transformers and code."""
-    asked = {"base": base_digest, "head": head, **code_digests(_CODE), **package_versions(["transformers"])}
-    file = folder / f"{content_digest(asked)[:16]}.json"
-    if (known := _read(file)) is not None:
-        return known
-    outline = draw()
-    atomic_write(file, json.dumps(dataclasses.asdict(outline)))
-    return outline
-
-
-def _read(file: Path) -> Outline | None:
+def _read_outline(file: Path) -> Outline | None:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         return Outline(tuple(Target(**target) for target in kept["linear"]), kept["others"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-_COUNTING_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """A base model on local or shared storage.
-
-    Attributes:
-        name: as the recipe has it.
-        folder: its Hugging Face folder.
-        head: what it is given to answer with.
-        outlines: the folder where outlines of bases are kept; none is kept without it.
-    """
-
-    name: str
-    folder: Path
-    head: HeadKind = "language-model"
-    outlines: Path | None = None
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over the content of its files, independent of where it lies."""
-        return folder_digest(self.folder)
-
-    @cached_property
-    def config(self) -> Any:
-        """Its transformers configuration."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
-
-    @property
-    def context_tokens(self) -> int:
-        """The longest sequence it was made for."""
-        config = self.config
-        positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**20)
-        # RoBERTa and its like count positions from behind the padding token.
-        return positions - config.pad_token_id - 1 if config.model_type in _COUNTING_FROM_PADDING else positions
-
-    def targets(self, wanted: str | Sequence[str]) -> list[Target]:
-        """The modules that carry an adapter, found without loading a weight.
-
-        Raises:
-            TargetError: `wanted` matches nothing.
-        """
-        return select_targets(self._outline, wanted)
-
-    @cached_property
-    def _outline(self) -> Outline:
-        def draw() -> Outline:
-            from pipeline.models.shapes import base_outline, meta_model  # torch and transformers
-
-            return base_outline(meta_model(self.config, self.head), self.head)
-
-        return draw() if self.outlines is None else remembered_outline(self.outlines, self.digest, self.head, draw)
-
-    @property
-    def weights(self) -> CheckpointWeights:
-        """Its stored weights by name."""
-        from kasa import CheckpointWeights
-
-        return CheckpointWeights(self.folder)
-
-
-def find_base(settings: BaseSettings, workspace: Path, fetch: bool = True) -> BaseModel | None:
-    """The base model's folder; an embedded or hub model is fetched into the workspace first.
-
-    Args:
-        fetch: whether anything may be fetched or kept.
-
-    Returns:
-        None only where `fetch` is false and the model is not there yet.
-
-    Raises:
-        BaseModelError: there is no such model, it cannot be fetched, or it is no safetensors checkpoint.
-    """
-    folder = find_folder(settings, workspace, fetch)
-    if folder is None:
-        return None
-    return BaseModel(settings.model, folder, settings.head, workspace / "outlines" if fetch else None)

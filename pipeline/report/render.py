@@ -1,7 +1,4 @@
-"""The comparison of candidates, one row for each metric.
-
-The report: one HTML file that needs no network, no server and no other file.
-"""
+"""Rendering of the report: one HTML file that needs no network, no server and no other file."""
 
 from __future__ import annotations
 
@@ -17,18 +14,25 @@ from pipeline.core.files import atomic_write
 from pipeline.evaluation.results import HarnessRow
 from pipeline.metrics.catalogue import LOWER_IS_BETTER
 from pipeline.metrics.intervals import Interval
-from pipeline.report import charts, formats
-from pipeline.report.charts import candidates_in_order, gate_chart, interval_glyph
-from pipeline.report.facts import ReportFacts, SampleFacts
-from pipeline.report.formats import change_unit, metric_change, metric_value, spoken
-from pipeline.report.layer_charts import layer_figures, layer_panels, lost_shares, relative
+from pipeline.report import charts
+from pipeline.report import facts as formats
+from pipeline.report.charts import (
+    candidates_in_order,
+    gate_chart,
+    interval_glyph,
+    layer_figures,
+    layer_panels,
+    lost_shares,
+    relative,
+)
+from pipeline.report.facts import ReportFacts, SampleFacts, change_unit, metric_change, metric_value, spoken
 
 Outcome = Literal["better", "worse", "unclear"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A paired difference in words, with its chart."""
+    """A paired difference as text, with its chart."""
 
     estimate: str
     low: str
@@ -53,7 +57,7 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All metrics, the deciding one first, and its chart."""
+    """The candidates side by side: all metrics, the deciding one first, and its chart."""
 
     candidates: list[str]
     rows: list[MetricRow]
@@ -63,7 +67,7 @@ class Comparison:
 
 
 def outcome(difference: Interval, lower_is_better: bool) -> Outcome:
-    """Better or worse only where the whole interval says so."""
+    """`better` or `worse` only if the whole interval is on one side of zero, else `unclear`."""
     low, high = difference.low, difference.high
     if lower_is_better:
         low, high = -high, -low
@@ -73,7 +77,7 @@ def outcome(difference: Interval, lower_is_better: bool) -> Outcome:
 
 
 def compare(facts: ReportFacts) -> Comparison:
-    """The metrics as the page shows them."""
+    """Compare the candidates as the page shows them."""
     candidates = candidates_in_order(list(facts.metrics))
     measured = list(dict.fromkeys(metric for candidate in candidates for metric in facts.metrics[candidate]))
     measured.sort(key=lambda metric: metric != facts.gate_metric)
@@ -150,7 +154,7 @@ REJECTED_SHOWN = 500
 
 @dataclass(frozen=True)
 class TrainingFigures:
-    """The training charts, with what stands in words beside them."""
+    """The training charts, and the figures beside them."""
 
     loss: Markup
     parts: Markup

@@ -1,19 +1,30 @@
-"""What artifacts there are, and why one was made although others of its stage were there: pure comparison of ingredients."""
+"""What artifacts there are, and why one was made although others of its stage were there: pure comparison of ingredients.
+
+Which artifacts nothing needs any more, and their removal.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import MANIFEST, Artifact, ArtifactStore, StageKey
+from filelock import FileLock, Timeout
+
+from kasa.files import remove_folder
+from pipeline.registry.store import Registry
 from pipeline.run.graph import STAGE_OF_INPUT, STAGES
+from pipeline.storage.artifacts import ArtifactStore, StageKey
+from pipeline.storage.mirror import MANIFEST
+from pipeline.tracking.server import has_store
 
 Ingredients = Mapping[str, Any]
+
+_MODULES_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -108,11 +119,16 @@ def _given(ingredients: Ingredients) -> set[str]:
 
 
 def _in_words(old: Ingredients, new: Ingredients, known: Mapping[str, Ingredients]) -> Iterator[str]:
-    for (section, *path), (before, after) in _differences(old, new).items():
+    differences = _differences(old, new)
+    if modules := [".".join(path) for section, *path in differences if section == "code"]:
+        # After a release it may be most of them, and MLflow's tags hold 5,000 characters.
+        more = f" and {len(modules) - _MODULES_NAMED} more" if len(modules) > _MODULES_NAMED else ""
+        yield f"the code of {', '.join(modules[:_MODULES_NAMED])}{more} changed"
+    for (section, *path), (before, after) in differences.items():
         name = ".".join(path)
         if section == "code":
-            yield f"the code of {name} changed"
-        elif section != "inputs":
+            continue
+        if section != "inputs":
             yield f"{name} {before} -> {after}"
         elif name in STAGE_OF_INPUT:
             stage = STAGE_OF_INPUT[name]
@@ -138,27 +154,84 @@ def _flat(values: Ingredients, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
             yield (*path, name), value
 
 
-def reuse_note(artifact: Artifact, maker: str, page: str | None) -> str:
-    """What the page of a run says of an artifact that another run made; `page` is where that run is shown, if anywhere."""
-    run = f"[run {maker[:8]}]({page})" if page else f"run {maker}, which this store does not have"
-    return f"Nothing was done here: the artifact `{artifact.stage}/{artifact.key}` was made by {run}."
+@dataclass(frozen=True)
+class Removal:
+    """A folder that nothing needs: a complete artifact, or what interrupted work left.
 
-
-def reference(path: Path, size: int, root: Path) -> dict[str, Any]:
-    """The note that stands for a file or folder too large to be copied.
-
-    Args:
-        path: lies in an artifact, or anywhere else.
-        size: in bytes.
-        root: the folder of all artifacts.
-
-    Returns:
-        `path` (absolute), `bytes`, and, within an artifact, its `key` (STAGE/KEY) and `manifest_sha256`: the same digest
-        of the same file means the same artifact.
+    Attributes:
+        key: of the artifact that it is, was, or was to become.
+        size: bytes.
     """
-    note: dict[str, Any] = {"path": str(path.resolve()), "bytes": size}
-    for folder in (path, *path.parents):
-        if folder.parent.parent == root:
-            digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-            return note | {"key": f"{folder.parent.name}/{folder.name}", "manifest_sha256": digest}
-    return note
+
+    folder: Path
+    key: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """`STAGE/FOLDER`."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+def plan_pruning(workspace: Path, unused_days: float) -> list[Removal]:
+    """What has not been used for so long, and is not what a model with an alias was made of.
+
+    Raises:
+        WorkspaceError: the model registry cannot be asked.
+    """
+    store, since = ArtifactStore(workspace), datetime.now(UTC) - timedelta(days=unused_days)
+    unneeded = unneeded_artifacts(stored_artifacts(store), _of_models(workspace), since)
+    leftovers = [path for path in _leftovers(store) if _changed(path) < since]
+    return [Removal(one.folder, one.key, one.size) for one in unneeded] + [
+        Removal(path, path.stem, _size(path)) for path in leftovers
+    ]
+
+
+def prune(planned: Sequence[Removal]) -> list[Removal]:
+    """Remove what was planned, except what a run is using at this moment; returns what went."""
+    return [removal for removal in planned if _remove(removal)]
+
+
+def unneeded_artifacts(stored: Sequence[Stored], protected: Collection[str], since: datetime) -> list[Stored]:
+    """Those neither used since, nor protected by name (`STAGE/KEY`), nor an input of one that is."""
+    by_name = {one.name: one for one in stored}
+    needed: set[str] = set()
+    waiting = [one.name for one in stored if one.used >= since or one.name in protected]
+    while waiting:
+        name = waiting.pop()
+        if name in by_name and name not in needed:
+            needed.add(name)
+            waiting.extend(by_name[name].inputs)
+    return [one for one in stored if one.name not in needed]
+
+
+def _remove(removal: Removal) -> bool:
+    folder = removal.folder
+    try:
+        with FileLock(folder.with_name(f"{removal.key}.lock"), timeout=0):
+            shutil.rmtree(folder) if folder.suffix == ".old" else remove_folder(folder)
+    except Timeout:
+        return False
+    return True
+
+
+def _of_models(workspace: Path) -> set[str]:
+    """The artifacts that models with an alias were registered from."""
+    if not has_store(workspace):
+        return set()
+    tags = [version.tags for version in Registry(workspace).aliased_versions()]
+    made_of = {stage: f"kasa.{stage}_key" for stage in STAGES}
+    return {f"{stage}/{of_one[tag]}" for of_one in tags for stage, tag in made_of.items() if tag in of_one}
+
+
+def _leftovers(store: ArtifactStore) -> Iterator[Path]:
+    yield from sorted(path for path in store.root.glob("*/*") if path.suffix in (".partial", ".old"))
+
+
+def _changed(folder: Path) -> datetime:
+    newest = max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
+    return datetime.fromtimestamp(newest, UTC)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kasa.errors import KasaError
-from pipeline.artifacts.store import ADAPTER, Artifact
 from pipeline.config.recipe import Recipe
-from pipeline.core.code import package_versions
-from pipeline.core.provenance import code_tags
-from pipeline.data.prepare import load_prepared
+from pipeline.core.code import code_tags, package_versions
+from pipeline.core.files import ADAPTER
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.results import write_samples
 from pipeline.metrics.intervals import RESAMPLES
 from pipeline.models.base import BaseModel
-from pipeline.models.prompting import FILE_NAME as PROMPTING
+from pipeline.models.prompting import PROMPTING_FILE
 from pipeline.registry.store import ModelPackage
 from pipeline.run.context import RunContext, seed_tags
 from pipeline.run.promotion import Decision, Gate
 from pipeline.run.stages.evaluate import Evaluation
+from pipeline.storage.artifacts import Artifact
 
 LORA, REPORT = "lora", "evaluation"
 PROMOTED, KEPT_OUT = "promoted", "kept out"
@@ -42,6 +42,7 @@ SERVING_PACKAGES = (
     "scipy",
     "threadpoolctl",
     "pydantic",
+    "pydantic-core",
     "PyYAML",
     "rich",
     "filelock",
@@ -90,7 +91,7 @@ def write_report(
     adapter = made["train"].folder / ADAPTER
     name = base.name if not Path(base.name).expanduser().is_dir() else str(base.folder)
     try:
-        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=adapter / PROMPTING)}"
+        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=adapter / PROMPTING_FILE)}"
     except KasaError as error:
         return f"none: {error}"
 
@@ -100,10 +101,9 @@ def package_of(
 ) -> ModelPackage:
     """The model as MLflow stores it; `folder` holds what `write_report` made."""
     versions = package_versions(SERVING_PACKAGES).items()
-    labels = recipe.base.head != "language-model"
     prompts = (prompt for prompt in load_prepared(made["prepare"].folder).heldout["prompt"] if prompt.strip())
     return ModelPackage(
-        code=_ROOT / "pipeline" / "serving" / ("served_labels.py" if labels else "served_model.py"),
+        code=_ROOT / "pipeline" / "serving" / "served_model.py",
         packages=_PACKAGES,
         artifacts={
             ADAPTER: made["train"].folder / ADAPTER,
@@ -115,6 +115,7 @@ def package_of(
             "base_revision": recipe.base.revision,
             "base_folder": str(base.folder.resolve()),
             "base_digest": base.digest,
+            "head": recipe.base.head,
             "precision": recipe.train.precision,
             "max_new_tokens": recipe.evaluate.max_new_tokens,
         },

@@ -1,6 +1,6 @@
-"""Whether a new version becomes the champion: a pure decision over two models' measured numbers.
+"""Whether a new version becomes the champion, decided from measured numbers alone, and the model card that says so.
 
-What a person reads of a version in MLflow: its description, Markdown.
+The card is the version's description in MLflow, in Markdown.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS
 from pipeline.metrics.intervals import Interval
+
+# Digits that are shown of a digest.
+_SHORT = 12
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,7 @@ def _gain_interval(metric: str, difference: Interval) -> tuple[float, float]:
 
 
 def _numbers(metric: str, opponent: str, difference: Interval) -> str:
-    interval = f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-    return f"{metric} {interval} against the {opponent}"
-
-
-_SHORT = 12
+    return f"{metric} {difference.text()} against the {opponent}"
 
 
 def model_card(
@@ -129,7 +128,7 @@ def model_card(
 
 
 def _interval(difference: Interval | None) -> str:
-    return "" if difference is None else f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    return "" if difference is None else difference.text()
 
 
 def _shortened(value: str) -> str:

@@ -15,17 +15,17 @@ from typing import Any
 import pynvml
 import yaml
 
-from pipeline.artifacts.store import Artifact
 from pipeline.config.recipe import recipe_values
 from pipeline.core.code import package_versions
-from pipeline.core.journal import read_journal
-from pipeline.data.prepare import load_prepared
+from pipeline.core.files import read_journal
+from pipeline.data.prepared import load_prepared
 from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts, TruncationFacts
 from pipeline.report.render import render_report
 from pipeline.run.context import RunContext
 from pipeline.run.stages.audit import AUDIT_JSON, truncation_warning
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.stages.register import Registration
+from pipeline.storage.artifacts import Artifact
 from pipeline.tracking.server import ui_command
 from pipeline.training.job import JOURNAL, LAYERS
 
@@ -58,7 +58,7 @@ def environment_tags() -> dict[str, str]:
 
 def use_commands(context: RunContext, registration: Registration) -> dict[str, str]:
     """What to type next, by caption."""
-    where = "" if context.workspace == Path("workspace") else f" --workspace {context.recipe.place}"
+    where = "" if context.workspace == Path("workspace") else f" --workspace {context.recipe.location}"
     example = load_prepared_prompt(context)
     return {
         "Ask the model": f'{_program("kasa")} generate {registration.uri}{where} "{example}"',

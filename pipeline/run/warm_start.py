@@ -1,24 +1,25 @@
-"""Where training starts: from scratch, or from the champion's adapter (`train.start: champion`).
+"""Where training starts: from scratch, or from the adapter of the registered champion (`train.start: champion`).
 
-The champion's update was learned beside its own truncation, so both are taken over together: under a rule that looks at
-text, new text must not change what is dropped. Hence spectra are not computed anew, and the key of the training holds the
-champion's training in the place of the spectra.
+The champion's update was learned beside its own truncation, so a warm start takes both over: under a rule that looks at
+text, new text must not change what is dropped. Hence the spectra are not computed from the new data, and the key of the
+training holds the champion's training in the place of the spectra.
 
-Whether a champion can be gone on from is decided by the tags of its version, which `adapter_tags` gave it.
+Whether a champion fits is decided by the tags of its version, which `adapter_tags` gave it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifacts.store import ADAPTER, ArtifactStore, StageKey
 from pipeline.config.recipe import Recipe
-from pipeline.core.files import content_digest
-from pipeline.run import graph as keys
+from pipeline.core.files import ADAPTER, content_digest
+from pipeline.run.dependencies import KeyInputs
+from pipeline.run.graph import SPECTRA, TRAIN, stage_keys
+from pipeline.storage.artifacts import ArtifactStore
 
 if TYPE_CHECKING:
     from kasa.targets import Target
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A registered adapter to go on from.
+    """A registered adapter to start from.
 
     Attributes:
         uri: its version in the registry.
@@ -43,55 +44,60 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class WarmStartDecision:
-    """Where a training begins: at `start`, or from scratch where that is None; `reason` says why, in words."""
+    """Where a training starts, and why.
+
+    Attributes:
+        start: the adapter to start from; None means from scratch.
+        reason: in words.
+    """
 
     start: WarmStart | None
     reason: str
 
 
-def decide_warm_start(
-    recipe: Recipe, champion: ModelVersion | None, base_digest: str, targets: Sequence[Target], prepared: str
-) -> WarmStartDecision:
-    """Where a training on the prepared data of the key `prepared` begins.
+def decide_warm_start(inputs: KeyInputs, champion: ModelVersion | None) -> WarmStartDecision:
+    """Where the training of a run starts.
 
-    Where the champion was made by the very training that is asked for, that one's beginning is the answer: a run that is
-    repeated, or was killed after the promotion, makes nothing new.
+    Where the champion was made by the very training that is asked for, the answer is what that one started from: a run
+    that is repeated, or was killed after the promotion, makes nothing new.
+
+    Args:
+        inputs: of the run, as if it started from scratch.
     """
+    recipe = inputs.recipe
     if recipe.train.start == "scratch":
         return WarmStartDecision(None, "as the recipe says")
     if champion is None:
         return WarmStartDecision(None, f"{recipe.registered_name} has no champion yet")
     tags = champion.tags
     earlier = _earlier_start(tags)
-    spectra = keys.spectra_key(recipe, base_digest, targets, prepared).key
-    made_by = keys.train_key(recipe, prepared, spectra, earlier.train_key if earlier else None)
+    made_by = stage_keys(replace(inputs, champion=earlier.train_key if earlier else None))[TRAIN]
     if made_by.key == tags.get("kasa.train_key"):
         return WarmStartDecision(
             earlier, f"as the champion, version {champion.version}, which this recipe and data made"
         )
-    if obstacle := _obstacle(tags, adapter_tags(recipe, targets), base_digest):
+    if obstacle := _obstacle(tags, adapter_tags(recipe, inputs.targets), inputs.base):
         return WarmStartDecision(None, f"the champion, version {champion.version}, {obstacle}")
     start = WarmStart(champion.uri, tags["kasa.train_key"], tags.get("kasa.spectra_key", ""))
     return WarmStartDecision(start, f"the champion, version {champion.version}")
 
 
-def chosen_spectra_key(
-    recipe: Recipe,
-    store: ArtifactStore,
-    base_digest: str,
-    targets: Sequence[Target],
-    prepared: str | None,
-    start: WarmStart | None,
-) -> StageKey:
-    """The spectra to train beside: new ones, those of the adapter to go on from, or, if they are gone, what it holds of them."""
+def starting_from(
+    inputs: KeyInputs, start: WarmStart | None, store: ArtifactStore, recompute: Collection[str] = ()
+) -> KeyInputs:
+    """The inputs of a run whose training starts from `start`.
+
+    The spectra are the ones that the adapter was trained beside. Where that artifact is gone, or the stage is asked to
+    make it again, what the adapter itself holds of them takes its place.
+    """
     if start is None:
-        return keys.spectra_key(recipe, base_digest, targets, prepared)
-    own = store.known(keys.SPECTRA, start.spectra_key)
-    return own or keys.inherited_spectra_key(recipe, base_digest, targets, start.train_key)
+        return inputs
+    own = None if SPECTRA in recompute else store.known(SPECTRA, start.spectra_key)
+    return replace(inputs, champion=start.train_key, taken_over={} if own is None else {SPECTRA: own})
 
 
 def adapter_tags(recipe: Recipe, targets: Sequence[Target]) -> dict[str, str]:
-    """What an adapter and one that goes on from it must have in common, as tags of a version."""
+    """What an adapter and the one it is started from must have in common, as tags of a version."""
     adapter = recipe.adapter
     return {
         "kasa.rank": str(adapter.rank),
@@ -103,13 +109,13 @@ def adapter_tags(recipe: Recipe, targets: Sequence[Target]) -> dict[str, str]:
 
 
 def start_tags(start: WarmStart | None) -> dict[str, str]:
-    """Which version a training went on from, as tags of the version that it made."""
+    """Which version a training started from, as tags of the version that it made."""
     return {"kasa.start": "" if start is None else json.dumps(vars(start))}
 
 
 def start_adapter(context: RunContext, start: WarmStart) -> Path:
-    """The folder of the adapter to go on from, in the workspace; fetched from the registry where it is not there."""
-    known = context.store.known(keys.TRAIN, start.train_key)
+    """The folder of the adapter to start from, in the workspace; fetched from the registry where it is not there."""
+    known = context.store.known(TRAIN, start.train_key)
     if known and (trained := context.store.find(known)):
         return (trained.folder / ADAPTER).resolve()
     return context.registered_adapter(start.uri, start.train_key).resolve()
@@ -125,7 +131,7 @@ _WORDS = {
 
 
 def _obstacle(tags: Mapping[str, str], wanted: Mapping[str, str], base_digest: str) -> str | None:
-    """Why a version cannot be gone on from, if so."""
+    """Why no training can start from a version, if so."""
     if tags.get("kasa.base_digest") != base_digest:
         return "belongs to another base"
     for name, value in wanted.items():

@@ -1,66 +1,82 @@
-"""Answers from a registered model or an adapter folder."""
+"""Adapters by the names that commands take, and what they answer: the work of `kasa generate`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kasa.adapter_file import ADAPTER_JSON
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
+from pipeline.core.files import ADAPTER
 from pipeline.core.machine import fast_precision
 from pipeline.methods.loading import base_name, check_saved_base, is_adapter
 from pipeline.models.base import find_base
-from pipeline.models.heads import Head
-from pipeline.models.prompting import Prompting
-from pipeline.registry.store import open_registry
-from pipeline.serving.generation import load_answerer
-from pipeline.serving.prediction import load_predictor
+from pipeline.registry.store import SCHEME, open_registry
+from pipeline.serving.inference import LoadedModel, load_model, load_registered
 
-REGISTRY = "models:/"
 DEFAULT_NEW_TOKENS = 64
 
 
 def answer(
-    model: str, prompts: Sequence[str], workspace: Path, base: Path | None, max_new_tokens: int | None
+    model: str, texts: Sequence[str], workspace: Path, base: Path | None, max_new_tokens: int | None
 ) -> list[str]:
-    """Greedy answers of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or an adapter folder; of a model with a head for labels
-    the classes or values of the texts, where pairs are parted by ` ||| `.
+    """Greedy answers to prompts; classes or values of texts where the model has a trained head.
+
+    Args:
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or an adapter folder.
+        texts: what to answer; a head for pairs splits each at ` ||| `.
+        workspace: the workspace of the run, for the registry and the recorded base.
+        base: the base's folder, where it is not the recorded one.
+        max_new_tokens: length limit; None takes that of the evaluation, or 64 for an adapter folder.
 
     Raises:
         ModelError: there is no such model.
         BaseModelError, AdapterFileError: its base is missing, or is another one.
     """
-    if model.startswith(REGISTRY):
-        return _from_registry(model, prompts, workspace, base, max_new_tokens)
-    folder = Path(model)
-    if not is_adapter(folder):
-        raise ModelError(
-            f"{model} is neither a registry URI ({REGISTRY}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
-        )
-    found = base or find_base(BaseSettings(model=base_name(folder)), workspace).folder  # type: ignore[union-attr]
-    check_saved_base(folder, found)
-    head = Head.load(folder)
-    precision = fast_precision(torch.cuda.is_available())
-    if head.is_new:
-        return [str(said) for said in load_predictor(found, folder, precision, head).predictions(prompts)]
-    answerer = load_answerer(found, folder, precision, Prompting.load(folder))
-    return answerer.answers(prompts, max_new_tokens or DEFAULT_NEW_TOKENS)
+    with located_adapter(model, workspace) as (folder, config):
+        if config is None:
+            loaded, limit = _load_folder(folder, workspace, base), DEFAULT_NEW_TOKENS
+        else:
+            loaded, limit = load_registered(folder, config, base), int(config["max_new_tokens"])
+        return loaded.answers(texts, max_new_tokens or limit)
 
 
-def _from_registry(
-    uri: str, prompts: Sequence[str], workspace: Path, base: Path | None, max_new_tokens: int | None
-) -> list[str]:
-    registry = open_registry(workspace)
-    if base:
-        os.environ["KASA_BASE_MODEL"] = str(base)
-    loaded = registry.load_model(uri)
-    model = loaded.unwrap_python_model()
-    if hasattr(model, "predictor"):
-        return [str(said) for said in model.predictor.predictions(prompts)]
-    if max_new_tokens:
-        model.max_new_tokens = max_new_tokens
-    return list(loaded.predict(list(prompts)))
+@contextmanager
+def located_adapter(model: str, workspace: Path) -> Iterator[tuple[Path, Mapping[str, Any] | None]]:
+    """The folder of an adapter that is named by its folder or by a registry URI.
+
+    Yields:
+        The folder, and the configuration of the registered version (None for a folder). Files from the registry exist
+        within the block only.
+
+    Raises:
+        ModelError: there is no such model, or it has no adapter.
+    """
+    if not model.startswith(SCHEME):
+        if not is_adapter(Path(model)):
+            raise ModelError(
+                f"{model} is neither a registry URI ({SCHEME}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
+            )
+        yield Path(model), None
+        return
+    with tempfile.TemporaryDirectory(prefix="kasa-model-") as temporary:
+        files, config = open_registry(workspace).fetch_files(model, Path(temporary))
+        folder = files / "artifacts" / ADAPTER
+        if not is_adapter(folder):
+            raise ModelError(f"{model} is no KaSA model: it was registered without an adapter")
+        yield folder, config
+
+
+def _load_folder(folder: Path, workspace: Path, base: Path | None) -> LoadedModel:
+    if base is None:
+        found = find_base(BaseSettings(model=base_name(folder)), workspace)
+        assert found is not None  # only a look without fetching finds nothing
+        base = found.folder
+    check_saved_base(folder, base)
+    return load_model(base, folder, fast_precision(torch.cuda.is_available()))

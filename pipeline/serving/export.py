@@ -1,36 +1,116 @@
-"""Adapters for other programs: a plain LoRA, a merged Hugging Face folder, PEFT's KaSA folder; and the last one back.
+"""The difference between a merged model and its base with the adapter: logits of both on a few texts, in fp32.
 
-The work is the method library's (`kasa.lora_export`, `kasa.merging`, `kasa.peft_kasa`). Here adapters and bases are found by
-name, and a merged model is compared with what it was made from.
+Export of adapters for other programs: a plain LoRA, a merged Hugging Face folder, PEFT's KaSA folder; import of the last.
+
+The method library does the conversions (`kasa.lora_export`, `kasa.merging`, `kasa.peft_kasa`). This module finds adapters and
+bases by name, and compares a merged model with what it was made from.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kasa import KasaError, export_lora, merge, read_adapter, save_adapter
+import torch
+from torch import nn
+
+from kasa import KasaError, attach_saved, export_lora, merge, read_adapter, save_adapter
 from kasa.adapter_file import ADAPTER_JSON, SavedAdapter, check_base
 from kasa.errors import InterchangeError
 from kasa.interchange import new_folder
 from kasa.lora_export import lora_rank, vllm_rank
 from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
-from pipeline.artifacts.store import ADAPTER
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import BaseModelError, ModelError
-from pipeline.models.base import find_base
-from pipeline.models.loading import DTYPES
-from pipeline.models.prompting import FILE_NAME as PROMPTING
-from pipeline.models.prompting import Prompting
-from pipeline.registry.store import open_registry
-from pipeline.serving.answer import REGISTRY
-from pipeline.serving.logit_difference import LogitDifference, coarse, logit_difference, too_large
+from pipeline.core.machine import GIB, memory_gib
+from pipeline.models.base import BaseModel, find_base
+from pipeline.models.forward import DTYPES, load_base
+from pipeline.models.prompting import PROMPTING_FILE, Prompting, load_tokenizer
+from pipeline.serving.answer import located_adapter
+from pipeline.serving.inference import BASE_VARIABLE, is_hub_id
+
+# Prose, code, a question and digits, for bases with a tokenizer.
+TEXTS = (
+    "The river rises in the hills north of the town and reaches the sea after ninety miles.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Question: Which of the two is heavier, a litre of water or a litre of oil?\nAnswer:",
+    "In 1969, 4 of the 12 members voted against; the motion was carried all the same.",
+)
+_RANDOM_TOKENS = 32
+# Memory for activations, logits and the framework, as a multiple of the weights'.
+_MEMORY_FACTOR = 1.25
+# Share of the largest logit above which a merged model no longer says what the trained one says.
+_COARSE = 0.01
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """How far two models are apart.
+
+    Attributes:
+        largest: the largest absolute difference between their logits.
+        largest_logit: the largest absolute logit of the first.
+    """
+
+    largest: float
+    largest_logit: float
+
+
+def logit_difference(base: Path, adapter: SavedAdapter, merged: Path) -> LogitDifference:
+    """Compare a base with its adapter and the merged folder, both in fp32, on a few texts."""
+    sequences = text_sequences(base)
+    model = load_base(base, "fp32")
+    attach_saved(model, adapter)
+    before = logits_of(model, sequences)
+    del model
+    after = logits_of(load_base(merged, "fp32"), sequences)
+    return LogitDifference(
+        max(float((one - other).abs().max()) for one, other in zip(before, after, strict=True)),
+        max(float(one.abs().max()) for one in before),
+    )
+
+
+def text_sequences(base: Path) -> list[torch.Tensor]:
+    """Tokenised texts of shape (1, T); random tokens where the base has no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(base)
+    except BaseModelError:
+        vocabulary = BaseModel("", base).config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(vocabulary, (1, _RANDOM_TOKENS), generator=generator) for _ in TEXTS]
+    return [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The model's logits, of shape (1, T, vocabulary), sequence by sequence."""
+    model.eval()
+    return [model(input_ids=ids).logits for ids in sequences]
+
+
+def too_large(parameters: int) -> str | None:
+    """Why a model of so many parameters cannot be compared on this machine; None where it can."""
+    needed = parameters * 4 / GIB * _MEMORY_FACTOR
+    memory = memory_gib()
+    if memory is None or memory[1] >= needed:
+        return None
+    return f"logits not compared: that takes {needed:.0f} GiB of memory, {memory[1]:.0f} are free"
+
+
+def coarse(logits: LogitDifference, dtypes: tuple[str, ...]) -> str | None:
+    """A remark for the user where rounding the merged weights moved the logits by more than one percent, else None."""
+    if dtypes == ("float32",) or logits.largest <= _COARSE * logits.largest_logit:
+        return None
+    return (
+        f"rounding the merged weights to {', '.join(dtypes)} changes what the model says; --dtype fp32 and --format lora "
+        "keep it"
+    )
+
 
 Format = Literal["lora", "merged", "peft-kasa"]
 Dtype = Literal["fp32", "bf16", "stored"]
@@ -38,18 +118,18 @@ Dtype = Literal["fp32", "bf16", "stored"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export or import.
 
     Attributes:
-        out: the folder.
+        out: the written folder.
         format: its format; `kasa` for an import.
-        base: where the base is; its recorded name, if it is not on this machine.
+        base: folder of the base; its recorded name, if it is not on this machine.
         size: bytes of all files in `out`.
         rank: of the adapter in `out`; None for a merged model.
         dtypes: storage types of the weights that carry the adapter.
-        logits: merged against base and adapter, both in fp32; None where that was not compared.
-        command: what to type next.
-        notes: what one should know of this export.
+        logits: the merged model against base and adapter, both in fp32; None where they were not compared.
+        command: a command that loads `out`.
+        notes: what the user should know of this export.
     """
 
     out: Path
@@ -65,9 +145,12 @@ class Exported:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """An adapter, its files, and its base where that is on this machine and is the right one.
+    """A KaSA adapter and the base that it belongs to.
 
     Attributes:
+        folder: the adapter's folder.
+        adapter: its contents.
+        base: folder of the base; None where it is not on this machine.
         base_name: how other programs find the base: its hub id, or a folder.
     """
 
@@ -78,7 +161,8 @@ class ModelSource:
 
     @property
     def prompting(self) -> Path:
-        return self.folder / PROMPTING
+        """The file that holds the form of its prompts."""
+        return self.folder / PROMPTING_FILE
 
 
 def export(
@@ -87,7 +171,7 @@ def export(
     """Export an adapter folder or a registered model (`models:/NAME@ALIAS`, `models:/NAME/VERSION`).
 
     Args:
-        model: which adapter.
+        model: the adapter.
         out: a folder that does not exist yet.
         format_: the format.
         workspace: the workspace of the run, for the registry and the recorded base.
@@ -111,7 +195,12 @@ def export(
 
 
 def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
-    """Take over a KaSA folder of PEFT's as an adapter folder.
+    """Import a KaSA adapter that PEFT saved.
+
+    Args:
+        peft_folder: the folder that PEFT wrote.
+        out: the adapter folder to write; it does not exist yet.
+        base: folder of the base model.
 
     Raises:
         KasaError: the folder is no plain KaSA adapter, does not fit the base, or `out` exists.
@@ -121,23 +210,23 @@ def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
     with new_folder(out) as folder:
         adapter = import_peft_kasa(peft_folder, base)
         save_adapter(folder, adapter)
-        if (peft_folder / PROMPTING).is_file():
+        if (peft_folder / PROMPTING_FILE).is_file():
             Prompting.load(peft_folder).save(folder)
         else:
             Prompting().save(folder)
             notes = (
-                f"prompts go to the model as they are; if it was trained with a template, put it into {PROMPTING}",
+                f"prompts go to the model as they are; if it was trained with a template, put it into {PROMPTING_FILE}",
             )
     return Exported(
-        out,
-        "kasa",
-        str(base),
-        _size(out),
-        adapter.config.rank,
-        ("float32",),
-        None,
-        f'kasa generate {shlex.quote(str(out))} "..."',
-        notes,
+        out=out,
+        format="kasa",
+        base=str(base),
+        size=_size(out),
+        rank=adapter.config.rank,
+        dtypes=("float32",),
+        logits=None,
+        command=f'kasa generate {shlex.quote(str(out))} "..."',
+        notes=notes,
     )
 
 
@@ -150,7 +239,15 @@ def _merged(source: ModelSource, out: Path, dtype: Dtype) -> Exported:
         note = coarse(logits, written.dtypes)
     command = f"vllm serve {shlex.quote(str(out))}"
     return Exported(
-        out, "merged", source.base_name, _size(out), None, written.dtypes, logits, command, (note,) if note else ()
+        out=out,
+        format="merged",
+        base=source.base_name,
+        size=_size(out),
+        rank=None,
+        dtypes=written.dtypes,
+        logits=logits,
+        command=command,
+        notes=(note,) if note else (),
     )
 
 
@@ -179,7 +276,7 @@ def _serve_lora(source: ModelSource, out: Path, rank: int) -> str:
 def _peft_kasa(source: ModelSource, out: Path) -> Exported:
     export_peft_kasa(source.adapter, out, source.base_name, source.prompting)
     config = source.adapter.config
-    notes = ["PEFT computes the truncation anew, by an SVD of every weight, whenever it loads this folder"]
+    notes = ["PEFT recomputes the truncation, by an SVD of every weight, whenever it loads this folder"]
     if config.regulariser == "authors":
         notes.append("trained with the authors' regularisers; in PEFT the same beta and gamma pull much harder")
     return Exported(
@@ -204,48 +301,40 @@ def _load_with_peft(source: ModelSource, out: Path) -> str:
 
 @contextmanager
 def model_source(model: str, workspace: Path, base: Path | None, needs_base: bool) -> Iterator[ModelSource]:
-    if not model.startswith(REGISTRY):
-        folder = Path(model)
+    """A KaSA adapter by its folder or registry URI, with its base where that is on this machine.
+
+    Args:
+        model: the adapter.
+        workspace: the workspace of the run, for the registry and the recorded base.
+        base: the base's folder, where it is not the recorded one.
+        needs_base: whether the base is fetched where it is missing.
+
+    Raises:
+        KasaError: the adapter or its base is not what it should be.
+    """
+    with located_adapter(model, workspace) as (folder, config):
         if not (folder / ADAPTER_JSON).exists():
-            raise ModelError(
-                f"{model} is neither a registry URI ({REGISTRY}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
-            )
-        yield _with_base(folder, workspace, base, None, needs_base)
-        return
-    with tempfile.TemporaryDirectory(prefix="kasa-export-") as temporary:
-        files, config = open_registry(workspace).fetch_files(model, Path(temporary))
-        folder = files / "artifacts" / ADAPTER
-        if not (folder / ADAPTER_JSON).exists():
-            raise ModelError(f"{model} is no KaSA model: it was registered without an adapter")
-        yield _with_base(folder, workspace, base, Path(config.get("base_folder", "")), needs_base)
+            raise ModelError(f"{model} is no KaSA adapter: there is no {ADAPTER_JSON} beside its weights")
+        recorded = Path(config["base_folder"]) if config and "base_folder" in config else None
+        yield _with_base(folder, workspace, base, recorded, needs_base)
 
 
 def _with_base(
     folder: Path, workspace: Path, base: Path | None, recorded: Path | None, needs_base: bool
 ) -> ModelSource:
     adapter = read_adapter(folder)
-    given = base or _environment_base()
+    named = os.environ.get(BASE_VARIABLE)
+    given = base or (Path(named) if named else None)
     chosen = given or (recorded if recorded and (recorded / "config.json").exists() else None)
     found: Path | None
     if chosen:
         found = _folder_of(str(chosen.absolute()), chosen)
-    elif needs_base:
-        found = find_base(BaseSettings(model=adapter.base), workspace).folder  # type: ignore[union-attr]
     else:
-        found = _base_if_here(adapter.base, workspace)
-    if found and not needs_base:  # merging compares every weight itself
+        found = _base_folder(adapter.base, workspace, fetch=needs_base)
+    if found:
         check_base(adapter, found)
-    keeps_name = found is None or (given is None and _is_hub_id(adapter.base))
+    keeps_name = found is None or (given is None and is_hub_id(adapter.base) and not Path(adapter.base).is_dir())
     return ModelSource(folder, adapter, found, adapter.base if keeps_name else str(found))
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).is_dir()
-
-
-def _environment_base() -> Path | None:
-    named = os.environ.get("KASA_BASE_MODEL")
-    return Path(named) if named else None
 
 
 def _folder_of(name: str, given: Path) -> Path:
@@ -256,10 +345,13 @@ def _folder_of(name: str, given: Path) -> Path:
     return found.folder
 
 
-def _base_if_here(name: str, workspace: Path) -> Path | None:
+def _base_folder(name: str, workspace: Path, fetch: bool) -> Path | None:
+    """The base's folder; without `fetch` None where it is not on this machine."""
     try:
-        found = find_base(BaseSettings(model=name), workspace, fetch=False)
+        found = find_base(BaseSettings(model=name), workspace, fetch)
     except KasaError:
+        if fetch:
+            raise
         return None
     return found.folder if found else None
 

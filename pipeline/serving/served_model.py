@@ -1,7 +1,6 @@
-"""The registered model, stored as code: MLflow runs this file when `models:/NAME@ALIAS` is loaded (no pickle).
+"""The registered model as code: MLflow runs this file when `models:/NAME@ALIAS` is loaded, so nothing is pickled.
 
-Input: prompts, as a person types them. Output: answers. The packages it needs from here lie beside it in the registry; the
-base model does not. That is found at KASA_BASE_MODEL, where it was at training, or on the hub, and checked to be the same.
+The packages that it imports from here lie beside it in the registry; the base model does not (`registered` finds it).
 """
 
 from __future__ import annotations
@@ -12,28 +11,49 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from pipeline.models.prompting import Prompting
-from pipeline.serving.generation import load_answerer
-from pipeline.serving.served_base import check_served_base, find_served_base
+from pipeline.models.prompting import LANGUAGE_MODEL
+from pipeline.serving.inference import load_registered
 
 
-class KasaModel(PythonModel):
-    """A base model with its KaSA adapter behind MLflow's interface."""
+class ServedModel(PythonModel):
+    """A base model with its adapter behind MLflow's interface.
+
+    Attributes:
+        served: the loaded model.
+        max_new_tokens: length limit of generated answers.
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Find the base, check it, attach the adapter."""
-        config = context.model_config
-        adapter = Path(context.artifacts["adapter"])
-        base = find_served_base(config)
-        check_served_base(base, adapter, config)
-        self.answerer = load_answerer(base.folder, adapter, config["precision"], Prompting.load(adapter))
-        self.max_new_tokens = int(config["max_new_tokens"])
+        self.served = load_registered(Path(context.artifacts["adapter"]), context.model_config)
+        self.max_new_tokens = int(context.model_config["max_new_tokens"])
+
+
+class TextModel(ServedModel):
+    """Input: prompts, as a person types them. Output: answers."""
 
     def predict(
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[str]:
         """Greedy answers."""
-        return self.answerer.answers(list(model_input), self.max_new_tokens)
+        return self.served.answers(list(model_input), self.max_new_tokens)
 
 
-mlflow.models.set_model(KasaModel())
+class LabelModel(ServedModel):
+    """Input: texts, those of a pair joined by ` ||| `. Output: `label` (a class by name) and the `probabilities` of all
+    classes for each text, or the `value` of a regression."""
+
+    def predict(
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Labels with probabilities, or values."""
+        return [
+            {"label": one.label, "probabilities": one.probabilities} if one.probabilities else {"value": one.label}
+            for one in self.served.predictions(list(model_input))
+        ]
+
+
+# MLflow takes the signature from the type hints of `predict` when the version is logged, before it has loaded anything. So the
+# configuration says which class this is, and not the adapter's `head.json`, which decides how the model is loaded.
+_config = mlflow.models.ModelConfig(development_config={"head": LANGUAGE_MODEL.kind}).to_dict()
+mlflow.models.set_model(TextModel() if _config["head"] == LANGUAGE_MODEL.kind else LabelModel())

@@ -1,1 +1,1 @@
-"""What the spectra and audit stages run on the cluster."""
+"""What the spectra and audit stages run on the cluster: calibration, decomposition, audit."""

@@ -1,9 +1,9 @@
-"""A folder in which work goes on, and its copy in the store: what an interrupted stage leaves survives its machine.
+"""Mirroring of a folder with work in progress to the store, so that the work of an interrupted stage outlives its machine.
 
-Several nodes may work on one folder, each on files of its own. A pass carries what was written here to the store and what
-others wrote to this node. Of a file changed in both places the store's version stays: whoever was cut off meanwhile finds
-its file replaced. Journals (`*.jsonl`) only grow, so the longer of two that agree stays, and the one here is appended to.
-JSON files go last, for they say that what lies beside them is complete.
+Several nodes may work on one folder, each on files of its own. One pass uploads what was written here and downloads what
+other nodes wrote. If a file changed in both places, the store's version wins: a worker whose work was taken over meanwhile
+finds its file replaced. Journals (`*.jsonl`) only grow, so of two journals that agree the longer one wins, and the local
+one is appended to in place. JSON files come last, because they say that the files beside them are complete.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from kasa.files import replacing
 from pipeline.core.files import atomic_write
+from pipeline.core.machine import in_background
 from pipeline.storage.objects import ObjectStore
 
 MANIFEST = "manifest.json"
 INTERVAL_S = 2.0
-# Not more than this part of the time is spent on passes.
+# Passes take at most this share of the time.
 _SHARE = 0.2
-_AT_ONCE = 8
+_CONCURRENT_REQUESTS = 8
 _JOURNAL = ".jsonl"
-# Ray Train looks after its own files.
+# Ray Train synchronises its own files.
 _NOT_OURS = "ray_train"
 
+# Name -> the marks of the file here and of the object in the store when both had the same content.
 Known = dict[str, tuple[str | None, str | None]]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass has to do, by names, in this order within each."""
+    """The names of the files that one pass has to transfer or delete. Each list is in the order to be followed."""
 
     pull: tuple[str, ...]
     push: tuple[str, ...]
@@ -48,7 +51,13 @@ class Pass:
 def plan_pass(
     here: Mapping[str, str], there: Mapping[str, str], known: Mapping[str, tuple[str | None, str | None]]
 ) -> Pass:
-    """Compare the marks of files here and there with those that were known to be the same content."""
+    """Decide what a pass has to do. A mark changes whenever its file does.
+
+    Args:
+        here: Name -> mark of the files in the folder.
+        there: Name -> mark of the objects in the store.
+        known: The marks that both had when their content was last known to be the same.
+    """
     pull, push, drop_here, drop_there = [], [], [], []
     for name in sorted({*here, *there, *known}, key=lambda name: (name.endswith(".json"), name)):
         known_here, known_there = known.get(name, (None, None))
@@ -66,26 +75,26 @@ def plan_pass(
 
 
 class Mirror:
-    """The folder `folder` and the objects below `prefix`; processes of one node take turns.
+    """Keeps the folder `folder` and the objects below `prefix` the same. The processes of one node take turns.
 
-    `is_cut_off` says that somebody else has taken the work over; then nothing is carried any more.
+    `is_cut_off` says whether another run has taken the work over. From then on nothing is transferred.
     """
 
     def __init__(
         self, store: ObjectStore, prefix: str, folder: Path, is_cut_off: Callable[[], bool] = lambda: False
     ) -> None:
         self._store, self._prefix, self._folder, self._is_cut_off = store, prefix, folder, is_cut_off
-        # In the folder: who deletes the copy deletes what was known of it, and everything is fetched again.
+        # In the folder itself, so that deleting the copy also deletes what was known of it.
         self._state = folder / ".mirror.json"
         # Threads of a process, and then processes of the node.
         self._turn = threading.Lock()
         self._lock = FileLock(folder.with_name(f".{folder.name}.mirror.lock"), thread_local=False)
 
     def run_pass(self, store: ObjectStore | None = None) -> None:
-        """One pass.
+        """Transfer in both directions what has changed since the last pass.
 
         Raises:
-            StorageError: the store does not answer, for longer than its patience.
+            StorageError: The store failed for longer than its requests are retried.
         """
         if self._is_cut_off():
             return
@@ -115,39 +124,35 @@ class Mirror:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A pass before the block, one every few seconds within it, and one after it."""
+        """Run a pass before the block, one every few seconds during it, and one after it."""
         self.run_pass()
-        stop = threading.Event()
+        once = self._store.without_retries()
 
-        def keep_up() -> None:
-            pause, once = INTERVAL_S, self._store.tried_once()
+        def keep_up(stop: threading.Event) -> None:
+            pause = INTERVAL_S
             while not stop.wait(pause):
                 started = time.monotonic()
-                with suppress(Exception):  # the store is away for a moment: the next pass makes up for it
-                    if not self._was_made_just_now():
+                with suppress(Exception):  # the store is unavailable for a moment: the next pass makes up for it
+                    if not self._was_passed_just_now():
                         self.run_pass(once)
                 pause = max(INTERVAL_S, (time.monotonic() - started) / _SHARE)
 
-        thread = threading.Thread(target=keep_up, daemon=True)
-        thread.start()
         try:
-            yield
+            with in_background(keep_up):
+                yield
         except BaseException:
-            stop.set()
-            thread.join()
-            with suppress(Exception):  # what failed says more than a store that is away as well
-                self.run_pass(self._store.tried_once())
+            with suppress(Exception):  # the first error says more than that the store is unavailable too
+                self.run_pass(once)
             raise
-        stop.set()
-        thread.join()
         self.run_pass()
 
     def forget(self) -> None:
-        """The folder is complete: remove what was remembered about it."""
+        """Delete what was remembered about the folder, now that it is complete."""
         self._state.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
-    def _was_made_just_now(self) -> bool:
+    def _was_passed_just_now(self) -> bool:
+        """Whether a pass of another process of this node, or one for a worker, ended moments ago."""
         try:
             return time.time() - self._state.stat().st_mtime < INTERVAL_S / 2
         except FileNotFoundError:
@@ -168,11 +173,11 @@ class Mirror:
         return marks
 
     def _push(self, store: ObjectStore, name: str) -> None:
-        with suppress(FileNotFoundError):  # removed since the folder was read; the next pass sees it
+        with suppress(FileNotFoundError):  # deleted since the folder was read; the next pass sees it
             store.upload(self._folder / name, self._object(name))
 
     def _pull(self, store: ObjectStore, name: str) -> str:
-        """Bring a file here; returns its name where the one here is longer and has to be pushed instead."""
+        """Download a file. Returns its name if the local journal is longer and has to be uploaded instead, else an empty string."""
         file = self._folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(_JOURNAL) and file.exists():
@@ -184,7 +189,7 @@ class Mirror:
                 with file.open("ab") as journal:
                     journal.write(theirs[len(ours) :])
                 return ""
-        with suppress(FileNotFoundError):  # removed since the store was asked
+        with suppress(FileNotFoundError):  # deleted since the store was listed
             download(store, self._object(name), file)
         return ""
 
@@ -208,32 +213,32 @@ class Mirror:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder that are worth keeping: neither hidden, nor half written, nor Ray Train's own."""
+    """The files of a folder that are mirrored: all but the manifest, hidden or half-written files, and those of Ray Train."""
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_passing(name) and name != _NOT_OURS]
-        yield from (Path(place, name) for name in names if not _is_passing(name) and name != MANIFEST)
+        folders[:] = [name for name in folders if not _is_temporary(name) and name != _NOT_OURS]
+        yield from (Path(place, name) for name in names if not _is_temporary(name) and name != MANIFEST)
 
 
 def download(store: ObjectStore, name: str, file: Path) -> None:
-    """Fetch an object; the file is the old or the new one, never a part."""
+    """Download an object to a file in one step.
+
+    Raises:
+        FileNotFoundError: There is no such object.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.new")
-    try:
-        store.download(name, temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as new:
+        store.download(name, new)
 
 
 def in_order(work: Callable[[ObjectStore, str], str | None], store: ObjectStore, names: Sequence[str]) -> list[str]:
-    """Do `work` for all names, several at once, those of JSON files after all others."""
+    """Do `work` for all names, several at a time, and for JSON files only after all others. Returns the results, "" for None."""
     done: list[str] = []
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
         for last in (False, True):
             batch = [name for name in names if name.endswith(".json") == last]
             done += [result or "" for result in pool.map(lambda name: work(store, name), batch)]
     return done
 
 
-def _is_passing(name: str) -> bool:
+def _is_temporary(name: str) -> bool:
     return name.startswith(".") or name.endswith((".new", ".lock"))

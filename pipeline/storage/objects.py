@@ -1,4 +1,7 @@
-"""The one door to fsspec: named objects below a URL, with the errors a person can act on and patience for short outages."""
+"""The one door to fsspec: named objects below a URL.
+
+Requests that fail for a passing reason are retried, and errors say what a person can do about them.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +13,39 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from pipeline.core.errors import StorageError, WorkspaceError
+from pipeline.core.errors import StorageError, WorkspaceError, one_line
+from pipeline.core.machine import backoff_s
 
 Result = TypeVar("Result")
 
-PATIENCE_S = 120.0
+RETRY_S = 120.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
-# Will not be mended by waiting.
+# Retrying does not help against these.
 _FINAL = (PermissionError, FileNotFoundError, FileExistsError, NotImplementedError, TypeError, ValueError)
-# boto's own time-outs and retries would make a wrong address a matter of minutes.
+# With boto's own time-outs and retries it would take minutes to notice a wrong address.
 _S3 = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 0}}}
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
 
 
 class ObjectStore:
-    """Objects below `url`, by names such as `runs/a.json`. Can be sent to other processes.
+    """Objects below `url`, by names such as `runs/a.json`. Can be pickled.
 
-    A request that fails for reasons that may pass is repeated for `patience_s` seconds.
+    A request that fails for a reason that may pass is retried for `retry_s` seconds. All methods but `check` then raise
+    StorageError.
     """
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, url: str, retry_s: float = RETRY_S) -> None:
         self.url = url.rstrip("/")
-        self.patience_s = patience_s
+        self.retry_s = retry_s
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "patience_s": self.patience_s}
+        return {"url": self.url, "retry_s": self.retry_s}  # each process opens a connection of its own
 
     def check(self, writing: bool = True) -> None:
-        """Make sure that objects can be listed here, or written and deleted, at once or not at all.
+        """Make sure that objects can be written and deleted, or only listed. Nothing is retried.
 
         Raises:
-            WorkspaceError: the package for this kind of storage is missing, it does not answer, or it refuses.
+            WorkspaceError: The package for this kind of storage is missing, or the store does not answer, or it refuses.
         """
         probe = self._path(f".probe-{uuid4().hex}")
         try:
@@ -55,7 +60,7 @@ class ObjectStore:
             raise WorkspaceError(f"the workspace {self.url} cannot be used: {_reason(error)}") from error
 
     def read(self, name: str) -> tuple[bytes, str] | None:
-        """An object's content and its version, or None where there is no such object."""
+        """An object's content and version; None if there is no such object."""
         path = self._path(name)
 
         def content() -> tuple[bytes, str] | None:
@@ -65,14 +70,14 @@ class ObjectStore:
             except FileNotFoundError:
                 return None
 
-        return self._patiently(content, f"reading {name}")
+        return self._retry(content, f"reading {name}")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write an object, whether it exists or not."""
-        self._patiently(lambda: self._fs.pipe_file(self._path(name), data), f"writing {name}")
+        """Create or overwrite an object."""
+        self._retry(lambda: self._fs.pipe_file(self._path(name), data), f"writing {name}")
 
     def create(self, name: str, data: bytes) -> str | None:
-        """Write an object that must not exist, and return its version; None where it does. Of several at once one wins."""
+        """Create an object and return its version; None if it exists already. Of several concurrent writers one wins."""
         path = self._path(name)
 
         def attempt() -> str | None:
@@ -81,12 +86,13 @@ class ObjectStore:
             except FileExistsError:
                 return self._if_ours(name, data)
 
-        return self._patiently(attempt, f"creating {name}")
+        return self._retry(attempt, f"creating {name}")
 
     def replace(self, name: str, data: bytes, version: str) -> str | None:
-        """Write an object if it still is at `version`, and return the new version; None otherwise.
+        """Overwrite an object if it still has this version, and return the new version; None otherwise.
 
-        On S3 of several at once one wins. Elsewhere there is a moment between the look and the writing.
+        On S3 the condition is part of the request, so of several concurrent writers one wins. Elsewhere the version is
+        compared first, and another writer may come in between.
         """
         path = self._path(name)
 
@@ -101,10 +107,10 @@ class ObjectStore:
                     return self._if_ours(name, data)
                 raise
 
-        return self._patiently(attempt, f"replacing {name}")
+        return self._retry(attempt, f"replacing {name}")
 
     def _if_ours(self, name: str, data: bytes) -> str | None:
-        """The version, if the object holds `data`: an attempt whose answer was lost may have succeeded."""
+        """The object's version if it holds `data`, because an earlier attempt whose reply was lost may have succeeded."""
         found = self.read(name)
         return found[1] if found and found[0] == data else None
 
@@ -112,7 +118,7 @@ class ObjectStore:
         return _version(answer if isinstance(answer, dict) and "ETag" in answer else self._fs.info(path))
 
     def delete(self, name: str) -> None:
-        """Delete an object, if it is there."""
+        """Delete an object if it exists."""
 
         def attempt() -> None:
             try:
@@ -120,10 +126,10 @@ class ObjectStore:
             except FileNotFoundError:
                 return
 
-        self._patiently(attempt, f"deleting {name}")
+        self._retry(attempt, f"deleting {name}")
 
     def versions(self, prefix: str) -> dict[str, str]:
-        """The version of every object below `prefix`, by its name there."""
+        """The version of every object below `prefix`, by its name relative to `prefix`."""
         root = self._path(prefix)
 
         def listing() -> dict[str, str]:
@@ -133,30 +139,30 @@ class ObjectStore:
                 return {}
             return {path.removeprefix(root).lstrip("/"): _version(info) for path, info in found.items()}
 
-        return self._patiently(listing, f"listing {prefix}")
+        return self._retry(listing, f"listing {prefix}")
 
     def upload(self, file: Path, name: str) -> None:
-        """Write a file's content to an object.
+        """Write the content of a file to an object.
 
         Raises:
-            FileNotFoundError: there is no such file any more.
+            FileNotFoundError: There is no such file.
         """
-        self._patiently(lambda: self._fs.put_file(str(file), self._path(name)), f"uploading {name}")
+        self._retry(lambda: self._fs.put_file(str(file), self._path(name)), f"uploading {name}")
 
     def download(self, name: str, file: Path) -> None:
-        """Write an object's content to a file.
+        """Write the content of an object to a file.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: There is no such object.
         """
-        self._patiently(lambda: self._fs.get_file(self._path(name), str(file)), f"downloading {name}")
+        self._retry(lambda: self._fs.get_file(self._path(name), str(file)), f"downloading {name}")
 
     def copy(self, name: str, new_name: str) -> None:
         """Copy an object within the store."""
-        self._patiently(lambda: self._fs.cp_file(self._path(name), self._path(new_name)), f"copying {name}")
+        self._retry(lambda: self._fs.cp_file(self._path(name), self._path(new_name)), f"copying {name}")
 
-    def tried_once(self) -> ObjectStore:
-        """The same store without patience: for whoever will ask again anyway."""
+    def without_retries(self) -> ObjectStore:
+        """The same store for a caller that repeats its requests anyway: each is tried once."""
         once = ObjectStore(self.url, 0)
         once.__dict__["_fs"] = self._fs
         return once
@@ -172,28 +178,26 @@ class ObjectStore:
     def _path(self, name: str) -> str:
         return f"{self._fs._strip_protocol(self.url)}/{name}".rstrip("/")
 
-    def _patiently(self, request: Callable[[], Result], what: str) -> Result:
-        deadline, pause = time.monotonic() + self.patience_s, _FIRST_PAUSE_S
-        while True:
+    def _retry(self, request: Callable[[], Result], what: str) -> Result:
+        deadline = time.monotonic() + self.retry_s
+        for pause_s in backoff_s(_FIRST_PAUSE_S, _LONGEST_PAUSE_S):
             try:
                 return request()
-            except (WorkspaceError, StorageError):
+            except (WorkspaceError, StorageError, FileNotFoundError, FileExistsError):
                 raise
-            except (FileNotFoundError, FileExistsError):
-                raise
-            except Exception as error:
+            except Exception as error:  # every kind of store raises types of its own
                 left_s = deadline - time.monotonic()
                 if isinstance(error, _FINAL) or left_s <= 0:
                     raise StorageError(f"{self.url}: {what} failed: {_reason(error)}") from error
-            time.sleep(min(pause, left_s))
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            time.sleep(min(pause_s, left_s))
+        raise AssertionError("the pauses never end")
 
 
 def _filesystem(url: str) -> Any:
     """The fsspec file system of a URL.
 
     Raises:
-        WorkspaceError: unknown, or its package is not installed.
+        WorkspaceError: fsspec does not know this kind of storage, or its package is not installed.
     """
     import fsspec
     from fsspec.registry import known_implementations
@@ -201,7 +205,11 @@ def _filesystem(url: str) -> Any:
     protocol = url.partition("://")[0]
     try:
         return fsspec.filesystem(
-            protocol, use_listings_cache=False, skip_instance_cache=True, **_OPTIONS.get(protocol, {})
+            # A cached listing would hide what other nodes have written.
+            protocol,
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            **_OPTIONS.get(protocol, {}),
         )
     except ImportError as error:
         package = str(known_implementations.get(protocol, {}).get("class", error.name)).partition(".")[0]
@@ -217,17 +225,17 @@ def _filesystem(url: str) -> Any:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes whenever an object is written anew: the store's own mark, or size and time."""
+    """A text that changes whenever the object is overwritten: the store's ETag or hash, or else size and time."""
     if mark := info.get("ETag") or info.get("etag") or info.get("md5Hash"):
         return str(mark)
     times = ("mtime", "modified", "created", "LastModified", "updated")
     changed = next((info[name] for name in times if name in info), "")
-    # Where a listing gives seconds, a look at the object may give a date.
+    # A listing may give seconds where the information on a single object gives a date.
     return f"{info.get('size')} {changed.timestamp() if isinstance(changed, datetime) else changed}"
 
 
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error, limit=1000)
     if isinstance(error, FileNotFoundError) and "bucket" in text.lower():
         return f"{text}; create the bucket first, or correct its name"
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):

@@ -1,22 +1,21 @@
-"""Work on other nodes: the paths that a job names exist there before it begins, and what it writes comes back.
+"""The workspace of a run: a folder on this node and, if the recipe names a URL, an object store behind it.
 
-The workspace as the pipeline sees it: a folder of this node, and behind it, where the recipe names a URL, a store.
+A workspace without a store is that folder and nothing more. A workspace with a store has a folder on every node that works
+on it, below `$KASA_CACHE` (`~/.cache/kasa`). The store holds the authoritative version, and the folders are copies of it:
 
-A workspace in a folder is that folder and nothing more. One in a store has a folder on every node that works on it, below
-`$KASA_CACHE` (`~/.cache/kasa`). What is complete in the store is the truth, the folders are copies:
-
-    artifacts/STAGE/KEY/...           complete if and only if `manifest.json` is there
+    artifacts/STAGE/KEY/...           complete if and only if `manifest.json` exists
     artifacts/STAGE/KEY.partial/...   work in progress
-    leases/STAGE/KEY                  who is at it
+    leases/STAGE/KEY                  the run that is working on it
     inputs/DIGEST/...                 base and data for the other nodes of a cluster, complete with `.complete`
     runs/, reports/                   small files
+
+Workers on other nodes get the folders that their jobs name, and what they write comes back (`Workspace.on_node`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,102 +25,50 @@ from uuid import uuid4
 
 from filelock import FileLock
 
+from kasa.files import remove_folder, replacing
 from pipeline.core.errors import StorageError, WorkspaceError
-from pipeline.core.files import atomic_write
-from pipeline.core.places import ARTIFACTS, COMPLETE, INPUTS, PARTIAL, is_remote, local_folder
-from pipeline.storage.lease import Holder, Lease, acquire, released_after
-from pipeline.storage.lease_stores import ObjectLeaseStore
+from pipeline.core.files import ARTIFACTS, COMPLETE, INPUTS, PARTIAL, atomic_write, is_remote, local_folder
+from pipeline.storage.lease import Holder, Lease, ObjectLeaseStore, acquire, released_after
 from pipeline.storage.mirror import MANIFEST, Mirror, download, files_below, in_order
 from pipeline.storage.objects import ObjectStore
 
 Result = TypeVar("Result")
 
+Location = Path | str
 
-class OnNode(Generic[Result]):
-    """A function of a job, to be sent to another node; `home` is the workspace of the node that sends it."""
-
-    def __init__(self, home: Workspace, function: Callable[..., Result]) -> None:
-        self._home, self._function = home, function
-
-    def __call__(self, job: Any, *others: Any) -> Result:
-        home, here = self._home, self._home.here()
-        moved = replace_paths(job, lambda path: home.path_on(here, path))
-        with ExitStack() as mirrors:
-            for folder in [] if here.is_same_node(home) else sorted(_units(moved, here.folder)):
-                if folder.name.endswith(PARTIAL):
-                    mirrors.enter_context(here.mirrored(folder, None))
-                else:
-                    here.fetch(folder, COMPLETE if folder.parent.name == INPUTS else MANIFEST)
-            return self._function(moved, *others)
-
-
-def replace_paths(value: Any, change: Callable[[Path], Path]) -> Any:
-    """`value` with every path changed, in dataclasses, tuples, lists and dictionaries too."""
-    if isinstance(value, Path):
-        return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        new = {name: replace_paths(one, change) for name, one in old.items()}
-        return dataclasses.replace(value, **new) if any(new[name] is not old[name] for name in old) else value
-    if isinstance(value, list | tuple):
-        changed = [replace_paths(one, change) for one in value]
-        same = all(new is old for new, old in zip(changed, value, strict=True))
-        return value if same else type(value)(changed)
-    if isinstance(value, dict):
-        return {name: replace_paths(one, change) for name, one in value.items()}
-    return value
-
-
-def _units(job: Any, root: Path) -> set[Path]:
-    """The folders that are fetched or mirrored as a whole: those in which the paths of a job lie."""
-    units: set[Path] = set()
-
-    def note(path: Path) -> Path:
-        parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
-        if parts and parts[0] == ARTIFACTS and len(parts) >= 3:
-            units.add(root.joinpath(*parts[:3]))
-        elif parts and parts[0] == INPUTS and len(parts) >= 2:
-            units.add(root.joinpath(*parts[:2]))
-        return path
-
-    replace_paths(job, note)
-    return units
-
-
-Place = Path | str
-# Tells one node's copy from another's.
+# Holds a random id by which the copy on one node is told from that on another.
 _NODE = ".node"
-_LOOK_S = 1.0
+_LEASE_POLL_S = 1.0
 
 
-def open_workspace(place: Place) -> Workspace:
-    """The workspace of a recipe, to be written.
+def open_workspace(location: Location) -> Workspace:
+    """The workspace of a recipe, for reading and writing.
 
     Raises:
-        WorkspaceError: its store cannot be used, or MLflow would have no place.
+        WorkspaceError: Its store cannot be used, or it is remote and no MLflow server is named.
     """
-    workspace = _at(place)
+    workspace = _at(location)
     if workspace.store:
         workspace.store.check()
     return workspace
 
 
-def look_into(place: Place) -> Workspace:
-    """The workspace of a recipe, to be read; errors as for `open_workspace`."""
-    workspace = _at(place)
+def look_into(location: Location) -> Workspace:
+    """The workspace of a recipe, for reading only. Raises as `open_workspace` does."""
+    workspace = _at(location)
     if workspace.store:
         workspace.store.check(writing=False)
     return workspace
 
 
-def _at(place: Place) -> Workspace:
-    folder = local_folder(place)
-    if not is_remote(place):
+def _at(location: Location) -> Workspace:
+    folder = local_folder(location)
+    if not is_remote(location):
         return Workspace(folder)
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if "://" not in server or server.startswith(("sqlite:", "file:")):
         raise WorkspaceError(
-            f"the workspace {place} cannot hold MLflow's database; start an MLflow server and name it with "
+            f"the workspace {location} cannot hold MLflow's database; start an MLflow server and name it with "
             "MLFLOW_TRACKING_URI=http://HOST:PORT"
         )
     try:
@@ -132,18 +79,18 @@ def _at(place: Place) -> Workspace:
                 node.write_text(uuid4().hex, encoding="ascii")
     except OSError as error:
         raise WorkspaceError(
-            f"{folder}, where this machine keeps its copy of {place}, cannot be written ({error.strerror}); "
+            f"{folder}, where this machine keeps its copy of {location}, cannot be written ({error.strerror}); "
             "name another place with KASA_CACHE=FOLDER"
         ) from None
-    return Workspace(folder, ObjectStore(str(place)), node.read_text(encoding="ascii"))
+    return Workspace(folder, ObjectStore(str(location)), node.read_text(encoding="ascii"))
 
 
 class Workspace:
-    """A workspace on one node; its methods do nothing where there is no store behind it. Can be sent to other nodes.
+    """A workspace as one node sees it. Without a store, methods that synchronise do nothing. Can be pickled.
 
     Attributes:
-        folder: its folder on this node.
-        store: what is behind it; None where the folder is all.
+        folder: Its folder on this node.
+        store: The object store behind it; None if there is only the folder.
     """
 
     def __init__(self, folder: Path, store: ObjectStore | None = None, node: str = "") -> None:
@@ -157,13 +104,20 @@ class Workspace:
         return {**self.__dict__, "_mirrors": []}
 
     def address(self, path: Path) -> str:
-        """What a person may look for: the URL of something in the store, else the path."""
+        """Where a person finds this path: its URL in the store if there is one, else the path itself."""
         if self.store is None or not path.is_relative_to(self.folder):
             return str(path)
         return f"{self.store.url}/{self._name(path)}"
 
     def fetch(self, folder: Path, mark: str = MANIFEST) -> None:
-        """Make a folder that is complete in the store, as `mark` says, exist here and be the same; else remove it here."""
+        """Download a folder from the store unless the local copy is current. Delete the copy if the store has no such folder.
+
+        Args:
+            mark: The file that says the folder is complete. The copy is current if this file has the same content here.
+
+        Raises:
+            StorageError: The store failed, or the folder was deleted during the download.
+        """
         if self.store is None:
             return
         name = self._name(folder)
@@ -172,31 +126,30 @@ class Workspace:
             found = self.store.read(f"{name}/{mark}")
             if found is None:
                 if folder.exists():
-                    _remove(folder)
+                    remove_folder(folder)
                 return
             if not (folder / mark).exists() or (folder / mark).read_bytes() != found[0]:
                 self._fetch_all(name, folder, mark, found[0])
 
     def _fetch_all(self, name: str, folder: Path, mark: str, content: bytes) -> None:
         assert self.store is not None
-        new = folder.with_name(f".{folder.name}.fetch{PARTIAL}")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        files = [file for file in self.store.versions(name) if file != mark]
-        try:
-            in_order(lambda store, file: download(store, f"{name}/{file}", new / file), self.store, files)
-        except FileNotFoundError as error:
-            raise StorageError(f"{self.store.url}/{name} was removed while it was fetched; run again") from error
-        (new / mark).write_bytes(content)
-        if folder.exists():
-            _remove(folder)
-        os.replace(new, folder)
+        with replacing(folder, exclusive=True) as new:
+            new.mkdir()
+            files = [file for file in self.store.versions(name) if file != mark]
+            try:
+                in_order(lambda store, file: download(store, f"{name}/{file}", new / file), self.store, files)
+            except FileNotFoundError as error:
+                raise StorageError(f"{self.store.url}/{name} was removed while it was fetched; run again") from error
+            (new / mark).write_bytes(content)
 
     @contextmanager
     def leased(self, folder: Path, on_wait: Callable[[str], None]) -> Iterator[Lease | None]:
-        """Within the block no other run, on whatever machine, makes the artifact of this folder.
+        """During the block no other run on any machine makes the artifact of this folder.
 
-        `on_wait` is told who has it first, if somebody has.
+        Waits for the lease as long as another run holds it.
+
+        Args:
+            on_wait: Called once with a description of the holder, if there is one.
         """
         if self.store is None:
             yield None
@@ -207,13 +160,13 @@ class Workspace:
             if not waited:
                 waited = True
                 on_wait(str(lease))
-            time.sleep(_LOOK_S)
+            time.sleep(_LEASE_POLL_S)
         with released_after(lease):
             yield lease
 
     @contextmanager
     def mirrored(self, partial: Path, lease: Lease | None) -> Iterator[None]:
-        """Within the block work in `partial` is in the store a few seconds later; what lies there already is fetched."""
+        """Download earlier work on `partial` from the store; during the block upload new work within a few seconds."""
         if self.store is None:
             yield
             return
@@ -227,21 +180,23 @@ class Workspace:
 
     @contextmanager
     def synced(self) -> Iterator[None]:
-        """Within the block other nodes work: they have what was written here before, and what they wrote is here after."""
+        """Run workers of other nodes in the block: they see all files written here before it, and their files are here after it."""
         self.catch_up()
         yield
         self.catch_up()
 
     def catch_up(self) -> None:
-        """Let other nodes have what was written here, and have what they wrote, in all folders with work in progress."""
+        """Exchange what was written with the other nodes, in all folders with work in progress."""
         for mirror in list(self._mirrors):
             mirror.run_pass()
 
     def publish(self, partial: Path, folder: Path, lease: Lease | None) -> None:
-        """What was mirrored is complete, with the manifest in `partial`, and takes the place of what the store had.
+        """Make the mirrored work in `partial`, which now has its manifest, the artifact `folder` of the store.
+
+        The manifest is uploaded last, so that the artifact is absent or complete at any time.
 
         Raises:
-            LeaseLostError: another run has taken this work over.
+            LeaseLostError: Another run has taken this work over.
         """
         if self.store is None:
             return
@@ -259,7 +214,7 @@ class Workspace:
         self._mirror(partial).forget()
 
     def remove(self, folder: Path) -> None:
-        """Remove an artifact from the store, first that which says it is complete."""
+        """Delete an artifact from the store. The manifest goes first, so that no half of it ever looks complete."""
         if self.store is None:
             return
         name = self._name(folder)
@@ -267,7 +222,7 @@ class Workspace:
         in_order(lambda store, file: store.delete(f"{name}/{file}"), self.store, list(self.store.versions(name)))
 
     def load(self, file: Path) -> None:
-        """Make a small file be here what it is in the store; without one there, there is none here."""
+        """Download a small file from the store. Delete the local copy if the store has none."""
         if self.store is None:
             return
         found = self.store.read(self._name(file))
@@ -277,24 +232,24 @@ class Workspace:
         atomic_write(file, found[0])
 
     def save(self, file: Path) -> None:
-        """Put a small file that was written here into the store."""
+        """Upload a small file to the store."""
         if self.store is not None:
             self.store.write(self._name(file), file.read_bytes())
 
     def discard(self, file: Path) -> None:
-        """Remove a small file, here and in the store."""
+        """Delete a small file, here and in the store."""
         file.unlink(missing_ok=True)
         if self.store is not None:
             self.store.delete(self._name(file))
 
     def lease_store(self, name: str) -> ObjectLeaseStore | None:
-        """A record for a lease of its own; None where the workspace is a folder."""
+        """The record of a lease of this name in the store; None if there is no store."""
         return ObjectLeaseStore(self.store, name) if self.store else None
 
     def upload_input(self, path: Path, digest: str) -> None:
-        """Let other nodes of a cluster have a file or folder of this one, known by the digest of its content.
+        """Upload a file or folder of this node for the other nodes of the cluster, once for each digest of its content.
 
-        A Ray of this machine alone has no other nodes, and nothing is copied.
+        Nothing is uploaded if Ray runs on this machine only.
         """
         if self.store is None or not os.environ.get("RAY_ADDRESS"):
             return
@@ -308,11 +263,11 @@ class Workspace:
         self.store.write(f"{name}/{COMPLETE}", digest.encode())
 
     def on_node(self, function: Callable[..., Result]) -> Callable[..., Result]:
-        """`function(job, ...)` for a worker on whatever node: the paths in `job` exist there, and what is written returns."""
+        """`function(job, ...)` for a worker on any node: the paths in `job` exist there, and what it writes comes back."""
         return function if self.store is None else OnNode(self, function)
 
     def here(self) -> Workspace:
-        """The same workspace on the node of this process."""
+        """The same workspace on the node where this process runs."""
         assert self.store is not None
         folder = local_folder(self.store.url)
         try:
@@ -322,11 +277,11 @@ class Workspace:
         return Workspace(folder, self.store, node)
 
     def is_same_node(self, other: Workspace) -> bool:
-        """Whether both are the same folder, however it is called."""
+        """Whether both are the copy of the same node, under whatever path."""
         return self._node == other._node
 
     def path_on(self, other: Workspace, path: Path) -> Path:
-        """What a path of this node is on another one."""
+        """Translate a path of this node to the node of `other`. Paths that are neither inputs nor in the workspace stay."""
         for shared, name in () if self.is_same_node(other) else self._inputs.items():
             if path.is_relative_to(shared):
                 return other.folder / name / path.relative_to(shared)
@@ -340,7 +295,59 @@ class Workspace:
         return path.relative_to(self.folder).as_posix()
 
 
-def _remove(folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}.{uuid4().hex}.old")
-    os.replace(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+class OnNode(Generic[Result]):
+    """A function of a job, to be sent to a worker on another node.
+
+    Before it runs there, the artifacts and inputs that the job names are fetched; what it writes to a folder with work in
+    progress is mirrored to the store.
+
+    Args:
+        home: The workspace on the node that sends the function.
+    """
+
+    def __init__(self, home: Workspace, function: Callable[..., Result]) -> None:
+        self._home, self._function = home, function
+
+    def __call__(self, job: Any, *others: Any) -> Result:
+        home, here = self._home, self._home.here()
+        moved = replace_paths(job, lambda path: home.path_on(here, path))
+        with ExitStack() as mirrors:
+            for folder in [] if here.is_same_node(home) else sorted(_units(moved, here.folder)):
+                if folder.name.endswith(PARTIAL):
+                    mirrors.enter_context(here.mirrored(folder, None))
+                else:
+                    here.fetch(folder, COMPLETE if folder.parent.name == INPUTS else MANIFEST)
+            return self._function(moved, *others)
+
+
+def replace_paths(value: Any, change: Callable[[Path], Path]) -> Any:
+    """A copy of `value` with every path changed, also inside of dataclasses, tuples, lists and dictionaries."""
+    if isinstance(value, Path):
+        return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        new = {name: replace_paths(one, change) for name, one in old.items()}
+        return dataclasses.replace(value, **new) if any(new[name] is not old[name] for name in old) else value
+    if isinstance(value, list | tuple):
+        changed = [replace_paths(one, change) for one in value]
+        same = all(new is old for new, old in zip(changed, value, strict=True))
+        return value if same else type(value)(changed)
+    if isinstance(value, dict):
+        return {name: replace_paths(one, change) for name, one in value.items()}
+    return value
+
+
+def _units(job: Any, root: Path) -> set[Path]:
+    """The folders of artifacts and inputs in which the paths of a job lie. They are fetched or mirrored as a whole."""
+    units: set[Path] = set()
+
+    def note(path: Path) -> Path:
+        parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+        if parts and parts[0] == ARTIFACTS and len(parts) >= 3:
+            units.add(root.joinpath(*parts[:3]))
+        elif parts and parts[0] == INPUTS and len(parts) >= 2:
+            units.add(root.joinpath(*parts[:2]))
+        return path
+
+    replace_paths(job, note)
+    return units

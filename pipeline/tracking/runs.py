@@ -1,6 +1,6 @@
-"""What stands in MLflow for an artifact that is too large to be copied, or that another run made.
+"""Runs in MLflow: one parent run for each run of a recipe, one child for each of its stages.
 
-Runs in MLflow: one parent for a run of the recipe, one child for each stage.
+Workers never open runs of their own: a run per rank or per restart would hide what belongs together.
 """
 
 from __future__ import annotations
@@ -12,50 +12,50 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.core.code import user_name
 from pipeline.core.errors import TrackingAwayError
-from pipeline.core.journal import Record
-from pipeline.core.provenance import user_name
-from pipeline.tracking.server import absence, connect, own_database, tracking_uri
+from pipeline.core.files import Record
+from pipeline.tracking.server import connect, own_database, tracking_uri, unavailable_reason
 
 _PARENT_TAG = "mlflow.parentRunId"
 _ORIGIN_TAG = "kasa.origin"
-# What MLflow stores at most in one batch, one parameter, and a data set's digest.
+# The most that MLflow stores in one batch, in one parameter, and in the digest of a data set.
 _BATCH = 500
 _PARAMETER_LENGTH = 500
 _DIGEST_LENGTH = 36
-# What a journal's record says beside its measures.
+# Entries of a journal's record that are no metrics.
 _NO_METRICS = {"step", "steps", "time_s"}
 
 Target = TypeVar("Target")
 
 
 class Tracking:
-    """The runs of one experiment. Calls wait while the store is away, unless they say otherwise."""
+    """The runs of one experiment. Calls are retried while the store is unavailable, unless they say otherwise."""
 
     def __init__(self, workspace: Path, experiment: str) -> None:
-        """Connect, creating the database and the experiment where they are missing.
+        """Connect, and create the database and the experiment if they are missing.
 
         Raises:
-            WorkspaceError: the store cannot be reached or written.
+            WorkspaceError: The store cannot be reached or written.
         """
         self.uri = tracking_uri(workspace)
         self._mlflow = connect(workspace)
         self.where = self._mlflow.where
         self.client = self._mlflow.MlflowClient()
-        self._client_at_once = self._mlflow.client_at_once()
-        self._experiment_id = self._mlflow.keep_trying(lambda: self._experiment(experiment, workspace))
+        self._client_without_retries = self._mlflow.client_without_retries()
+        self._experiment_id = self._mlflow.retry(lambda: self._experiment(experiment, workspace))
 
     def _experiment(self, name: str, workspace: Path) -> str:
-        client = self._client_at_once
+        client = self._client_without_retries
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
         own = self.uri == own_database(workspace)
         place = (workspace.resolve() / "mlartifacts").as_uri() if own else None
         return str(client.create_experiment(name, artifact_location=place))
 
-    def waiting(self, registry: Target) -> Target:
-        """The registry of the same store, with calls that wait for it just so."""
-        return self._mlflow.waiting(registry)
+    def retrying(self, registry: Target) -> Target:
+        """A registry of the same store with its calls retried in the same way."""
+        return self._mlflow.retrying(registry)
 
     def start_run(
         self, name: str, tags: Mapping[str, str], parent: str | None = None, origin: str | None = None
@@ -63,26 +63,27 @@ class Tracking:
         """Create a run and return its id.
 
         Args:
-            origin: what the run is for, once and for all; a run that was made for it, by a call whose answer was lost or
-                a process that died, is taken instead of a second one.
+            parent: The id of its parent run.
+            origin: A text that is unique to what this run is for. If a run with this origin exists, created by a call whose
+                reply was lost or by a process that died, its id is returned and no second run is created.
         """
         own = {**tags, "mlflow.runName": name, "mlflow.source.name": "kasa", "mlflow.user": user_name()}
         if parent:
             own[_PARENT_TAG] = parent
         if origin is None:
             return str(self.client.create_run(self._experiment_id, tags=own).info.run_id)
-        return self._mlflow.keep_trying(lambda: self._find_or_create(origin, own))
+        return self._mlflow.retry(lambda: self._find_or_create(origin, own))
 
     def _find_or_create(self, origin: str, tags: Mapping[str, str]) -> str:
         wanted = f"tags.`{_ORIGIN_TAG}` = '{origin}'"
-        found = self._client_at_once.search_runs([self._experiment_id], wanted, max_results=1)
+        found = self._client_without_retries.search_runs([self._experiment_id], wanted, max_results=1)
         if found:
             return str(found[0].info.run_id)
-        made = self._client_at_once.create_run(self._experiment_id, tags={**tags, _ORIGIN_TAG: origin})
+        made = self._client_without_retries.create_run(self._experiment_id, tags={**tags, _ORIGIN_TAG: origin})
         return str(made.info.run_id)
 
     def resume_run(self, run_id: str) -> bool:
-        """Set an interrupted run going again; False when the store no longer has it."""
+        """Set an interrupted run to RUNNING again. Returns False if the store no longer has it."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -92,11 +93,11 @@ class Tracking:
         return True
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
-        """`FINISHED`, `FAILED` or `KILLED`."""
+        """End a run with the status `FINISHED`, `FAILED` or `KILLED`."""
         self.client.set_terminated(run_id, status)
 
     def page(self, run_id: str) -> str | None:
-        """Where MLflow's pages show a run, as a link from any of them; None when the store does not have it."""
+        """The link from any of MLflow's pages to that of a run; None if the store does not have the run."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -111,11 +112,11 @@ class Tracking:
             self.client.set_tag(run_id, key, value)
 
     def describe(self, run_id: str, text: str) -> None:
-        """Set the description on a run's page, Markdown."""
+        """Set the description on a run's page, in Markdown."""
         self.client.set_tag(run_id, "mlflow.note.content", text)
 
     def log_parameters(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Nested settings as flat, searchable parameters: `train.learning_rate`."""
+        """Log nested settings as flat, searchable parameters such as `train.learning_rate`. Known ones are skipped."""
         from mlflow.entities import Param
 
         flat = {key: _shortened(value) for key, value in _flatten(values)}
@@ -125,24 +126,27 @@ class Tracking:
             self.client.log_batch(run_id, params=new[start : start + 100])
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Metrics of one step."""
+        """Log the metrics of one step."""
         self._send(self.client, run_id, [{**metrics, "step": step}])
 
     def deliver(
-        self, run_id: str, series: str, records: Sequence[Record], *, after: int | None = None, at_once: bool = False
+        self, run_id: str, series: str, records: Sequence[Record], *, after: int | None = None, retries: bool = True
     ) -> int:
-        """Log journal records that the run does not have yet, in the order of their steps; returns the newest step there.
+        """Log the journal records that the run does not have yet, in the order of their steps.
 
-        Steps arrive whole and in order, so that the newest step of one metric says what is there. A record sent twice,
-        because an answer was lost, is one point: it carries its own time, and the store knows it again.
+        Steps arrive whole and in order, so the newest step of one metric says which records the run has. A record that is
+        sent twice because a reply was lost gives one point: it carries its own time, by which the store recognises it.
 
         Args:
-            series: a metric that every record has.
-            records: with a `step` each, and the time `time_s` (seconds since 1970) where it is known.
-            after: the newest step that is there, where the caller knows; else the store is asked.
-            at_once: raise what the store raises, do not wait for it.
+            series: A metric that every record has.
+            records: Each has a `step`, and the time `time_s` (seconds since 1970) if it is known.
+            after: The newest step that the run has, if the caller knows it; otherwise the store is asked.
+            retries: Whether calls are retried while the store is unavailable.
+
+        Returns:
+            The newest step that the run has now.
         """
-        client = self._client_at_once if at_once else self.client
+        client = self.client if retries else self._client_without_retries
         if after is None:
             after = max((point.step for point in client.get_metric_history(run_id, series)), default=-1)
         new = {record["step"]: record for record in records if record["step"] > after}
@@ -154,14 +158,17 @@ class Tracking:
             client.log_batch(run_id, metrics=batch)
 
     def log_files(self, run_id: str, path: Path, place: str | None = None) -> None:
-        """Log a file or a folder as artifacts, under the folder `place`."""
+        """Log a file or a folder as artifacts of a run, in the artifact folder `place`."""
         if path.is_dir():
             self.client.log_artifacts(run_id, str(path), place)
         else:
             self.client.log_artifact(run_id, str(path), place)
 
     def log_dataset(self, run_id: str, name: str, digest: str, source: str, rows: int, context: str) -> None:
-        """Record a data set as an input of the run, under the digest of its whole content."""
+        """Record a data set as an input of a run, under the digest of its whole content.
+
+        MLflow's own `mlflow.data` digests cover the first 10,000 rows only.
+        """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
@@ -175,27 +182,27 @@ class Tracking:
 
     @contextmanager
     def open_run(self, run_id: str) -> Iterator[None]:
-        """End the run when the block ends: FINISHED, KILLED on Ctrl-C, FAILED on any other exception.
+        """End the run at the end of the block: FINISHED, KILLED after Ctrl-C, FAILED after any other exception.
 
-        After an exception nobody waits for a server that is away: the run then stays RUNNING, to be gone on with.
+        After an exception nothing is retried: if the server is unavailable, the run stays RUNNING, to be resumed.
         """
         try:
             yield
         except KeyboardInterrupt:
-            self._end_at_once(run_id, "KILLED")
+            self._end_without_retries(run_id, "KILLED")
             raise
         except TrackingAwayError:
             raise
         except BaseException:
-            self._end_at_once(run_id, "FAILED")
+            self._end_without_retries(run_id, "FAILED")
             raise
         self.end_run(run_id)
 
-    def _end_at_once(self, run_id: str, status: str) -> None:
+    def _end_without_retries(self, run_id: str, status: str) -> None:
         try:
-            self._client_at_once.set_terminated(run_id, status)
+            self._client_without_retries.set_terminated(run_id, status)
         except Exception as error:
-            if absence(error) is None:
+            if unavailable_reason(error) is None:
                 raise
 
 
@@ -211,7 +218,7 @@ def _metrics(record: Record) -> list[Any]:
 
 
 def _batches(steps: Sequence[list[Any]]) -> Iterator[list[Any]]:
-    """Whole steps, as many as fit; a batch is stored as a whole or not at all."""
+    """Batches of as many whole steps as fit. MLflow stores a batch as a whole or not at all."""
     batch: list[Any] = []
     for metrics in steps:
         if batch and len(batch) + len(metrics) > _BATCH:

@@ -1,9 +1,7 @@
-"""Waiting for a tracking server that is away: which errors mean that, and calls that are tried again until it is back.
+"""The connection to MLflow: which store a workspace uses, and calls that are retried while it is unavailable.
 
-Everything the driver asks of MLflow goes through `patient`; only what must not wait (metrics during training, the end of
-a run that failed) does not, and then decides with `absence` itself.
-
-Which MLflow store a workspace uses, and the connection to it.
+Everything the driver asks of MLflow goes through `retry`. Two things must not wait: metrics during a training, and the end
+of a run that failed. They ask `unavailable_reason` themselves.
 """
 
 from __future__ import annotations
@@ -18,20 +16,22 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import requests
-
 from pipeline.core.console import console
-from pipeline.core.errors import TrackingAwayError, WorkspaceError
+from pipeline.core.errors import TrackingAwayError, WorkspaceError, one_line
+from pipeline.core.machine import backoff_s
 
-PATIENCE_VARIABLE = "KASA_TRACKING_PATIENCE_S"
-DEFAULT_PATIENCE_S = 600.0
+Result = TypeVar("Result")
+Target = TypeVar("Target")
+
+RETRY_VARIABLE = "KASA_TRACKING_PATIENCE_S"
+DEFAULT_RETRY_S = 600.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 # A connection that was lost once is no outage worth a line.
 _SILENT_TRIES = 1
 
-_AWAY_STATUS = {408, 429, 500, 502, 503, 504}
-_AWAY_CODES = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
-# What a database says of itself that will not pass by waiting.
+_UNAVAILABLE_STATUS = {408, 429, 500, 502, 503, 504}
+_UNAVAILABLE_CODES = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
+# Marks of database errors that retrying does not help against.
 _LASTING = ("disk is full", "disk i/o", "readonly", "unable to open", "no such table", "malformed", "not a database")
 
 _WORDS = {
@@ -42,139 +42,8 @@ _WORDS = {
     "aborted": "connection lost",
 }
 
-Result = TypeVar("Result")
-Target = TypeVar("Target")
-
-
-def absence(error: BaseException) -> str | None:
-    """Why the tracking store is away, in a few words, if that is what `error` means; None for any other error.
-
-    Away means that the same call may succeed later: no connection, no answer in time, a server or database that answers
-    with an error of its own. A refusal (no such run, no permission) is not that, nor is a full disk here.
-    """
-    links = list(_chain(error))
-    texts = " ".join(str(link) for link in links).lower()
-    if any(isinstance(link, requests.exceptions.SSLError | requests.exceptions.InvalidURL) for link in links):
-        return None
-    if any(type(link).__name__ == "OperationalError" for link in links):  # SQLAlchemy's, and the database driver's own
-        return None if any(mark in texts for mark in _LASTING) else "its database is busy or away"
-    for link in links:
-        if isinstance(link, requests.exceptions.RequestException | ConnectionError | TimeoutError):
-            return _request_words(link, texts)
-    code = getattr(error, "error_code", None)
-    return f"it answers with {code}" if code in _AWAY_CODES else None
-
-
-def patience_s() -> float:
-    """How long a call waits for an absent server, in seconds: KASA_TRACKING_PATIENCE_S, or ten minutes.
-
-    Raises:
-        WorkspaceError: the variable is no number of seconds.
-    """
-    text = os.environ.get(PATIENCE_VARIABLE, "")
-    try:
-        seconds = float(text or DEFAULT_PATIENCE_S)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise WorkspaceError(f"{PATIENCE_VARIABLE} is {text!r}; give a number of seconds, 0 or more")
-    return seconds
-
-
-def pauses() -> Iterator[float]:
-    """Seconds to wait before each new try: growing, then steady."""
-    pause = FIRST_PAUSE_S
-    while True:
-        yield pause
-        pause = min(2 * pause, LONGEST_PAUSE_S)
-
-
-def keep_trying(
-    call: Callable[[], Result],
-    where: str,
-    patience: float,
-    sleep: Callable[[float], None] = time.sleep,
-    clock: Callable[[], float] = time.monotonic,
-    say: Callable[[str], None] = lambda line: console.print(line, markup=False, soft_wrap=True),
-) -> Result:
-    """`call()`, again and again while the store at `where` is away; says so once, and once more when it is back.
-
-    Args:
-        patience: seconds after which it is given up.
-
-    Raises:
-        TrackingAwayError: it was away for longer; the message says what to do.
-    """
-    began, said = clock(), False
-    for tries, pause in enumerate(pauses()):
-        try:
-            result = call()
-        except Exception as error:
-            why = absence(error)
-            if why is None:
-                raise
-            waited = clock() - began
-            if waited >= patience:
-                raise TrackingAwayError(
-                    f"MLflow at {where} has been away for {waited:.0f} s ({why}); what was made is kept: start the "
-                    f"server and run the same command again ({PATIENCE_VARIABLE} sets how long is waited)"
-                ) from error
-            if tries >= _SILENT_TRIES and not said:
-                say(f"MLflow at {where} is away ({why}); waiting for it, {patience:.0f} s at most")
-                said = True
-            sleep(min(pause, patience - waited))
-        else:
-            if said:
-                say(f"MLflow at {where} is back after {clock() - began:.0f} s")
-            return result
-    raise AssertionError("pauses never end")
-
-
-def patient(target: Target, where: str, patience: float) -> Target:
-    """`target` with methods that are tried again while the store is away, each as a whole."""
-    return cast(Target, _Patient(target, where, patience))
-
-
-class _Patient:
-    def __init__(self, target: Any, where: str, patience: float) -> None:
-        self._target, self._where, self._patience = target, where, patience
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._target, name)
-        if not callable(value):
-            return value
-
-        @wraps(value)
-        def call(*arguments: Any, **options: Any) -> Any:
-            return keep_trying(lambda: value(*arguments, **options), self._where, self._patience)
-
-        return call
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from. MLflow's own errors hide their cause in the context."""
-    link: BaseException | None = error
-    for _ in range(8):
-        if link is None:
-            return
-        yield link
-        hidden = type(link).__module__.startswith("mlflow")
-        link = link.__cause__ or (link.__context__ if hidden else None) or getattr(link, "orig", None)
-
-
-def _request_words(error: BaseException, texts: str) -> str | None:
-    response = getattr(error, "response", None)
-    if isinstance(error, requests.exceptions.HTTPError) and response is not None:
-        return f"it answers with error {response.status_code}" if response.status_code in _AWAY_STATUS else None
-    if found := re.search(r"too many (\d+) error", texts):
-        return f"it answers with error {found[1]}"
-    if isinstance(error, requests.exceptions.Timeout | TimeoutError):
-        return "no answer in time"
-    return next((words for mark, words in _WORDS.items() if mark in texts), "no connection")
-
-
-# MLflow tries a request eight times, for minutes, in silence, and may so make a run twice; here `pipeline.tracking.server`
-# decides when to try again. What the user has set stays.
+# MLflow itself retries a request eight times, for minutes, silently, and may so create a run twice. Here `retry` decides
+# when to try again. What the user has set stays.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -186,17 +55,17 @@ _ENVIRONMENT = {
 
 
 def tracking_uri(workspace: Path) -> str:
-    """MLFLOW_TRACKING_URI where it is set, else a SQLite file in the workspace."""
+    """MLFLOW_TRACKING_URI if it is set, else the SQLite database in the workspace."""
     return os.environ.get("MLFLOW_TRACKING_URI") or own_database(workspace)
 
 
 def own_database(workspace: Path) -> str:
-    """The SQLite file in the workspace."""
+    """The URI of the SQLite database in the workspace."""
     return f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
 
 
 def has_store(workspace: Path) -> bool:
-    """Whether there is a store to read: a server is named, or a run has made the workspace's database."""
+    """Whether there is a store to read: a server is named, or a run has created the workspace's database."""
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (workspace / "mlflow.db").exists()
 
 
@@ -206,42 +75,42 @@ def ui_command(workspace: Path, mlflow: str) -> str:
     return f"{mlflow} ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri}"
 
 
-class PatientMlflow:
-    """The `mlflow` module, but that the clients it makes wait for a store that is away.
+class RetryingMlflow:
+    """The `mlflow` module, except that the clients it makes retry their calls while the store is unavailable.
 
     Attributes:
-        where: the store's URI, without a password.
+        where: The URI of the store, without a password.
     """
 
-    def __init__(self, mlflow: Any, uri: str, registry_uri: str, patience: float) -> None:
-        self._mlflow, self._uri, self._registry_uri, self._patience = mlflow, uri, registry_uri, patience
+    def __init__(self, mlflow: Any, uri: str, registry_uri: str, limit_s: float) -> None:
+        self._mlflow, self._uri, self._registry_uri, self._limit_s = mlflow, uri, registry_uri, limit_s
         self.where = _without_password(uri)
 
     def MlflowClient(self) -> Any:  # noqa: N802, the name that the module has
-        """A client whose calls are tried again until the store is back (`patience.keep_trying`)."""
-        return self.waiting(self.client_at_once())
+        """A client whose calls are retried."""
+        return self.retrying(self.client_without_retries())
 
-    def client_at_once(self) -> Any:
+    def client_without_retries(self) -> Any:
         """A client whose calls fail at once, as MLflow's own do."""
         return self._mlflow.MlflowClient(self._uri, self._registry_uri)
 
-    def waiting(self, target: Target) -> Target:
-        """`target` with methods that are each tried again, as a whole, until the store is back."""
-        return patient(target, self.where, self._patience)
+    def retrying(self, target: Target) -> Target:
+        """`target` with every method call retried as a whole."""
+        return retrying(target, self.where, self._limit_s)
 
-    def keep_trying(self, call: Callable[[], Result]) -> Result:
-        """`call()`, tried again until the store is back."""
-        return keep_trying(call, self.where, self._patience)
+    def retry(self, call: Callable[[], Result]) -> Result:
+        """`call()`, retried."""
+        return retry(call, self.where, self._limit_s)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._mlflow, name)
 
 
-def connect(workspace: Path) -> PatientMlflow:
-    """The `mlflow` module, set to the workspace's store and quiet.
+def connect(workspace: Path) -> RetryingMlflow:
+    """Import `mlflow`, point it to the workspace's store, and silence it.
 
     Raises:
-        WorkspaceError: the store cannot be reached or written.
+        WorkspaceError: The store cannot be reached or written.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -249,18 +118,20 @@ def connect(workspace: Path) -> PatientMlflow:
 
     uri = tracking_uri(workspace)
     registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or uri
-    # For what goes past a client: logging and loading models.
+    # Logging and loading models goes past the client, to the module's own URIs.
     with _environment_kept():
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(registry_uri)
     for name in ("mlflow", "alembic", "mlflow.tracking", "mlflow.store.db.utils", "mlflow.models"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    connected = PatientMlflow(mlflow, uri, registry_uri, patience_s())
+    connected = RetryingMlflow(mlflow, uri, registry_uri, retry_limit_s())
     where = connected.where
     try:
-        connected.client_at_once().search_experiments(max_results=1)  # creates the database where it is missing
+        # Creates the database if it is missing. Two first users at once would race in MLflow's migration, so the driver
+        # does this before any worker connects.
+        connected.client_without_retries().search_experiments(max_results=1)
     except Exception as error:  # SQLAlchemy, requests and MLflow raise unrelated types
-        why = absence(error) or str(error).splitlines()[0]
+        why = unavailable_reason(error) or one_line(error)
         raise WorkspaceError(
             f"MLflow at {where} cannot be used: {why}; start the server, or correct or unset MLFLOW_TRACKING_URI"
             if os.environ.get("MLFLOW_TRACKING_URI")
@@ -269,9 +140,133 @@ def connect(workspace: Path) -> PatientMlflow:
     return connected
 
 
+def retry_limit_s() -> float:
+    """For how many seconds a call is retried: KASA_TRACKING_PATIENCE_S, or ten minutes.
+
+    Raises:
+        WorkspaceError: The variable is no number of seconds.
+    """
+    text = os.environ.get(RETRY_VARIABLE, "")
+    try:
+        seconds = float(text or DEFAULT_RETRY_S)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise WorkspaceError(f"{RETRY_VARIABLE} is {text!r}; give a number of seconds, 0 or more")
+    return seconds
+
+
+def retry(
+    call: Callable[[], Result],
+    where: str,
+    limit_s: float,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+    say: Callable[[str], None] = lambda line: console.print(line, markup=False, soft_wrap=True),
+) -> Result:
+    """The result of `call()`, which is repeated while the store at `where` is unavailable.
+
+    An outage is announced once, and so is its end.
+
+    Args:
+        limit_s: Seconds after which no further attempt is made.
+
+    Raises:
+        TrackingAwayError: The store was unavailable for longer. The message says what to do.
+    """
+    began, said = clock(), False
+    for tries, pause in enumerate(backoff_s(FIRST_PAUSE_S, LONGEST_PAUSE_S)):
+        try:
+            result = call()
+        except Exception as error:
+            why = unavailable_reason(error)
+            if why is None:
+                raise
+            waited = clock() - began
+            if waited >= limit_s:
+                raise TrackingAwayError(
+                    f"MLflow at {where} has been away for {waited:.0f} s ({why}); what was made is kept: start the "
+                    f"server and run the same command again ({RETRY_VARIABLE} sets how long is waited)"
+                ) from error
+            if tries >= _SILENT_TRIES and not said:
+                say(f"MLflow at {where} is away ({why}); waiting for it, {limit_s:.0f} s at most")
+                said = True
+            sleep(min(pause, limit_s - waited))
+        else:
+            if said:
+                say(f"MLflow at {where} is back after {clock() - began:.0f} s")
+            return result
+    raise AssertionError("the pauses never end")
+
+
+def retrying(target: Target, where: str, limit_s: float) -> Target:
+    """`target` with every method call retried as a whole while the store is unavailable."""
+    return cast(Target, _Retrying(target, where, limit_s))
+
+
+def unavailable_reason(error: BaseException) -> str | None:
+    """Why the store is unavailable, in a few words, if that is what `error` means; None for any other error.
+
+    Unavailable means that the same call may succeed later: no connection, no answer in time, or a server or database that
+    answers with an error of its own. A refusal (no such run, no permission) is something else, and so is a full disk.
+    """
+    import requests  # MLflow has loaded it by then; commands that find nothing to do go without
+
+    links = list(_chain(error))
+    texts = " ".join(str(link) for link in links).lower()
+    if any(isinstance(link, requests.exceptions.SSLError | requests.exceptions.InvalidURL) for link in links):
+        return None
+    if any(type(link).__name__ == "OperationalError" for link in links):  # SQLAlchemy's, and the database driver's own
+        return None if any(mark in texts for mark in _LASTING) else "its database is busy or away"
+    for link in links:
+        if isinstance(link, requests.exceptions.HTTPError) and link.response is not None:
+            status = link.response.status_code
+            return f"it answers with error {status}" if status in _UNAVAILABLE_STATUS else None
+        if isinstance(link, requests.exceptions.Timeout | TimeoutError):
+            return _request_words(texts, "no answer in time")
+        if isinstance(link, requests.exceptions.RequestException | ConnectionError):
+            return _request_words(texts)
+    code = getattr(error, "error_code", None)
+    return f"it answers with {code}" if code in _UNAVAILABLE_CODES else None
+
+
+class _Retrying:
+    def __init__(self, target: Any, where: str, limit_s: float) -> None:
+        self._target, self._where, self._limit_s = target, where, limit_s
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._target, name)
+        if not callable(value):
+            return value
+
+        @wraps(value)
+        def call(*arguments: Any, **options: Any) -> Any:
+            return retry(lambda: value(*arguments, **options), self._where, self._limit_s)
+
+        return call
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and its causes. MLflow's own errors have theirs in the context only."""
+    link: BaseException | None = error
+    for _ in range(8):
+        if link is None:
+            return
+        yield link
+        hidden = type(link).__module__.startswith("mlflow")
+        link = link.__cause__ or (link.__context__ if hidden else None) or getattr(link, "orig", None)
+
+
+def _request_words(texts: str, default: str = "") -> str:
+    """Words for a request that got no answer. `too many 503 error responses` is urllib3's after retries of its own."""
+    if found := re.search(r"too many (\d+) error", texts):
+        return f"it answers with error {found[1]}"
+    return default or next((words for mark, words in _WORDS.items() if mark in texts), "no connection")
+
+
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """MLflow writes its addresses into the environment, where they would pass for the user's own."""
+    """Undo that MLflow writes its addresses into the environment, where they would pass for the user's own."""
     names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
     kept = {name: os.environ[name] for name in names if name in os.environ}
     yield

@@ -110,7 +110,7 @@ def test_stages_are_made_anew_where_asked(bench: Bench, first: dict[str, Any]) -
     )
     assert again["artifacts"] == first["artifacts"]
     assert again["model"]["version"] != first["model"]["version"]
-    assert "evaluate: made anew: you asked for it" in said
+    assert "evaluate: recomputed: you asked for it" in said
 
 
 def test_tasks_of_the_harness_are_part_of_the_evaluation(bench: Bench, first: dict[str, Any]) -> None:

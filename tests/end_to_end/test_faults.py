@@ -74,7 +74,7 @@ def test_a_killed_head_ends_the_run_soon_and_the_next_goes_on(bench: Bench, firs
     head.kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "failed: Ray's head process died; the same command goes on from here" in said.splitlines()
+    assert "failed: Ray's head process died; the same command resumes from here" in said.splitlines()
     try:
         result = bench.run(name)
     finally:

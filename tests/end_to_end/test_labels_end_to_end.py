@@ -6,14 +6,18 @@ import json
 import random
 from pathlib import Path
 
+import mlflow
 import pytest
+import torch
 import yaml
 
 from kasa import read_adapter
+from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.results import read_samples
 from pipeline.registry.store import open_registry
 from pipeline.run.stages.evaluate import RESULTS
 from pipeline.serving.answer import answer
+from pipeline.serving.inference import load_model
 from tests.support.encoders import write_encoder
 from tests.support.processes import start_kasa
 from tests.support.tiny_run import Bench
@@ -52,10 +56,18 @@ def test_a_head_goes_through_every_stage(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_adapter(adapter).trained_modules == ("classifier",)
     results = read_samples(tmp_path / result["artifacts"]["evaluate"] / RESULTS)
     assert {len(one["logits"]) for one in results} == {2}
+    # The saved head, asked the held-out samples and their texts again, answers as it did in the evaluation.
+    predictor = load_model(tmp_path / "base", adapter, "fp32")
+    heldout = load_prepared(tmp_path / result["artifacts"]["prepare"]).heldout
+    logits = predictor.outputs([heldout[row] for row in range(len(heldout))])
+    torch.testing.assert_close(logits, torch.tensor([one["logits"] for one in results]), rtol=0, atol=1e-3)
+    again = predictor.predictions([sample["prompt"] for sample in heldout])
+    assert [str(one) for one in again] == [one["output"] for one in results]
     monkeypatch.chdir(tmp_path)
     texts = ["123 ggggg ||| ggggg", "99 bbbbb ||| bbbbb"]
     uri = "models:/labels@champion"
-    said = open_registry(Path("work")).load_model(uri).predict(texts)
+    open_registry(Path("work"))  # MLflow remembers the registry for the whole process
+    said = mlflow.pyfunc.load_model(uri).predict(texts)
     assert [one["label"] for one in said] == ["good", "bad"]
     assert said[0]["probabilities"]["good"] > 0.9
     assert answer(uri, texts, Path("work"), None, None) == ["good", "bad"]

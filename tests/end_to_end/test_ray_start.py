@@ -16,7 +16,8 @@ TASK = """
 import sys
 from pathlib import Path
 from kasa import KasaError
-from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.workers import Resources, run_tasks
 
 try:
     with ray_cluster(Path(sys.argv[1]), 1, 0):
@@ -34,7 +35,7 @@ except KasaError as error:
         pytest.param(
             3,
             "Ray did not start on this machine in 3 attempts of 30 s each: it is too busy; end other programs, then the same "
-            "command goes on from here",
+            "command resumes from here",
             marks=pytest.mark.soak,
         ),
     ],

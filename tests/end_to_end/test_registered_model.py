@@ -15,14 +15,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from benchmarks.checks.registry import run_kasa
 from kasa.errors import AdapterFileError
 from pipeline.config.settings import EvaluateSettings
 from pipeline.core.errors import ModelError
 from pipeline.evaluation.results import read_samples
-from pipeline.models.loading import load_base
-from pipeline.serving.logit_difference import logits_of
-from pipeline.serving.served_model import KasaModel
+from pipeline.models.forward import load_base
+from pipeline.serving.export import logits_of
+from pipeline.serving.served_model import TextModel
+from tests.support.commands import run_kasa
 from tests.support.serving import Stranger, adapter_logits, apart, ask, load_as_stranger, served
 from tests.support.tiny_run import Bench
 
@@ -114,7 +114,7 @@ def test_its_requirements_name_what_its_code_imports(model: Path, stranger: Stra
         for name, distributions in packages_distributions().items()
         if name in imported - {"kasa", "pipeline"} and not named & set(map(_plain, distributions))
     }
-    assert not missing, "add them to SERVING_PACKAGES in pipeline/run/model_package.py, or import them in functions"
+    assert not missing, "add them to SERVING_PACKAGES in pipeline/run/promotion.py, or import them in functions"
 
 
 def test_a_server_answers_what_kasa_generate_answers(
@@ -135,24 +135,24 @@ def test_another_base_is_refused(bench: Bench, model: Path, tmp_path: Path, monk
     other = tmp_path / "other"
     shutil.copytree(bench.folder / "base", other)
     monkeypatch.setenv("KASA_BASE_MODEL", str(other))
-    KasaModel().load_context(context)
+    TextModel().load_context(context)
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text + "\n")
     with pytest.raises(ModelError, match="its adapted weights are the same, but"):
-        KasaModel().load_context(context)
+        TextModel().load_context(context)
     weights = load_base(other, "fp32")
     with torch.no_grad():
         weights.get_parameter("model.layers.0.self_attn.q_proj.weight")[0, 0] += 1
     weights.save_pretrained(other)
     with pytest.raises(AdapterFileError, match=r"model\.layers\.0\.self_attn\.q_proj in .* is another weight"):
-        KasaModel().load_context(context)
+        TextModel().load_context(context)
     monkeypatch.setenv("KASA_BASE_MODEL", str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"KASA_BASE_MODEL is .*nowhere, which is no model folder"):
-        KasaModel().load_context(context)
+        TextModel().load_context(context)
     monkeypatch.delenv("KASA_BASE_MODEL")
     context.model_config = config | {"base_folder": str(tmp_path / "moved")}
     with pytest.raises(ModelError, match=r"is not at .*moved .*; set KASA_BASE_MODEL"):
-        KasaModel().load_context(context)
+        TextModel().load_context(context)
 
 
 def test_a_reused_run_leaves_the_aliases_to_people(bench: Bench, version: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from pipeline.run.graph import STAGES
-from pipeline.tracking.server import PATIENCE_VARIABLE
+from pipeline.tracking.server import RETRY_VARIABLE
 from tests.support.postgres import postgres
 from tests.support.processes import wait_for
 from tests.support.tiny_run import PATIENCE_S, STEPS, Bench, parents, runs_under
@@ -78,7 +78,7 @@ def test_a_server_on_postgresql_dies_during_training(bench: Bench, tmp_path: Pat
 @pytest.mark.soak
 def test_a_server_that_stays_away_ends_the_command_and_the_same_command_goes_on(bench: Bench, tmp_path: Path) -> None:
     with tracking_server(tmp_path / "server") as server:
-        surroundings = {"MLFLOW_TRACKING_URI": server.uri, PATIENCE_VARIABLE: "5"}
+        surroundings = {"MLFLOW_TRACKING_URI": server.uri, RETRY_VARIABLE: "5"}
         process = bench.start("patience", environment=surroundings)
         wait_for(lambda: bench.journal("patience"), process, PATIENCE_S)
         server.kill()

@@ -1,9 +1,23 @@
 """Folding: the base weight is truncated in place while it lasts, and is the same bits afterwards."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from kasa import KasaConfig, KasaError, activate, attach, detach, disabled, find_targets, fold, unfold
+from kasa import (
+    KasaConfig,
+    KasaError,
+    activate,
+    attach,
+    attach_saved,
+    detach,
+    disabled,
+    find_targets,
+    fold,
+    unfold,
+)
+from tests.kasa import tiny
 from tests.kasa.shapes import WIDTHS, Shapes, randomise, weight_of
 
 CONFIG = KasaConfig(rank=6, alpha=9.0, dropped_rank=4)
@@ -26,8 +40,15 @@ def changed(model: Shapes, before: dict[str, torch.Tensor]) -> set[str]:
     }
     assert now.keys() == before.keys()
     return {
-        name for name in before if not torch.equal(now[name], before[name]) or now[name].dtype != before[name].dtype
+        name
+        for name in before
+        if not torch.equal(bits(now[name]), bits(before[name])) or now[name].dtype != before[name].dtype
     }
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: 0.0 and -0.0 are equal numbers."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 WEIGHTS = {f"{name}.weight" for name in WIDTHS}
@@ -119,3 +140,29 @@ def test_a_shared_weight_is_refused_and_nothing_is_folded(model, spectra) -> Non
         fold(model)
     del model.tied
     assert changed(model, before) == set()
+
+
+@DTYPES
+def test_a_language_model_is_its_base_again_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = tiny.save_llama(tmp_path / "base")
+    model = tiny.load(base).to(dtype)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = tiny.logits(model)
+
+    def is_the_base() -> bool:
+        return not changed(model, weights) and torch.equal(bits(tiny.logits(model)), bits(logits))
+
+    attach_saved(model, tiny.make_adapter(base, CONFIG))
+    adapted = tiny.logits(model)
+    assert (adapted - logits).abs().max() > 0.01 * logits.abs().max()
+    with disabled(model):
+        assert is_the_base()
+    fold(model)
+    assert len(changed(model, weights)) == 14
+    with disabled(model):
+        assert is_the_base()
+    unfold(model)
+    assert torch.equal(bits(tiny.logits(model)), bits(adapted))
+    fold(model)
+    detach(model)
+    assert is_the_base()

@@ -16,7 +16,13 @@ from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from tests.kasa import tiny
 
 CONFIG = KasaConfig(
-    rank=4, alpha=6.0, dropped_rank=4, regulariser="paper", singular_value_weight=0.25, orthogonality_weight=0.5
+    rank=4,
+    alpha=6.0,
+    truncation="weight",
+    dropped_rank=4,
+    regulariser="paper",
+    singular_value_weight=0.25,
+    orthogonality_weight=0.5,
 )
 # PEFT's own SVD is fp32.
 TOLERANCE = 1e-4

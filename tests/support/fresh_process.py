@@ -19,7 +19,7 @@ def main() -> None:
     request = json.loads(request_file.read_text(encoding="utf-8"))
     loaded = mlflow.pyfunc.load_model(uri)
     answers = list(loaded.predict(request["prompts"]))
-    model = loaded.unwrap_python_model().answerer.model
+    model = loaded.unwrap_python_model().served.model
     with torch.inference_mode():
         logits = [model(input_ids=torch.tensor([ids])).logits.float().clone() for ids in request["sequences"]]
     out.mkdir()

@@ -1,6 +1,6 @@
 """A task that a tiny network learns by degrees: of nine letters, are most from one half of the alphabet? 1 or 0.
 
-A hundred steps teach it some of that, four hundred nearly all; with labels dealt out anew there is nothing to learn.
+A hundred steps teach it some of that, four hundred nearly all; with shuffled labels there is nothing to learn.
 """
 
 from __future__ import annotations

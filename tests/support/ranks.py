@@ -21,11 +21,11 @@ from torch import nn
 from kasa.spectra import Triplets
 from kasa.spectra_file import save_spectra
 from kasa.targets import Target
-from pipeline.apps.planning.plan import checked_targets
+from pipeline.apps.plan import checked_targets
 from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.methods.choice import method_of
 from pipeline.models.base import BaseModel
-from pipeline.models.heads import LANGUAGE_MODEL, Head
+from pipeline.models.prompting import LANGUAGE_MODEL, Head
 from pipeline.models.shapes import meta_model, model_config
 from pipeline.run.stages.train import deepspeed_settings
 from pipeline.training.job import TrainJob

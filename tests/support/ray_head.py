@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.core.connectivity import connects
+from pipeline.core.machine import connects
 from tests.support.processes import beneath, end_all
 
 _START_S = 120.0

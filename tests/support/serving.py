@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,9 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from kasa import attach_saved, read_adapter
-from pipeline.models.loading import load_base
-from pipeline.serving.logit_difference import logits_of
+from pipeline.models.forward import load_base
+from pipeline.serving.export import logits_of
 from tests.support import fresh_process
+from tests.support.tracking_server import free_port
 
 PATIENCE_S = 300.0
 
@@ -106,7 +106,7 @@ def served(uri: str, database: Path, log: Path) -> Iterator[str]:
     Raises:
         RuntimeError: the server ended, or was not ready in time; with the end of what it said.
     """
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-P", "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local"]
     with log.open("w", encoding="utf-8") as said:
         process = subprocess.Popen(
@@ -153,9 +153,3 @@ def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path)
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise RuntimeError(f"no server (exit code {process.poll()}): {log.read_text(encoding='utf-8')[-3000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

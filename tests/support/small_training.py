@@ -13,7 +13,7 @@ import torch
 from kasa import ModelWeights, compute_spectra, find_targets, read_adapter
 from kasa.spectra import Triplets
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.core.journal import Record, read_journal
+from pipeline.core.files import Record, read_journal
 from pipeline.training import worker
 from pipeline.training.job import JOURNAL
 from tests.support.ranks import start_ranks, write_inputs

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from pipeline.run.graph import STAGES
 from pipeline.training.job import ROLL_CALL
 from tests.support.processes import start_kasa, wait_for

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.journal import Record
+from pipeline.core.files import Record
 from tests.support.processes import wait_for
 
 START_PATIENCE_S = 180.0

@@ -2,60 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kasa.targets import Target
-from pipeline.artifacts.store import Artifact
-from pipeline.cluster.connection import Resources
+from pipeline.cluster.workers import Resources, counting, run_journalled_tasks
 from pipeline.config.recipe import Recipe
 from pipeline.core.console import console
-from pipeline.core.journal import JournalTail, rewrite_journal
-from pipeline.methods.choice import kasa_config
-from pipeline.models.base import BaseModel
-from pipeline.run.context import RunContext
-from pipeline.run.graph import audit_key
+from pipeline.core.files import rewrite_journal
+from pipeline.run.stage_runs import Work, log_artifact, run_stage
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
+from pipeline.storage.artifacts import Artifact, StageKey
 
 AUDIT_JSON = "audit.json"
 
 
-def audit(
-    context: RunContext, base: BaseModel, targets: Sequence[Target], prepared: Artifact, spectra: Artifact
-) -> Artifact:
+def audit(work: Work, key: StageKey, prepared: Artifact, spectra: Artifact) -> Artifact:
     """Measure the truncated base against the base on held-out text, and warn where the difference is large.
 
     The artifact holds `audit.json`; facts: `base_loss`, `truncated_loss`, `tokens`, `worst` layers.
     """
-    recipe = context.recipe
+    context, recipe, targets = work.context, work.recipe, work.inputs.targets
 
     def make(folder: Path) -> dict[str, Any]:
-        from pipeline.spectra.calibration_jobs import WORST_LAYERS, AuditJob, audit_truncation  # torch
+        from pipeline.spectra.audit import WORST_LAYERS, AuditJob, audit_truncation
 
         journal = folder / "progress.jsonl"
         rewrite_journal(journal, keep=lambda record: False)
         job = AuditJob(
-            base_folder=base.folder,
+            base_folder=work.base.folder,
             prepared=prepared.folder.resolve(),
             precision=recipe.train.precision,
             spectra=(spectra.folder / SPECTRA).resolve(),
             targets=tuple(targets),
-            config=kasa_config(recipe),
+            config=recipe.kasa_config,
             tokens=recipe.spectra.audit_tokens,
             out=(folder / AUDIT_JSON).resolve(),
             journal=journal.resolve(),
         )
-        tail, passes = JournalTail(journal), 2 + min(WORST_LAYERS, len(targets))
-        done = 0
-
-        def show() -> None:
-            nonlocal done
-            done += len(tail.new_records())
-            context.bars.update("audit", min(done, passes), passes, "passes")
-
-        (facts,) = context.run_tasks(audit_truncation, [job], Resources(1, recipe.train.gpu), while_waiting=show)
-        show()
+        # One pass for the base, one for the truncated base, and one for each layer that is truncated alone.
+        passes = 2 + min(WORST_LAYERS, len(targets))
+        (facts,) = run_journalled_tasks(
+            context.run_tasks,
+            audit_truncation,
+            [job],
+            Resources(1, recipe.train.gpu),
+            journals=[journal],
+            follow=counting(context.bars, "audit", passes, "passes"),
+        )
         journal.unlink()
         return facts
 
@@ -63,9 +56,9 @@ def audit(
         context.tracking.log_parameters(run_id, {"truncation": recipe.adapter.truncation, "rank": recipe.dropped_rank})
         names = ("base_loss", "truncated_loss", "tokens")
         context.tracking.log_metrics(run_id, {name: float(artifact.facts[name]) for name in names})
-        context.log_artifact(run_id, artifact.folder / AUDIT_JSON)
+        log_artifact(context, run_id, artifact.folder / AUDIT_JSON)
 
-    audited = context.run_stage(audit_key(recipe, prepared.key, spectra.key), make, publish)
+    audited = run_stage(context, key, make, publish)
     if warning := truncation_warning(recipe, audited.facts):
         console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
     return audited

@@ -8,17 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import ADAPTER, Artifact
-from pipeline.cluster.connection import Resources
-from pipeline.core.files import atomic_write
-from pipeline.core.journal import JournalTail, Record, read_journal
-from pipeline.data.prepare import load_prepared
-from pipeline.data.sources import DataSources
+from pipeline.cluster.workers import Resources, counting, run_journalled_tasks
+from pipeline.core.files import ADAPTER, Record, atomic_write, read_journal
+from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.results import (
     HARNESS_JSON,
     HarnessRow,
@@ -27,15 +24,15 @@ from pipeline.evaluation.results import (
     read_samples,
     write_samples,
 )
+from pipeline.metrics.catalogue import metrics_for_classes
 from pipeline.metrics.intervals import Interval, measure, paired_differences
-from pipeline.metrics.scores import metrics_for_classes
-from pipeline.models.base import BaseModel
-from pipeline.models.heads import Head
-from pipeline.registry.alias_changes import finish_interrupted_change
-from pipeline.registry.store import ModelVersion
+from pipeline.models.prompting import Head
+from pipeline.registry.store import ModelVersion, finish_interrupted_change
 from pipeline.run.context import RunContext
-from pipeline.run.graph import EVALUATE, evaluation_key
-from pipeline.run.stages.prepare import log_datasets
+from pipeline.run.dependencies import KeyInputs
+from pipeline.run.graph import EVALUATE, PREPARE, STAGE, TRAIN, stage_key
+from pipeline.run.stage_runs import Work, log_artifact, log_datasets, open_stage
+from pipeline.storage.artifacts import Artifact, StageKey
 
 RESULTS = "samples.parquet"
 _TRAIN_KEY = "kasa.train_key"
@@ -79,36 +76,52 @@ class Evaluation:
         return self.champion.version if self.champion else None
 
 
-def evaluate(
-    context: RunContext, base: BaseModel, sources: DataSources, prepared: Artifact, trained: Artifact
-) -> Evaluation:
+def evaluate(work: Work, key: StageKey, prepared: Artifact, adapter: Artifact | None = None) -> Artifact | Evaluation:
+    """Evaluate the trained adapter, or the plain base where there is none; a whole run, beside the base and the champion."""
+    if not work.inputs.registers:
+        return _evaluate_alone(work, key, prepared, adapter)
+    assert adapter is not None
+    return _evaluate_beside(work, key, prepared, adapter)
+
+
+def _evaluate_beside(work: Work, key: StageKey, prepared: Artifact, trained: Artifact) -> Evaluation:
     """Evaluate the base, the trained adapter, and the champion if it is another adapter on the same base."""
+    context = work.context
     adapted = Candidate("adapted", trained.folder / ADAPTER, trained.key)
-    measured = _measured(context, prepared)
-    champion, rival, obstacle = _champion(context, base, trained, load_prepared(prepared.folder).head)
+    measured = _measured(work, prepared)
+    champion, rival, obstacle = _champion(work, trained, load_prepared(prepared.folder).head)
     candidates = [Candidate("base", None, None), *([rival] if rival else []), adapted]
     results: dict[str, Artifact] = {}
-    with context.stage(EVALUATE) as stage:
+    with open_stage(context, key.stage) as stage:
         for candidate in candidates:
-            key = evaluation_key(context.recipe, prepared.key, base.digest, candidate.key)
-            find_or_make = stage.main_artifact if candidate is adapted else stage.artifact
-            results[candidate.name] = find_or_make(key, partial(_measure, context, base, prepared, candidate, measured))
+            make = partial(_measure, work, prepared, candidate, measured)
+            if candidate is adapted:
+                results[candidate.name] = stage.main_artifact(key, make)
+            else:
+                results[candidate.name] = stage.artifact(_key_of(work.inputs, prepared, candidate), make)
         evaluation = _compare(results, measured, champion, obstacle)
-        log_datasets(context, stage.run_id, sources, prepared, ["heldout"])
+        log_datasets(context, stage.run_id, work.sources, prepared, ["heldout"])
         _publish(context, stage.run_id, evaluation, results)
     return evaluation
 
 
-def evaluate_alone(context: RunContext, base: BaseModel, prepared: Artifact, trained: Artifact | None) -> Artifact:
+def _key_of(inputs: KeyInputs, prepared: Artifact, candidate: Candidate) -> StageKey:
+    """The key of a candidate's result, which is the same whatever training it is compared with."""
+    made = {PREPARE: prepared.key} | ({TRAIN: candidate.key} if candidate.key else {})
+    return stage_key(STAGE[EVALUATE], replace(inputs, trains=candidate.key is not None), made)
+
+
+def _evaluate_alone(work: Work, key: StageKey, prepared: Artifact, trained: Artifact | None) -> Artifact:
     """Evaluate one model, against none: the base where `trained` is None."""
-    name = "adapted" if trained else "base"
-    candidate = Candidate(name, trained.folder / ADAPTER if trained else None, trained.key if trained else None)
-    with context.stage(EVALUATE) as stage:
-        key = evaluation_key(context.recipe, prepared.key, base.digest, candidate.key)
-        measured = _measured(context, prepared)
-        artifact = stage.main_artifact(key, partial(_measure, context, base, prepared, candidate, measured))
+    context = work.context
+    candidate = (
+        Candidate("adapted", trained.folder / ADAPTER, trained.key) if trained else Candidate("base", None, None)
+    )
+    with open_stage(context, key.stage) as stage:
+        measured = _measured(work, prepared)
+        artifact = stage.main_artifact(key, partial(_measure, work, prepared, candidate, measured))
         context.tracking.log_metrics(stage.run_id, artifact.facts["metrics"])
-        context.log_artifact(stage.run_id, artifact.folder / RESULTS)
+        log_artifact(context, stage.run_id, artifact.folder / RESULTS)
     return artifact
 
 
@@ -117,16 +130,15 @@ def results_of(artifact: Artifact) -> list[Record]:
     return read_samples(artifact.folder / RESULTS)
 
 
-def _measured(context: RunContext, prepared: Artifact) -> tuple[str, ...]:
+def _measured(work: Work, prepared: Artifact) -> tuple[str, ...]:
     """The metrics that the held-out samples allow."""
-    return metrics_for_classes(context.recipe.evaluate.measured, len(load_prepared(prepared.folder).head.classes))
+    return metrics_for_classes(work.recipe.evaluate.measured, len(load_prepared(prepared.folder).head.classes))
 
 
-def _champion(
-    context: RunContext, base: BaseModel, trained: Artifact, head: Head
-) -> tuple[ModelVersion | None, Candidate | None, str | None]:
+def _champion(work: Work, trained: Artifact, head: Head) -> tuple[ModelVersion | None, Candidate | None, str | None]:
     """The champion, and itself as a candidate or what prevents that."""
-    name = context.recipe.registered_name
+    context = work.context
+    name = work.recipe.registered_name
     finish_interrupted_change(context.registry, name)
     champion = context.registry.champion(name)
     if champion is None:
@@ -134,7 +146,7 @@ def _champion(
     key, who = champion.tags.get(_TRAIN_KEY), f"the champion, version {champion.version},"
     if key == trained.key:
         return champion, None, f"{who} holds this very adapter"
-    if key is None or champion.tags.get("kasa.base_digest") != base.digest:
+    if key is None or champion.tags.get("kasa.base_digest") != work.base.digest:
         what = "was not registered by this pipeline" if key is None else "belongs to another base"
         return champion, None, f"{who} {what} and cannot be compared; kasa promote can replace it by hand"
     adapter = context.registered_adapter(champion.uri, key)
@@ -145,20 +157,33 @@ def _champion(
 
 
 def _measure(
-    context: RunContext,
-    base: BaseModel,
-    prepared: Artifact,
-    candidate: Candidate,
-    metrics: Sequence[str],
-    folder: Path,
+    work: Work, prepared: Artifact, candidate: Candidate, metrics: Sequence[str], folder: Path
 ) -> dict[str, Any]:
     """Score all held-out samples, shared out over the evaluation workers; facts: the metrics."""
+    journals = _score(work, prepared, candidate, folder)
+    _run_harness(work, candidate, folder)
+    results = sorted((result for journal in journals for result in read_journal(journal)), key=lambda r: r["sample"])
+    asked = load_prepared(prepared.folder).heldout.select_columns(["source", "prompt"])
+    write_samples(folder / RESULTS, [{**asked[result["sample"]], **result} for result in results])
+    for journal in journals:
+        journal.unlink()
+    found = measure(results, metrics)
+    return {
+        "candidate": candidate.name,
+        "rows": len(results),
+        "metrics": {name: interval.estimate for name, interval in found.items()},
+        "intervals": {name: [interval.low, interval.high] for name, interval in found.items()},
+    }
+
+
+def _score(work: Work, prepared: Artifact, candidate: Candidate, folder: Path) -> list[Path]:
+    """The journals with the results of all samples."""
     from pipeline.evaluation.worker import EvaluationShard, evaluate_shard  # torch
 
-    recipe = context.recipe
+    context, recipe = work.context, work.recipe
     shards = [
         EvaluationShard(
-            base_folder=base.folder,
+            base_folder=work.base.folder,
             adapter=candidate.adapter.resolve() if candidate.adapter else None,
             prepared=prepared.folder.resolve(),
             precision=recipe.train.precision,
@@ -171,34 +196,21 @@ def _measure(
         for index in range(recipe.evaluate.workers)
     ]
     rows = load_prepared(prepared.folder).summary["heldout_rows"]
-    tails = [JournalTail(shard.journal) for shard in shards]
-    done = 0
-
-    def show() -> None:
-        nonlocal done
-        done += sum(len(tail.new_records()) for tail in tails)
-        context.bars.update(f"evaluate {candidate.name}", min(done, rows), rows, "samples")
-
-    context.run_tasks(evaluate_shard, shards, Resources(1, recipe.train.gpu), while_waiting=show)
-    show()
-    _run_harness(context, base, candidate, folder)
-    results = sorted((r for shard in shards for r in read_journal(shard.journal)), key=lambda r: r["sample"])
-    asked = load_prepared(prepared.folder).heldout.select_columns(["source", "prompt"])
-    write_samples(folder / RESULTS, [{**asked[result["sample"]], **result} for result in results])
-    for shard in shards:
-        shard.journal.unlink()
-    found = measure(results, metrics)
-    return {
-        "candidate": candidate.name,
-        "rows": len(results),
-        "metrics": {name: interval.estimate for name, interval in found.items()},
-        "intervals": {name: [interval.low, interval.high] for name, interval in found.items()},
-    }
+    journals = [shard.journal for shard in shards]
+    run_journalled_tasks(
+        context.run_tasks,
+        evaluate_shard,
+        shards,
+        Resources(1, recipe.train.gpu),
+        journals=journals,
+        follow=counting(context.bars, f"evaluate {candidate.name}", rows, "samples"),
+    )
+    return journals
 
 
-def _run_harness(context: RunContext, base: BaseModel, candidate: Candidate, folder: Path) -> None:
+def _run_harness(work: Work, candidate: Candidate, folder: Path) -> None:
     """Run the tasks of lm-evaluation-harness, those that an earlier run of this command has not finished."""
-    evaluate = context.recipe.evaluate
+    context, evaluate = work.context, work.recipe.evaluate
     if not evaluate.harness.tasks:
         return
     from pipeline.evaluation.harness import HarnessJob, run_harness  # torch
@@ -206,9 +218,9 @@ def _run_harness(context: RunContext, base: BaseModel, candidate: Candidate, fol
     places = {task: folder / "harness" / f"{index}.json" for index, task in enumerate(evaluate.harness.tasks)}
     jobs = [
         HarnessJob(
-            base_folder=base.folder,
+            base_folder=work.base.folder,
             adapter=candidate.adapter.resolve() if candidate.adapter else None,
-            precision=context.recipe.train.precision,
+            precision=work.recipe.train.precision,
             task=task,
             settings=evaluate.harness.model_copy(update={"include": _whole_path(evaluate.harness.include)}),
             batch_size=evaluate.batch_size,
@@ -217,13 +229,9 @@ def _run_harness(context: RunContext, base: BaseModel, candidate: Candidate, fol
         for task, place in places.items()
         if not place.exists()
     ]
-
-    def show(*result: object) -> None:
-        done = sum(place.exists() for place in places.values())
-        context.bars.update(f"harness {candidate.name}", done, len(places), "tasks")
-
-    show()
-    context.run_tasks(run_harness, jobs, Resources(1, context.recipe.train.gpu), on_result=show)
+    count = counting(context.bars, f"harness {candidate.name}", len(places), "tasks")
+    count([{}] * (len(places) - len(jobs)))
+    context.run_tasks(run_harness, jobs, Resources(1, work.recipe.train.gpu), on_result=lambda job, result: count([{}]))
     results = [row for place in places.values() for row in json.loads(place.read_text(encoding="utf-8"))]
     atomic_write(folder / HARNESS_JSON, json.dumps(results))
     shutil.rmtree(folder / "harness")
@@ -262,6 +270,6 @@ def _publish(context: RunContext, run_id: str, evaluation: Evaluation, results: 
             run_id, {f"{name}.harness/{row.name}": value for name, value in row.values.items()}
         )
     for name, artifact in results.items():
-        context.log_artifact(run_id, artifact.folder / RESULTS, name)
+        log_artifact(context, run_id, artifact.folder / RESULTS, name)
         if (artifact.folder / HARNESS_JSON).exists():
-            context.log_artifact(run_id, artifact.folder / HARNESS_JSON, name)
+            log_artifact(context, run_id, artifact.folder / HARNESS_JSON, name)

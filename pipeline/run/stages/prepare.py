@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.store import Artifact
-from pipeline.cluster.connection import Resources
+from pipeline.cluster.workers import Resources, run_journalled_tasks
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import RecipeError
-from pipeline.core.journal import JournalTail, append_journal
-from pipeline.data.prepare import load_prepared, prepare_dataset
+from pipeline.core.files import Record, append_journal
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
-from pipeline.evaluation.choices import check_suitable
-from pipeline.metrics.scores import metrics_for_classes
-from pipeline.models.base import BaseModel
-from pipeline.models.heads import Head
-from pipeline.run.context import RunContext
-from pipeline.run.graph import prepare_key
-
-# What each split is for, in MLflow's words.
-SPLITS = {"train": "training", "heldout": "evaluation"}
+from pipeline.evaluation.results import check_suitable
+from pipeline.metrics.catalogue import metrics_for_classes
+from pipeline.models.prompting import Head
+from pipeline.run.stage_runs import SPLITS, Work, log_artifact, log_datasets, run_stage
+from pipeline.storage.artifacts import Artifact, StageKey
 
 
 @dataclass(frozen=True)
@@ -37,28 +33,28 @@ class _Job:
     head: HeadKind
 
 
-def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artifact:
+def prepare(work: Work, key: StageKey) -> Artifact:
     """Make the prepared dataset; its facts are the summary of `prepare_dataset`.
 
     Raises:
         RecipeError: the held-out samples cannot be evaluated as the recipe says.
     """
-    recipe = context.recipe
+    context, recipe, base = work.context, work.recipe, work.base
 
     def make(folder: Path) -> dict[str, Any]:
         progress = folder / "progress.jsonl"
         progress.unlink(missing_ok=True)
-        for file in sources.files:
+        for file in work.sources.files:
             context.storage.upload_input(file.path, file.sha256)
-        job = _Job(recipe.data, sources, base.folder, base.context_tokens, folder, progress, recipe.base.head)
-        tail = JournalTail(progress)
+        job = _Job(recipe.data, work.sources, base.folder, base.context_tokens, folder, progress, recipe.base.head)
 
-        def show() -> None:
-            for record in tail.new_records()[-1:]:
+        def follow(records: Sequence[Record]) -> None:
+            for record in records[-1:]:
                 context.bars.update("prepare", record["done"], record["total"], "rows")
 
-        (summary,) = context.run_tasks(_prepare_task, [job], Resources(), while_waiting=show)
-        show()
+        (summary,) = run_journalled_tasks(
+            context.run_tasks, _prepare_task, [job], Resources(), journals=[progress], follow=follow
+        )
         progress.unlink(missing_ok=True)
         return summary
 
@@ -66,10 +62,10 @@ def prepare(context: RunContext, base: BaseModel, sources: DataSources) -> Artif
         rows = {name: float(value) for name, value in artifact.facts.items() if isinstance(value, int)}
         context.tracking.log_parameters(run_id, {"data": recipe.data.model_dump(mode="json")})
         context.tracking.log_metrics(run_id, rows)
-        log_datasets(context, run_id, sources, artifact, SPLITS)
-        context.log_artifact(run_id, artifact.folder, "prepared")
+        log_datasets(context, run_id, work.sources, artifact, SPLITS)
+        log_artifact(context, run_id, artifact.folder, "prepared")
 
-    prepared = context.run_stage(prepare_key(recipe, sources.digest, base.digest), make, publish)
+    prepared = run_stage(context, key, make, publish)
     check_suitable(recipe.evaluate, load_prepared(prepared.folder))
     _check_metric(recipe, Head.load(prepared.folder))
     return prepared
@@ -85,23 +81,6 @@ def _check_metric(recipe: Recipe, head: Head) -> None:
                 f"{metric} is the score of one of two classes, and the data has {len(head.classes)}; use f1_macro in "
                 "evaluate.metric and promotion.guards"
             )
-
-
-def log_datasets(
-    context: RunContext, run_id: str, sources: DataSources, prepared: Artifact, splits: Iterable[str]
-) -> None:
-    """Record splits of the prepared data as inputs of a run, under the digest of everything they were made from."""
-    settings = context.recipe.data
-    for split in splits:
-        places = settings.heldout if split == "heldout" and settings.heldout else settings.train
-        context.tracking.log_dataset(
-            run_id,
-            name=f"{context.recipe.name}-{split}",
-            digest=sources.digest,
-            source=", ".join(places),
-            rows=prepared.facts[f"{split}_rows"],
-            context=SPLITS[split],
-        )
 
 
 def _prepare_task(job: _Job) -> dict[str, Any]:

@@ -7,18 +7,17 @@ whether its aliases have been set. After that the aliases belong to people (`kas
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kasa.targets import Target
-from pipeline.artifacts.store import Artifact
-from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
-from pipeline.data.sources import DataSources
 from pipeline.models.base import BaseModel
-from pipeline.registry.alias_changes import (
+from pipeline.registry.store import (
+    CHAMPION,
+    PREVIOUS,
+    ModelVersion,
+    Registry,
     after_keeping_out,
     after_promotion,
     change_aliases,
@@ -26,13 +25,21 @@ from pipeline.registry.alias_changes import (
     finish_interrupted_change,
     history,
 )
-from pipeline.registry.store import CHAMPION, PREVIOUS, ModelVersion, Registry
-from pipeline.run.context import RunContext
-from pipeline.run.graph import REGISTER, register_key
-from pipeline.run.model_package import KEPT_OUT, PARENT_TAG, PROMOTED, gate_of, package_of, version_tags, write_report
+from pipeline.run.dependencies import REGISTER
+from pipeline.run.model_package import (
+    KEPT_OUT,
+    PARENT_TAG,
+    PROMOTED,
+    gate_of,
+    package_of,
+    version_tags,
+    write_report,
+)
 from pipeline.run.promotion import Decision, decide, model_card
+from pipeline.run.stage_runs import Work, run_stage
 from pipeline.run.stages.evaluate import Evaluation
-from pipeline.run.warm_start import WarmStart, adapter_tags, start_tags
+from pipeline.run.warm_start import adapter_tags, start_tags
+from pipeline.storage.artifacts import Artifact, StageKey
 
 GATE = "gate"
 KEY_TAG = "kasa.register_key"
@@ -42,6 +49,7 @@ KEY_TAG = "kasa.register_key"
 class Registration:
     """The version, the verdict on it, and the aliases it carries now."""
 
+    artifact: Artifact
     model: ModelVersion
     decision: Decision
     aliases: tuple[str, ...]
@@ -57,56 +65,29 @@ class Registration:
         return f"models:/{self.model.name}@{CHAMPION}" if self.is_champion else self.model.uri
 
 
-def register(
-    context: RunContext,
-    base: BaseModel,
-    sources: DataSources,
-    targets: Sequence[Target],
-    made: Mapping[str, Artifact],
-    evaluation: Evaluation,
-    start: WarmStart | None,
-) -> Registration:
+def register(work: Work, key: StageKey, adapter: Artifact, evaluation: Evaluation) -> Registration:
     """Register the adapter and decide on its promotion; both happen once for one adapter, evaluation and bar.
-
-    Args:
-        made: the artifacts of all stages before, by stage.
-        start: the version that the training went on from, if any.
 
     Raises:
         ModelError: while this run was at work, another one promoted a version that it was not compared with.
     """
-    recipe, tracking, registry = context.recipe, context.tracking, context.registry
-    name = recipe.registered_name
-    key = register_key(recipe, made["train"].key, evaluation.artifact.key, registry.uri)
+    context, recipe = work.context, work.recipe
+    tracking, registry = context.tracking, context.registry
 
     def make(folder: Path) -> dict[str, Any]:
         context.confirm()
-        finish_interrupted_change(registry, name)
+        finish_interrupted_change(registry, recipe.registered_name)
         made_before = {KEY_TAG: key.key}
-        if REGISTER in context.remade:  # a new version is asked for; one of this very run, interrupted, is that
+        if REGISTER in context.recomputed:  # a new version is asked for; one of this very run, interrupted, is that
             made_before[PARENT_TAG] = context.parent_run
-        version = registry.find(name, made_before)
-        if version is None:
-            decision = _decide(recipe, evaluation)
-            _check_champion(registry, name, evaluation, decision)
-            lora = write_report(folder, recipe, made, base, evaluation, decision)
-            tags = {
-                KEY_TAG: key.key,
-                **version_tags(context, base, sources, made, evaluation, decision),
-                **adapter_tags(recipe, targets),
-                **start_tags(start),
-                "kasa.lora": lora,
-            }
-            package = package_of(folder, recipe, base, made, with_lora=lora.startswith("rank"))
-            context.confirm()
-            version = registry.register(context.children["register"], name, package, tags)
+        version = registry.find(recipe.registered_name, made_before) or _new_version(work, key, evaluation, folder)
         if not history(version):
             context.confirm()
-            registry.describe(version, _card(version, base, evaluation))
+            registry.describe(version, _card(version, work.base, evaluation))
             _set_aliases(registry, version)
         tags = version.tags
         return {
-            "name": name,
+            "name": version.name,
             "version": version.version,
             "promote": tags["kasa.decision"] == PROMOTED,
             "reason": tags["kasa.reason"],
@@ -122,15 +103,32 @@ def register(
     known = context.store.find(key)
     if known and not registry.version(known.facts["name"], known.facts["version"]):
         context.store.remove(known)
-    facts = context.run_stage(key, make, publish).facts
+    artifact = run_stage(context, key, make, publish)
+    facts = artifact.facts
     model = registry.version(facts["name"], facts["version"])
     assert model is not None
-    carried = tuple(alias for alias, version in registry.aliases(name).items() if version == model.version)
-    return Registration(model, Decision(facts["promote"], facts["reason"]), carried)
+    aliases = registry.aliases(recipe.registered_name)
+    carried = tuple(alias for alias, version in aliases.items() if version == model.version)
+    return Registration(artifact, model, Decision(facts["promote"], facts["reason"]), carried)
 
 
-def _decide(recipe: Recipe, evaluation: Evaluation) -> Decision:
-    return decide(gate_of(recipe), evaluation.differences, evaluation.obstacle)
+def _new_version(work: Work, key: StageKey, evaluation: Evaluation, folder: Path) -> ModelVersion:
+    """A version of the adapter with the verdict on it, without aliases yet."""
+    context, recipe, base = work.context, work.recipe, work.base
+    name = recipe.registered_name
+    decision = decide(gate_of(recipe), evaluation.differences, evaluation.obstacle)
+    _check_champion(context.registry, name, evaluation, decision)
+    lora = write_report(folder, recipe, work.made, base, evaluation, decision)
+    tags = {
+        KEY_TAG: key.key,
+        **version_tags(context, base, work.sources, work.made, evaluation, decision),
+        **adapter_tags(recipe, work.inputs.targets),
+        **start_tags(work.start),
+        "kasa.lora": lora,
+    }
+    package = package_of(folder, recipe, base, work.made, with_lora=lora.startswith("rank"))
+    context.confirm()
+    return context.registry.register(context.children[key.stage], name, package, tags)
 
 
 def _check_champion(registry: Registry, name: str, evaluation: Evaluation, decision: Decision) -> None:

@@ -1,8 +1,14 @@
-"""Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
+"""The peak memory of a decomposition, from the shape of its weight: what its task reserves on a node.
 
-With `adapter.truncation: loss` or `activation` the calibration text is run through the base first. Where training goes on
-from an adapter, what that one drops is taken over instead, and nothing is decomposed. In a comparison CorDA's components,
-which it starts from, come about in the same way.
+The driver imports this module, so it must not import torch.
+
+Legend: O = out features, I = in features, K = min(O, I).
+
+Stage 2: base weights -> the components that truncation may drop, one weight a Ray task, resumed weight by weight.
+
+With `adapter.truncation: loss` or `activation` the calibration text is run through the base first. Where training starts
+from an adapter, what that one drops is taken over, and nothing is decomposed. In a comparison CorDA's components, which it
+starts from, are computed in the same way.
 """
 
 from __future__ import annotations
@@ -14,63 +20,68 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kasa.targets import Target
-from pipeline.artifacts.store import Artifact
-from pipeline.cluster.connection import Resources
-from pipeline.config.recipe import Recipe
-from pipeline.core.journal import JournalTail
-from pipeline.data.prepare import load_prepared
-from pipeline.models.base import BaseModel
-from pipeline.run.context import RunContext
-from pipeline.run.graph import SPECTRA, inherited_spectra_key
-from pipeline.run.warm_start import WarmStart, chosen_spectra_key, start_adapter
-from pipeline.spectra.memory import decomposition_bytes
+from pipeline.cluster.workers import Resources, counting, run_journalled_tasks
+from pipeline.config.recipe import Recipe, Weighted
+from pipeline.core.files import Record
+from pipeline.data.prepared import load_prepared
+from pipeline.run.stage_runs import Work, log_artifact, run_stage
+from pipeline.run.warm_start import start_adapter
+from pipeline.storage.artifacts import Artifact, StageKey
 
 if TYPE_CHECKING:
     from pipeline.spectra.decomposition import SpectrumTask
 
+# A worker process with torch and this package loaded.
+_PROCESS_BYTES = 2**29
+# Bytes per element of a covariance: kept in fp32 and its root in fp64; several fp64 copies exist while the root is computed.
+_KEPT_BYTES, _ROOTED_BYTES = 4 + 8, 30
+# Bytes per element of K x K: the Gram matrix in fp64, its factor, and the Krylov space, which may span a third of it.
+_GRAM_BYTES = 8 + 8 + 4
+
+
+def decomposition_bytes(target: Target, element_bytes: int, weighted: Weighted) -> int:
+    """Peak memory of a decomposition in bytes, its process included.
+
+    A full SVD, the rare last resort, needs more.
+
+    Args:
+        target: the weight.
+        element_bytes: of the stored weight.
+        weighted: which covariances take part: none, that of the inputs, or that of the output gradients as well. Layers
+            with O > I do without the latter (see `kasa.calibration`).
+    """
+    size = target.out_features * target.in_features
+    smaller = min(target.out_features, target.in_features) ** 2
+    inputs = 0 if weighted == "no" else target.in_features**2
+    gradients = target.out_features**2 if weighted == "both" and target.out_features <= target.in_features else 0
+    # Bytes per element of O x I: the weight in fp64, and the product with the covariances' roots.
+    copies = 8 if weighted == "no" else 16
+    stages = (
+        _ROOTED_BYTES * inputs,
+        _KEPT_BYTES * inputs + _ROOTED_BYTES * gradients,
+        _KEPT_BYTES * (inputs + gradients) + copies * size + _GRAM_BYTES * smaller,
+    )
+    return _PROCESS_BYTES + element_bytes * size + max(stages)
+
+
 FOLDER = "spectra"
 
 
-def spectra(
-    context: RunContext, base: BaseModel, targets: Sequence[Target], prepared: Artifact | None, start: WarmStart | None
-) -> Artifact:
+def spectra(work: Work, key: StageKey, prepared: Artifact | None = None) -> Artifact:
     """Make the spectra of all target weights under `spectra/`; facts: how many, the worst residual, the methods.
 
     Args:
-        prepared: the text that the truncation rule looks at; None where it looks at the weights alone, or with `start`.
-        start: the adapter to go on from. Its spectra are the ones it was trained beside: the same artifact, or, where that
-            is gone, what the adapter itself holds of them.
+        prepared: the text that the truncation rule looks at; None where it looks at the weights alone, or where
+            `work.start` has an adapter that brings its spectra along.
     """
-    recipe = context.recipe
+    context, recipe, base = work.context, work.recipe, work.base
 
     def make(folder: Path) -> dict[str, Any]:
-        from kasa import read_adapter  # torch
-        from kasa.spectra_file import SPECTRA_JSON
-        from pipeline.spectra.decomposition import SpectrumTask, combine, decompose, inherited_factors
+        from pipeline.spectra.decomposition import combine  # torch
 
-        calibration = _calibrate(context, base, targets, prepared, folder) if prepared else ()
-        inherited = inherited_factors(read_adapter(start_adapter(context, start))) if start else {}
-        pieces = [
-            SpectrumTask(
-                base.folder,
-                target,
-                recipe.spectra_rank,
-                calibration,
-                folder / "pieces" / target.name,
-                inherited.get(target.name),
-                recipe.adapter.method == "corda",
-            )
-            for target in targets
-        ]
-        missing = [piece for piece in pieces if not (piece.out / SPECTRA_JSON).exists()]
-        done = len(pieces) - len(missing)
-
-        def show(*result: object) -> None:
-            nonlocal done
-            done += bool(result)
-            context.bars.update("spectra", done, len(pieces), "weights")
-
-        context.run_tasks(decompose, missing, partial(_resources, recipe), on_result=show, while_waiting=show)
+        calibration = _calibrate(work, prepared, folder) if prepared else ()
+        pieces = _pieces(work, folder, calibration)
+        _decompose(work, pieces)
         facts = combine(pieces, folder / FOLDER)
         for finished_with in ("pieces", "calibration"):
             shutil.rmtree(folder / finished_with, ignore_errors=True)
@@ -80,33 +91,62 @@ def spectra(
         settings = {"rank": recipe.spectra_rank, "base": base.name, "base_digest": base.digest}
         context.tracking.log_parameters(run_id, {**settings, "spectra": recipe.spectra.model_dump(mode="json")})
         context.tracking.log_metrics(run_id, {name: artifact.facts[name] for name in ("weights", "worst_residual")})
-        context.log_artifact(run_id, artifact.folder / FOLDER, "spectra")
+        log_artifact(context, run_id, artifact.folder / FOLDER, "spectra")
 
-    if start and SPECTRA in context.remade:
-        # What can be made anew is what the adapter holds, not what its own spectra were made from.
-        key = inherited_spectra_key(recipe, base.digest, targets, start.train_key)
-    else:
-        text = prepared.key if prepared else None
-        key = chosen_spectra_key(recipe, context.store, base.digest, targets, text, start)
-    return context.run_stage(key, make, publish)
+    return run_stage(context, key, make, publish)
 
 
-def _calibrate(
-    context: RunContext, base: BaseModel, targets: Sequence[Target], prepared: Artifact, folder: Path
-) -> tuple[Path, ...]:
+def _pieces(work: Work, folder: Path, calibration: tuple[Path, ...]) -> list[SpectrumTask]:
+    from kasa import read_adapter  # torch
+    from pipeline.spectra.decomposition import SpectrumTask, inherited_factors
+
+    start, recipe = work.start, work.recipe
+    inherited = inherited_factors(read_adapter(start_adapter(work.context, start))) if start else {}
+    return [
+        SpectrumTask(
+            work.base.folder,
+            target,
+            recipe.spectra_rank,
+            calibration,
+            folder / "pieces" / target.name,
+            inherited.get(target.name),
+            recipe.adapter.spec.components == "leading",
+        )
+        for target in work.inputs.targets
+    ]
+
+
+def _decompose(work: Work, pieces: Sequence[SpectrumTask]) -> None:
+    """Make the spectra that an earlier run of this command has not finished."""
+    from kasa.spectra_file import SPECTRA_JSON  # torch
+    from pipeline.spectra.decomposition import decompose
+
+    missing = [piece for piece in pieces if not (piece.out / SPECTRA_JSON).exists()]
+    count = counting(work.context.bars, "spectra", len(pieces), "weights")
+    count([{}] * (len(pieces) - len(missing)))
+    work.context.run_tasks(
+        decompose,
+        missing,
+        partial(_resources, work.recipe),
+        on_result=lambda piece, result: count([{}]),
+        while_waiting=lambda: count([]),
+    )
+
+
+def _calibrate(work: Work, prepared: Artifact, folder: Path) -> tuple[Path, ...]:
     """Run the calibration text through the base, shared out over the training workers; the folders of their sums."""
     from kasa.calibration import CALIBRATION_JSON  # torch
-    from pipeline.spectra.calibration_jobs import CalibrationShard, calibrate_shard, first_rows
+    from pipeline.spectra.calibration import CalibrationShard, calibrate_shard, first_rows
 
-    recipe = context.recipe
+    context, recipe = work.context, work.recipe
     count = recipe.train.workers
     parts = [folder / "calibration" / f"part-{index}-of-{count}" for index in range(count)]
     shards = [
         CalibrationShard(
-            base_folder=base.folder,
+            base_folder=work.base.folder,
             prepared=prepared.folder.resolve(),
             precision=recipe.train.precision,
-            targets=tuple(targets),
+            targets=tuple(work.inputs.targets),
             tokens=recipe.spectra.calibration_tokens,
             gradients=recipe.weighted == "both",
             index=index,
@@ -118,20 +158,20 @@ def _calibrate(
         if not (part / CALIBRATION_JSON).exists()
     ]
     samples = load_prepared(prepared.folder).calibration
-    tokens = sum(
-        len(ids) for ids in samples[: len(first_rows(samples, recipe.spectra.calibration_tokens))]["input_ids"]
+    rows = samples[: len(first_rows(samples, recipe.spectra.calibration_tokens))]["input_ids"]
+    run_journalled_tasks(
+        context.run_tasks,
+        calibrate_shard,
+        shards,
+        Resources(1, recipe.train.gpu),
+        journals=[part.with_suffix(".jsonl") for part in parts],
+        follow=counting(context.bars, "calibrate", sum(map(len, rows)), "tokens", _tokens),
     )
-    tails = [JournalTail(part.with_suffix(".jsonl")) for part in parts]
-    seen = 0
-
-    def show() -> None:
-        nonlocal seen
-        seen += sum(record["tokens"] for tail in tails for record in tail.new_records())
-        context.bars.update("calibrate", min(seen, tokens), tokens, "tokens")
-
-    context.run_tasks(calibrate_shard, shards, Resources(1, recipe.train.gpu), while_waiting=show)
-    show()
     return tuple(part.resolve() for part in parts)
+
+
+def _tokens(records: Sequence[Record]) -> int:
+    return sum(record["tokens"] for record in records)
 
 
 def _resources(recipe: Recipe, piece: SpectrumTask) -> Resources:

@@ -1,4 +1,7 @@
-"""Stage 4: base + prepared data + spectra -> trained adapter. Watches the workers' journal; MLflow is told from here."""
+"""Watching a training: what its journals say is shown, and delivered to MLflow, while the workers run.
+
+Stage 4: base + prepared data + spectra -> trained adapter.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kasa.targets import Target
-from pipeline.artifacts.store import ADAPTER, Artifact
-from pipeline.cluster.connection import Resources, WorkerGroup
+from pipeline.cluster.workers import Resources, WorkerGroup
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import TrainSettings
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import TrainingError, WorkerError
-from pipeline.core.journal import JournalTail, Record, read_journal
-from pipeline.data.sources import DataSources
+from pipeline.core.files import ADAPTER, JournalTail, Record, read_journal
+from pipeline.core.machine import in_background
 from pipeline.methods.choice import check_method, method_of
-from pipeline.models.base import BaseModel
-from pipeline.models.heads import Head
-from pipeline.models.prompting import FILE_NAME as PROMPTING
+from pipeline.models.prompting import PROMPTING_FILE, Head
 from pipeline.run.context import RunContext
-from pipeline.run.graph import train_key
-from pipeline.run.stages.prepare import log_datasets
+from pipeline.run.stage_runs import Work, log_artifact, log_datasets, run_stage
 from pipeline.run.stages.spectra import FOLDER as SPECTRA
-from pipeline.run.warm_start import WarmStart, start_adapter
-from pipeline.tracking.delivery import Delivery, delivering
-from pipeline.tracking.system_metrics import SERIES as SYSTEM_SERIES
-from pipeline.tracking.system_metrics import sampling
+from pipeline.run.warm_start import start_adapter
+from pipeline.storage.artifacts import Artifact, StageKey
+from pipeline.tracking.live_metrics import SYSTEM_SERIES, Delivery, delivering, sampling
 from pipeline.training.job import (
     ATTACHED,
     ERRORS,
@@ -52,124 +49,20 @@ _POLL_S = 0.5
 _WORTH_SAYING = 0.02
 
 
-def train(
-    context: RunContext,
-    base: BaseModel,
-    sources: DataSources,
-    targets: Sequence[Target],
-    prepared: Artifact,
-    spectra: Artifact | None,
-    start: WarmStart | None,
-) -> Artifact:
-    """Train the adapter, a new one or on from `start`; the artifact holds `adapter/` (loadable, with `prompting.json`) and
-    the journal.
-
-    Args:
-        spectra: None where the method begins with none.
-    """
-    recipe = context.recipe
-    deepspeed = deepspeed_settings(recipe)
-
-    def make(folder: Path) -> dict[str, Any]:
-        from pipeline.training.layers import write_layers  # torch
-        from pipeline.training.worker import train_worker  # DeepSpeed
-
-        job = TrainJob(
-            base_folder=base.folder,
-            prepared=prepared.folder.resolve(),
-            work=folder.resolve(),
-            method=method_of(
-                recipe,
-                base,
-                targets,
-                (spectra.folder / SPECTRA).resolve() if spectra else None,
-                start_adapter(context, start) if start else None,
-            ),
-            settings=recipe.train,
-            deepspeed=deepspeed,
-        )
-        # An error of an earlier run of this command has been read by now, and perhaps mended.
-        shutil.rmtree(folder / ERRORS, ignore_errors=True)
-        with _watching(context, folder, context.children["train"]):
-            context.run_training_workers(
-                train_worker, job, _worker_group(recipe.train), folder / "ray_train", folder / INTERRUPTIONS
-            )
-        if error := journalled_error(folder):
-            raise TrainingError(error["error"]) if error["mistake"] else WorkerError(error["error"])
-        records = read_journal(folder / JOURNAL)
-        shutil.copy(prepared.folder / PROMPTING, folder / ADAPTER / PROMPTING)
-        Head.load(prepared.folder).save(folder / ADAPTER)
-        if spectra and recipe.adapter.method == "kasa":
-            write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
-        attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
-        for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
-            shutil.rmtree(finished_with, ignore_errors=True)
-        return _facts(records) | {
-            **attached,
-            "adapter_bytes": sum(file.stat().st_size for file in (folder / ADAPTER).glob("*.safetensors")),
-            "start": start.uri if start else "scratch",
-            "interruptions": [
-                one["interruption"] for name in (NOTICES, INTERRUPTIONS) for one in read_journal(folder / name)
-            ],
-        }
-
-    def publish(run_id: str, artifact: Artifact) -> None:
-        settings = {"adapter": recipe.adapter.model_dump(mode="json"), "train": recipe.train.model_dump(mode="json")}
-        context.tracking.tag(run_id, {"kasa.started_from": artifact.facts["start"]})
-        context.tracking.log_parameters(run_id, settings)
-        log_datasets(context, run_id, sources, prepared, ["train"])
-        # What a server that was away has not got yet.
-        context.tracking.deliver(run_id, CURVE, read_journal(artifact.folder / JOURNAL))
-        context.tracking.deliver(run_id, SYSTEM_SERIES, read_journal(artifact.folder / SYSTEM))
-        context.log_artifact(run_id, artifact.folder / ADAPTER, "adapter")
-        context.log_artifact(run_id, artifact.folder / JOURNAL)
-
-    key = train_key(recipe, prepared.key, spectra.key if spectra else None, start.train_key if start else None)
-    return context.run_stage(key, make, publish)
-
-
-def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of the recipe.
-
-    Raises:
-        RecipeError: there is no such configuration, it decides what belongs to the recipe, or the method cannot do with it.
-    """
-    config = complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
-    check_method(recipe, config)
-    return config
-
-
-def _worker_group(settings: TrainSettings) -> WorkerGroup:
-    return WorkerGroup(
-        most=settings.workers,
-        fewest=settings.fewest_workers,
-        resources=Resources(settings.cpus_per_worker, settings.gpu),
-        max_failures=settings.max_failures,
-        timeout_s=settings.collective_timeout_s,
-    )
-
-
 @contextmanager
-def _watching(context: RunContext, folder: Path, run_id: str) -> Iterator[None]:
+def watching(context: RunContext, folder: Path, run_id: str) -> Iterator[None]:
     """Within the block, show what the journals say and pass it on to MLflow; neither waits for the other."""
     curve = Delivery(context.tracking, run_id, CURVE, context.bars.say)
     system = Delivery(context.tracking, run_id, SYSTEM_SERIES, lambda line: None)
     watcher = _Watcher(context.bars, folder, curve, system)
-    stop = threading.Event()
 
-    def watch() -> None:
+    def watch(stop: threading.Event) -> None:
         while not stop.wait(_POLL_S):
             watcher.look()
         watcher.look()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    with delivering(curve), delivering(system), sampling(folder / SYSTEM):
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    with delivering(curve), delivering(system), sampling(folder / SYSTEM), in_background(watch):
+        yield
 
 
 class _Watcher:
@@ -212,6 +105,105 @@ def progress_note(records: Sequence[Record]) -> str:
         f"{newest['memory_gib']:.1f} GiB",
     ]
     return ", ".join(numbers)
+
+
+def train(work: Work, key: StageKey, prepared: Artifact, spectra: Artifact | None = None) -> Artifact:
+    """Train the adapter, a new one or on from `work.start`; the artifact holds `adapter/` (loadable, with
+    `prompting.json`) and the journal.
+
+    Args:
+        spectra: None where the method starts without any.
+    """
+    context, recipe = work.context, work.recipe
+    deepspeed = deepspeed_settings(recipe)
+
+    def make(folder: Path) -> dict[str, Any]:
+        from pipeline.training.worker import train_worker  # DeepSpeed
+
+        job = _job(work, folder, deepspeed, prepared, spectra)
+        # An error of an earlier run of this command has been read by now, and perhaps mended.
+        shutil.rmtree(folder / ERRORS, ignore_errors=True)
+        with watching(context, folder, context.children[key.stage]):
+            context.run_training_workers(
+                train_worker, job, _worker_group(recipe.train), folder / "ray_train", folder / INTERRUPTIONS
+            )
+        if error := journalled_error(folder):
+            raise TrainingError(error["error"]) if error["mistake"] else WorkerError(error["error"])
+        return _finished(work, job, prepared, spectra)
+
+    def publish(run_id: str, artifact: Artifact) -> None:
+        settings = {"adapter": recipe.adapter.model_dump(mode="json"), "train": recipe.train.model_dump(mode="json")}
+        context.tracking.tag(run_id, {"kasa.started_from": artifact.facts["start"]})
+        context.tracking.log_parameters(run_id, settings)
+        log_datasets(context, run_id, work.sources, prepared, ["train"])
+        # What a server that was away has not got yet.
+        context.tracking.deliver(run_id, CURVE, read_journal(artifact.folder / JOURNAL))
+        context.tracking.deliver(run_id, SYSTEM_SERIES, read_journal(artifact.folder / SYSTEM))
+        log_artifact(context, run_id, artifact.folder / ADAPTER, "adapter")
+        log_artifact(context, run_id, artifact.folder / JOURNAL)
+
+    return run_stage(context, key, make, publish)
+
+
+def _job(work: Work, folder: Path, deepspeed: dict[str, Any], prepared: Artifact, spectra: Artifact | None) -> TrainJob:
+    method = method_of(
+        work.recipe,
+        work.base,
+        work.inputs.targets,
+        (spectra.folder / SPECTRA).resolve() if spectra else None,
+        start_adapter(work.context, work.start) if work.start else None,
+    )
+    return TrainJob(
+        base_folder=work.base.folder,
+        prepared=prepared.folder.resolve(),
+        work=folder.resolve(),
+        method=method,
+        settings=work.recipe.train,
+        deepspeed=deepspeed,
+    )
+
+
+def _finished(work: Work, job: TrainJob, prepared: Artifact, spectra: Artifact | None) -> dict[str, Any]:
+    """Complete the artifact of a training that has come to its end; the facts about it."""
+    from pipeline.methods.kasa import write_layers  # torch
+
+    folder = job.work
+    shutil.copy(prepared.folder / PROMPTING_FILE, folder / ADAPTER / PROMPTING_FILE)
+    Head.load(prepared.folder).save(folder / ADAPTER)
+    if spectra and work.recipe.adapter.spec.components == "dropped":
+        write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
+    attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
+    for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
+        shutil.rmtree(finished_with, ignore_errors=True)
+    return _facts(read_journal(folder / JOURNAL)) | {
+        **attached,
+        "adapter_bytes": sum(file.stat().st_size for file in (folder / ADAPTER).glob("*.safetensors")),
+        "start": work.start.uri if work.start else "scratch",
+        "interruptions": [
+            one["interruption"] for name in (NOTICES, INTERRUPTIONS) for one in read_journal(folder / name)
+        ],
+    }
+
+
+def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of the recipe.
+
+    Raises:
+        RecipeError: there is no such configuration, it decides what belongs to the recipe, or the method cannot do with it.
+    """
+    config = complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
+    check_method(recipe, config)
+    return config
+
+
+def _worker_group(settings: TrainSettings) -> WorkerGroup:
+    return WorkerGroup(
+        most=settings.workers,
+        fewest=settings.fewest_workers,
+        resources=Resources(settings.cpus_per_worker, settings.gpu),
+        max_failures=settings.max_failures,
+        timeout_s=settings.collective_timeout_s,
+    )
 
 
 def _facts(records: Sequence[Record]) -> dict[str, Any]:

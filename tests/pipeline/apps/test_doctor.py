@@ -30,9 +30,16 @@ from pipeline.apps.doctor import (
     installed_versions,
     pins,
 )
-from pipeline.core import connectivity as reach
-from pipeline.core.connectivity import answers, connects, host_and_port, package_index, side_by_side, without_login
-from pipeline.core.machine import existing_parent
+from pipeline.core import machine as reach
+from pipeline.core.machine import (
+    answers,
+    connects,
+    existing_parent,
+    host_and_port,
+    package_index,
+    side_by_side,
+    without_login,
+)
 
 
 class _Server(http.server.BaseHTTPRequestHandler):

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts.store import ArtifactStore, StageKey
-from pipeline.core.code import code_digests
 from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import content_digest
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 KEY = StageKey("prepare", {"rows": 3, "nested": {"b": 1, "a": [1, 2]}})
 
@@ -88,14 +87,14 @@ def test_removed_is_made_again(store) -> None:
 def test_remade_when_asked_though_it_is_there(store) -> None:
     first = store.find_or_make(KEY, make_file)
     (first.folder / "extra").touch()
-    assert not store.find_or_make(KEY, make_file, remake=True).reused
+    assert not store.find_or_make(KEY, make_file, recompute=True).reused
     assert sorted(file.name for file in first.folder.iterdir()) == ["data", "manifest.json"]
 
 
 def test_what_cannot_be_remade_stays(store) -> None:
     first = store.find_or_make(KEY, make_file)
     with pytest.raises(AssertionError):
-        store.find_or_make(KEY, never, remake=True)
+        store.find_or_make(KEY, never, recompute=True)
     assert store.find(KEY) == replace(first, reused=True)
 
 
@@ -121,17 +120,3 @@ def test_keys_depend_on_content_not_order() -> None:
     assert KEY.key != StageKey("prepare", {"nested": {"a": [2, 1], "b": 1}, "rows": 3}).key
     assert len(KEY.key) == 16
     assert content_digest({"a": 1}) != content_digest({"a": "1"})
-
-
-def test_code_digest_follows_the_source(tmp_path, monkeypatch) -> None:
-    package = tmp_path / "some_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "part.py").write_text("x = 1")
-    monkeypatch.syspath_prepend(tmp_path)
-    before, part = code_digests(["some_package"]), code_digests(["some_package.part"])
-    (package / "part.py").write_text("x = 2")
-    assert code_digests(["some_package"]) != before
-    assert code_digests(["some_package.part"]) != part
-    with pytest.raises(ModuleNotFoundError):
-        code_digests(["some_package.absent"])

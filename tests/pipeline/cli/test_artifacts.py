@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from kasa.errors import KasaError
-from pipeline.artifacts.store import ArtifactStore, StageKey
 from pipeline.cli.main import app
 from pipeline.core.errors import RecipeError, WorkspaceError
-from pipeline.run.graph import stages_to_remake
+from pipeline.run.graph import stages_to_recompute
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def test_a_workspace_without_artifacts(tmp_path) -> None:
         call(tmp_path / "elsewhere", "list")
 
 
-def test_stages_to_remake() -> None:
-    assert stages_to_remake(["spectra"], "evaluate") == ["spectra", "evaluate", "register"]
-    assert stages_to_remake([], None) == []
+def test_stages_to_recompute() -> None:
+    assert stages_to_recompute(["spectra"], "evaluate") == ["spectra", "evaluate", "register"]
+    assert stages_to_recompute([], None) == []
     with pytest.raises(RecipeError, match=r"no stage 'trian'.*train"):
-        stages_to_remake(["trian"], None)
+        stages_to_recompute(["trian"], None)

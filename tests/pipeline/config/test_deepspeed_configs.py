@@ -21,7 +21,7 @@ from pipeline.config.deepspeed import (
     offloads_optimizer,
     offloads_parameters,
     quantises_frozen,
-    with_passes,
+    with_accumulation,
     workers_of_a_copy,
     zero_stage,
 )
@@ -83,7 +83,7 @@ def test_cpu_file_trains(name: str, precision: str, deepspeed: Any) -> None:
     frozen = model.base.weight.detach().clone()
     trained = [p for p in model.parameters() if p.requires_grad]
     train = TrainSettings(precision=precision, gradient_clipping=0.0)
-    config = with_passes(complete_config(load_deepspeed_config(name), train), workers=1, passes=2)
+    config = with_accumulation(complete_config(load_deepspeed_config(name), train), workers=1, accumulation_steps=2)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(trained, lr=0.05), config=config, dist_init_required=False
     )
@@ -116,7 +116,9 @@ def test_deepspeed_accepts_every_file(name: str, deepspeed: Any) -> None:
     precision = "fp32" if name == REFUSED[0] else "bf16"
     train = TrainSettings(gradient_clipping=0.5, precision=precision, workers=8)
     config = load_deepspeed_config(name)
-    parsed = deepspeed.DeepSpeedConfig(with_passes(complete_config(config, train), workers=1, passes=4))
+    parsed = deepspeed.DeepSpeedConfig(
+        with_accumulation(complete_config(config, train), workers=1, accumulation_steps=4)
+    )
     assert parsed.zero_optimization_stage == zero_stage(config) == int(name.split("zero")[1][0])
     assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (4, 4)
     assert (parsed.gradient_clipping, parsed.bfloat16_config.enabled) == (0.5, precision == "bf16")
@@ -233,7 +235,7 @@ def test_missing_files_are_named(name: str, message: str) -> None:
 def test_completing_leaves_the_file_alone() -> None:
     config = load_deepspeed_config("gpu_zero3_offload")
     before = json.dumps(config)
-    done = with_passes(complete_config(config, TrainSettings(precision="fp32")), workers=4, passes=8)
+    done = with_accumulation(complete_config(config, TrainSettings(precision="fp32")), workers=4, accumulation_steps=8)
     done["zero_optimization"]["offload_param"]["device"] = "nvme"
     assert json.dumps(config) == before
     assert (done["train_batch_size"], done["gradient_accumulation_steps"]) == (32, 8)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from typer.testing import CliRunner
 
@@ -17,9 +19,17 @@ NAMES = list(named_recipes())
 
 @pytest.fixture(autouse=True)
 def _nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder, no hub, and no proxy that leads anywhere."""
+    """An empty folder, no hub, and a network that fails the test when something asks for a host."""
+
+    def refuse(host: object, *_: object, **__: object) -> None:
+        raise AssertionError(f"the network was asked for {host}")
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path.parent / "no-hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: refuse(address))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,6 @@
 """Journals survive the death of their writer, and readers see each record once."""
 
-from pipeline.core.journal import JournalTail, JournalWriter, append_journal, read_journal, rewrite_journal
+from pipeline.core.files import JournalTail, JournalWriter, append_journal, read_journal, rewrite_journal
 
 
 def records(*steps: int) -> list[dict]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import settings
+from pipeline.config import settings as training
 from pipeline.core.machine import GIB, cpu_cores, fast_precision, memory_gib
 
 
@@ -67,10 +67,10 @@ def test_bf16_where_the_hardware_has_it(flags: str, gpu: bool, expected: str, tm
 
 
 def test_a_recipe_says_which_precision_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "fast_precision", lambda gpu: "bf16" if gpu else "fp32")
+    monkeypatch.setattr(training, "fast_precision", lambda gpu: "bf16" if gpu else "fp32")
     for given, gpu, expected in (("auto", False, "fp32"), ("auto", True, "bf16"), ("bf16", False, "bf16")):
-        assert settings.TrainSettings(precision=given, gpu=gpu).precision == expected  # type: ignore[arg-type]
-    assert settings.TrainSettings().model_dump()["precision"] == "fp32"
+        assert training.TrainSettings(precision=given, gpu=gpu).precision == expected  # type: ignore[arg-type]
+    assert training.TrainSettings().model_dump()["precision"] == "fp32"
 
 
 def _fill(folder: Path, files: dict[str, str]) -> None:

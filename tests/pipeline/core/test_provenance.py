@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.provenance import code_tags
+from pipeline.core.code import code_tags
 from pipeline.tracking.runs import Tracking
 
 

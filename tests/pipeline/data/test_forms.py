@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.apps.recipe_docs import recipe_page
+from pipeline.cli import main as cli
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
-from pipeline.data.forms import Rejection, Sample, decide_form, read_samples
+from pipeline.data.forms import FORMS, Form, check_form, decide_form, read_samples
+from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow
 
 Make = Callable[..., DataSettings]
@@ -190,3 +198,41 @@ def test_rows_with_wrong_choices(settings: Make, values: dict[str, Any], reason:
     rejection = read(settings(), values)
     assert isinstance(rejection, Rejection)
     assert reason in rejection.reason
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["run", "--dry-run"], ["plan"], ["compare"], ["compare", "--dry-run"], ["retrain"], ["submit"]]
+)
+def test_an_unknown_form_ends_every_command_before_ray_starts(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {"name": "x", "workspace": str(tmp_path / "workspace"), "data": {"train": "rows.jsonl", "form": "alpca"}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kasa", command[0], "recipe.json", *command[1:]])
+    # What the command does to its own process alone.
+    monkeypatch.setattr(cli, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr("ray.init", None)
+    with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "error: data.form: there is no form 'alpca'; did you mean alpaca?" in " ".join((said.out + said.err).split())
+    assert not (tmp_path / "workspace" / "artifacts").exists()
+
+
+def test_a_form_is_one_entry(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new form needs beside its entry is nothing: it is known, recognised, read and documented."""
+
+    def read_riddle(values: dict[str, Any]) -> list[Any]:
+        return FORMS["prompt-completion"].read({"prompt": values["riddle"], "completion": values["solution"]})
+
+    monkeypatch.setitem(FORMS, "riddles", Form("riddles", read_riddle, (("riddle", "solution"),)))
+    for chosen in ("auto", "riddles"):
+        check_form(settings(form=chosen))
+        sample = read(settings(form=chosen), {"riddle": "r", "solution": "s"})
+        assert isinstance(sample, Sample)
+        assert (sample.prompt, sample.references) == ("r", ("s",))
+    assert "`labelled`, `riddles`" in recipe_page()

@@ -11,8 +11,9 @@ import pytest
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
-from pipeline.data.prepare import LABELLED_COLUMNS, load_prepared, prepare_dataset
-from pipeline.models.heads import Head
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.prepared import LABELLED_COLUMNS, load_prepared
+from pipeline.models.prompting import Head
 
 from .conftest import sources_of
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
-from pipeline.data.forms import Sample
+from pipeline.data.prepared import Sample
 from pipeline.data.split import group_key, split_samples
 from pipeline.models.prompting import Message
 

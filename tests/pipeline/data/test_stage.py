@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import BaseModelError, DataError, WorkspaceError
-from pipeline.data.prepare import COLUMNS, load_prepared, prepare_dataset
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.prepared import COLUMNS, load_prepared
 from pipeline.data.sources import DataSources, resolve_sources
 from tests.support import ROOT
 

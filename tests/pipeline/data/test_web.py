@@ -72,7 +72,7 @@ def test_what_breaks_off_is_not_taken_for_the_file(site: Site, tmp_path: Path) -
     file = fetch(address(site), tmp_path)
     assert file is not None
     assert file.read_bytes() == ROWS
-    assert [entry.name for entry in file.parent.iterdir() if entry.name.startswith(".fetch")] == []
+    assert [entry.name for entry in file.parent.iterdir() if entry.name.endswith(".partial")] == []
 
 
 def test_addresses_that_lead_nowhere(site: Site, tmp_path: Path) -> None:

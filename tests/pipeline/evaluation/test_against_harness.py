@@ -1,4 +1,4 @@
-"""Multiple choice as lm-evaluation-harness scores it: `eval-multiple-choice` on a tiny random model."""
+"""Multiple choice is scored as lm-evaluation-harness scores it, here on a tiny random model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checks.evaluation import against_harness
+from tests.support.evaluations import against_harness
 
 
 def test_the_harness_finds_the_same(base: Path, tmp_path: Path) -> None:

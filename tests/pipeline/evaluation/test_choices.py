@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from pipeline.config.settings import EvaluateSettings
 from pipeline.core.errors import RecipeError
-from pipeline.data.prepare import load_prepared
-from pipeline.evaluation.choices import check_suitable, continuation_ids, named_choice, right_choice, score_choices
+from pipeline.data.prepared import load_prepared
+from pipeline.evaluation.results import check_suitable, continuation_ids, named_choice, right_choice, score_choices
 from pipeline.evaluation.worker import log_likelihoods
 from pipeline.models.prompting import Prompting
 

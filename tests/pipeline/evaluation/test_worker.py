@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.settings import EvaluateSettings
-from pipeline.core.journal import Record, append_journal, read_journal
+from pipeline.core.files import Record, append_journal, read_journal
 from pipeline.evaluation.results import read_samples, write_samples
 from pipeline.evaluation.worker import EvaluationShard, batches_of, evaluate_shard
 from pipeline.metrics.intervals import measure

@@ -17,13 +17,15 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from pipeline.artifacts.store import ADAPTER  # noqa: E402
 from pipeline.config.recipe import Recipe  # noqa: E402
-from pipeline.core.journal import read_journal  # noqa: E402
+from pipeline.core.files import ADAPTER, read_journal  # noqa: E402
 from pipeline.methods.loading import attach_folder  # noqa: E402
-from pipeline.methods.residual import leading_triplets  # noqa: E402
-from pipeline.models.language_model import collate, label_losses  # noqa: E402
-from pipeline.models.loading import load_base  # noqa: E402
+from pipeline.models.forward import (  # noqa: E402
+    collate,
+    label_losses,
+    load_base,
+)
+from pipeline.spectra.decomposition import leading_triplets  # noqa: E402
 from pipeline.training.job import ATTACHED, JOURNAL  # noqa: E402
 from pipeline.training.worker import train_worker  # noqa: E402
 from tests.support.ranks import process_group, training_job, write_inputs  # noqa: E402

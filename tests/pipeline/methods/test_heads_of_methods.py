@@ -12,14 +12,15 @@ from torch import nn
 
 from kasa import ModelWeights, find_targets, observe_layers
 from kasa.spectra_file import save_spectra
-from pipeline.methods.full import FullMethod
-from pipeline.methods.method import Method, norm_names
-from pipeline.methods.peft import PeftMethod
-from pipeline.methods.residual import leading_triplets
-from pipeline.models.heads import Head
-from pipeline.models.loading import load_base
-from pipeline.models.shapes import head_modules
-from pipeline.serving.prediction import load_predictor
+from pipeline.config.recipe import parse_recipe
+from pipeline.methods.choice import method_of
+from pipeline.methods.method import Method
+from pipeline.methods.peft import norm_names
+from pipeline.models.base import BaseModel
+from pipeline.models.forward import load_base
+from pipeline.models.prompting import Head, head_modules
+from pipeline.serving.inference import load_model
+from pipeline.spectra.decomposition import leading_triplets
 from tests.support.encoders import write_encoder
 
 HEAD = Head("classification", ("bad", "good"))
@@ -33,9 +34,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write_encoder(tmp_path_factory.mktemp("encoder"), request.param)
 
 
-def method_of(name: str, model: nn.Module, folder: Path) -> Method:
-    if name == "full":
-        return FullMethod("base", torch.float32)
+def build(name: str, base: Path, model: nn.Module, folder: Path) -> Method:
     targets = find_targets(model, "all-linear", head_modules(model))
     spectra = None
     if name == "corda":
@@ -45,14 +44,16 @@ def method_of(name: str, model: nn.Module, folder: Path) -> Method:
         found = {t.name: leading_triplets(weights.weight(t), RANK, t.name, sums.weighting(t.name)) for t in targets}
         spectra = folder / "spectra"
         save_spectra(spectra, found, dict.fromkeys(found, "0"))
-    return PeftMethod(name, tuple(targets), RANK, 2.0 * RANK, 0.0, "base", spectra)
+    adapter = {"method": name, "rank": RANK, "alpha": 2.0 * RANK}
+    values = {"name": "heads", "data": {"train": "rows.jsonl"}, "adapter": adapter, "train": {"precision": "fp32"}}
+    return method_of(parse_recipe(values, "recipe"), BaseModel("base", base), targets, spectra)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_head_is_trained_saved_and_read_again(base: Path, name: str, tmp_path: Path) -> None:
     model = load_base(base, "fp32", HEAD, 0).eval()
     whole = head_modules(model)
-    adapted = method_of(name, model, tmp_path).attach(model, 0, 100, whole, HEAD)
+    adapted = build(name, base, model, tmp_path).attach(model, 0, 100, whole, HEAD)
     in_head = [path for path in adapted.parameters if path.split(".")[0] in whole]
     assert in_head
     assert all(parameter.requires_grad for parameter in adapted.parameters.values())
@@ -66,7 +67,7 @@ def test_the_head_is_trained_saved_and_read_again(base: Path, name: str, tmp_pat
         for path, parameter in adapted.parameters.items():
             parameter.copy_(values[path])
         expected = model(**BATCH).logits
-        ours = load_predictor(base, tmp_path / "adapter", "fp32", HEAD, seed=5).model
+        ours = load_model(base, tmp_path / "adapter", "fp32", HEAD, seed=5).model
         torch.testing.assert_close(ours(**BATCH).logits, expected, atol=1e-5, rtol=1e-4)
         assert (load_base(base, "fp32", HEAD, 5).eval()(**BATCH).logits - expected).abs().max() > 1e-3
         if name != "full":

@@ -20,7 +20,8 @@ from kasa.weighting import Weighting
 from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import check_method, check_registrable
 from pipeline.methods.loading import attach_folder
-from pipeline.methods.residual import initial_factors, leading_triplets
+from pipeline.methods.residual import initial_factors
+from pipeline.spectra.decomposition import leading_triplets
 from tests.support import ROOT
 from tests.support.ranks import start_ranks
 
@@ -164,7 +165,7 @@ def test_cordas_part_of_a_weight_of_a_smaller_rank_is_all_of_it() -> None:
 
 
 def test_a_random_start_is_the_seeds() -> None:
-    from pipeline.methods.peft import PeftMethod
+    from pipeline.methods.peft import PeftMethod, PeftSettings
 
     def start(seed: int) -> dict[str, torch.Tensor]:
         config = LlamaConfig(
@@ -172,7 +173,7 @@ def test_a_random_start_is_the_seeds() -> None:
         )
         model = LlamaForCausalLM(config)
         torch.rand(1)  # whatever was drawn before does not matter
-        method = PeftMethod("lora", tuple(find_targets(model, "all-linear")), 2, 4.0, 0.0, "base")
+        method = PeftMethod("lora", PeftSettings(tuple(find_targets(model, "all-linear")), 2, 4.0, 0.0, "base"))
         return dict(method.attach(model, seed, 10).parameters)
 
     first, again, other = start(0), start(0), start(1)

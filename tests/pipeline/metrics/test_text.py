@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from nltk.translate.nist_score import corpus_nist
-from sacrebleu.metrics import BLEU
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
 
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
 from pipeline.metrics import catalogue
 from pipeline.metrics.catalogue import METRICS, check_measurable
 from pipeline.metrics.intervals import measure
+from pipeline.metrics.metric import Metric, mean_of, ratio
 from pipeline.metrics.text import tokens, words
 
 SENTENCES = [
@@ -51,12 +55,22 @@ def value(results: list[dict], metric: str) -> float:
     return measure(results, [metric])[metric].estimate
 
 
-def test_bleu_is_sacrebleus_in_lower_case() -> None:
+@pytest.mark.parametrize(
+    ("metric", "theirs"), [("bleu", BLEU(lowercase=True, force=True)), ("chrf", CHRF())], ids=["bleu", "chrf"]
+)
+def test_bleu_in_lower_case_and_chrf_are_sacrebleus(metric: str, theirs: BLEU | CHRF) -> None:
     results = corpus()
     most = max(len(result["references"]) for result in results)
     places = [[(r["references"] + [None] * most)[place] for r in results] for place in range(most)]
-    theirs = BLEU(lowercase=True, force=True).corpus_score([r["output"] for r in results], places).score
-    assert value(results, "bleu") == theirs
+    score = theirs.corpus_score([r["output"] for r in results], places).score
+    assert value(results, metric) == pytest.approx(score, rel=1e-12)
+    assert 0 < score < 100
+
+
+def test_rouge_l_is_the_mean_of_rouge_scores_best_reference() -> None:
+    results, scorer = corpus(), RougeScorer(["rougeL"], use_stemmer=True)
+    theirs = 100 * np.mean([scorer.score_multi(r["references"], r["output"])["rougeL"].fmeasure for r in results])
+    assert value(results, "rouge_l") == pytest.approx(theirs, rel=1e-12)
     assert 0 < theirs < 100
 
 
@@ -124,3 +138,16 @@ def test_what_a_metric_needs_is_asked_for_before_anything_starts(monkeypatch: py
     with pytest.raises(RecipeError, match=r"evaluate\.metrics: meteor needs a Java runtime .*leave meteor out"):
         check_measurable(["bleu", "meteor"])
     check_measurable([name for name in catalogue.METRICS if name not in ("meteor", "cider")])
+
+
+def test_a_metric_is_one_entry(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new metric needs beside its entry is nothing: a recipe can ask for it, and guard it, and it is measured."""
+    with pytest.raises(RecipeError, match="there is no 'brevity' of generated text"):
+        recipe({"evaluate.metrics": ["brevity"]})
+    shorter = Metric("brevity", "Brevity", mean_of("length"), ratio, ("text",), by_default=False, lower_is_better=True)
+    monkeypatch.setitem(METRICS, "brevity", shorter)
+    assert "brevity" not in recipe().evaluate.measured
+    asked = recipe({"evaluate.metrics": ["brevity"], "promotion.guards": {"brevity": 2.0}}).evaluate
+    check_measurable(asked.measured)
+    results = [{"sample": n, "length": n} for n in range(5)]
+    assert measure(results, [name for name in asked.measured if name == "brevity"])["brevity"].estimate == 2.0

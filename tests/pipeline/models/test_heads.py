@@ -6,31 +6,33 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 
 from kasa import KasaConfig, attach, capture_adapter, compute_spectra, save_adapter
 from kasa.calibration import StoredCalibration
-from kasa.file_digest import file_digest
+from kasa.files import file_digest
 from kasa.model_spectra import ModelWeights
 from kasa.spectra_file import save_spectra
 from kasa.targets import select_targets
 from pipeline.config.recipe import parse_recipe
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import BaseModelError, RecipeError
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard, score_labels
 from pipeline.metrics.intervals import measure
-from pipeline.models.heads import Head
-from pipeline.models.loading import load_base
-from pipeline.models.prompting import Prompting
-from pipeline.models.sequence_classification import changed_share, features, probe
-from pipeline.models.shapes import base_outline, head_modules
+from pipeline.models.base import BaseModel
+from pipeline.models.forward import changed_share, features, load_base, probe
+from pipeline.models.prompting import Head, Prompting, head_modules
+from pipeline.models.shapes import base_outline
+from pipeline.serving import served_model
 from pipeline.serving.answer import answer
-from pipeline.serving.prediction import load_predictor
-from pipeline.spectra.calibration_jobs import AuditJob, CalibrationShard, audit_truncation, calibrate_shard
+from pipeline.serving.inference import load_model
+from pipeline.spectra.audit import AuditJob, audit_truncation
+from pipeline.spectra.calibration import CalibrationShard, calibrate_shard
 from tests.support.encoders import write_encoder
 
 CLASSES = Head("classification", ("bad", "good", "mixed"))
@@ -95,48 +97,70 @@ def write_adapter(folder: Path, base: Path, head: Head) -> Path:
 
 def test_an_adapter_with_a_head_answers_with_classes(tmp_path: Path, base: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, CLASSES)
-    predictor = load_predictor(base, adapter, "fp32", Head.load(adapter))
-    together = predictor.predictions(TEXTS)
+    loaded = load_model(base, adapter, "fp32", Head.load(adapter))
+    together = loaded.predictions(TEXTS)
     for one in together:
         assert sum(one.probabilities.values()) == pytest.approx(1)
         assert one.label == max(one.probabilities, key=lambda name: one.probabilities[name])
     # Padding beside longer texts changes nothing.
     for text, one in zip(TEXTS, together, strict=True):
-        (alone,) = predictor.predictions([text])
+        (alone,) = loaded.predictions([text])
         assert alone.probabilities == pytest.approx(one.probabilities, abs=1e-5)
     assert answer(str(adapter), TEXTS, tmp_path, base, None) == [str(one) for one in together]
-    assert predictor.outputs([{"input_ids": [2, 9, 3]}]).dtype == torch.float32
+    assert loaded.outputs([{"input_ids": [2, 9, 3]}]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("head", [CLASSES, Head("regression")], ids=lambda head: head.kind)
+def test_a_registered_model_answers_with_what_its_head_says(tmp_path: Path, base: Path, head: Head) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, head)
+    digest = BaseModel("base", base).digest
+    config = {"base_name": "base", "base_folder": str(base), "base_digest": digest, "head": head.kind}
+    mlflow.pyfunc.save_model(
+        tmp_path / "model",
+        python_model=served_model.__file__,
+        artifacts={"adapter": str(adapter)},
+        model_config=config | {"precision": "fp32", "max_new_tokens": 4},
+        pip_requirements=[],
+    )
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    signature = loaded.metadata.signature
+    assert (str(signature.inputs), str(signature.outputs)) == ("[string (required)]", "[Map(str -> Any) (required)]")
+    expected = load_model(base, adapter, "fp32").predictions(TEXTS)
+    if head.kind == "regression":
+        assert loaded.predict(TEXTS) == [{"value": one.label} for one in expected]
+    else:
+        assert loaded.predict(TEXTS) == [{"label": one.label, "probabilities": one.probabilities} for one in expected]
 
 
 def test_an_untrained_head_is_no_better_than_its_seed(base: Path) -> None:
-    said = [load_predictor(base, None, "fp32", CLASSES, seed).predictions(TEXTS) for seed in (0, 0, 1)]
+    said = [load_model(base, None, "fp32", CLASSES, seed=seed).predictions(TEXTS) for seed in (0, 0, 1)]
     assert said[0] == said[1] != said[2]
 
 
 def test_pairs_are_asked_as_they_were_trained(tmp_path: Path, base: Path) -> None:
     head = Head("regression", (), pairs=True)
-    predictor = load_predictor(base, write_adapter(tmp_path / "adapter", base, head), "fp32", head)
-    encoded = predictor.tokenizer("one text", "another")
+    loaded = load_model(base, write_adapter(tmp_path / "adapter", base, head), "fp32", head)
+    encoded = loaded.tokenizer("one text", "another")
     sample = {name: encoded[name] for name in ("input_ids", "token_type_ids")}
-    (said,) = predictor.predictions(["one text ||| another"])
-    assert said.label == pytest.approx(float(predictor.outputs([sample])[0, 0]), abs=1e-6)
+    (said,) = loaded.predictions(["one text ||| another"])
+    assert said.label == pytest.approx(float(loaded.outputs([sample])[0, 0]), abs=1e-6)
     assert said.probabilities == {}
 
 
 def test_scores_hold_labels_predictions_and_outputs(base: Path) -> None:
-    predictor = load_predictor(base, None, "fp32", CLASSES)
-    ids = predictor.tokenizer(TEXTS)["input_ids"]
+    loaded = load_model(base, None, "fp32", CLASSES)
+    ids = loaded.tokenizer(TEXTS)["input_ids"]
     samples = [{"input_ids": ids[n], "label": float(n), "references": [CLASSES.classes[n]]} for n in range(3)]
-    results = score_labels(predictor, samples, [7, 8, 9])
+    results = score_labels(loaded, samples, [7, 8, 9])
     assert [result["sample"] for result in results] == [7, 8, 9]
-    outputs = predictor.outputs(samples)
+    outputs = loaded.outputs(samples)
     for number, result in enumerate(results):
         assert result["label"] == number
         assert result["prediction"] == int(outputs[number].argmax())
         assert result["output"] == CLASSES.classes[result["prediction"]]
         assert result["loss_sum"] == pytest.approx(float(-outputs[number].log_softmax(0)[number]), abs=1e-6)
     assert measure(results, ["loss"])["loss"].estimate == pytest.approx(sum(r["loss_sum"] for r in results) / 3)
-    value = load_predictor(base, None, "fp32", Head("regression"))
+    value = load_model(base, None, "fp32", Head("regression"))
     (scored,) = score_labels(value, [{**samples[0], "label": 2.5}], [0])
     assert scored["loss_sum"] == pytest.approx((scored["prediction"] - 2.5) ** 2, rel=1e-5)
 

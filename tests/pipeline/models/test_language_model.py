@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline.models.language_model import IGNORED, collate, label_losses, pack
+from pipeline.models.forward import IGNORED, collate, label_losses, pack
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.core.errors import ModelError
-from pipeline.registry.alias_changes import change_aliases, event, finish_interrupted_change, history
-from pipeline.registry.store import ModelVersion, Registry
+from pipeline.registry.store import ModelVersion, Registry, change_aliases, event, finish_interrupted_change, history
 from pipeline.run.stages.register import _check_champion, _set_aliases
 
 NAME = "reviews"

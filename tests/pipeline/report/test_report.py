@@ -12,10 +12,16 @@ import pytest
 
 from pipeline.evaluation.results import HarnessRow
 from pipeline.metrics.intervals import Interval
-from pipeline.report.charts import smoothed, thinned
-from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts
-from pipeline.report.formats import duration, metric_change, metric_value, significant
-from pipeline.report.layer_charts import layer_panels
+from pipeline.report.charts import _gate_limits, layer_panels, smoothed, thinned
+from pipeline.report.facts import (
+    LayerFacts,
+    ReportFacts,
+    SampleFacts,
+    duration,
+    metric_change,
+    metric_value,
+    significant,
+)
 from pipeline.report.render import compare, outcome, render_report
 from tests.support.report_facts import full_facts, layer_facts, training_records
 
@@ -322,3 +328,12 @@ def test_layers_that_learned_or_lost_nothing_are_drawn(blocks: int, tmp_path: Pa
 )
 def test_numbers(written: str, expected: str) -> None:
     assert written == expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown"),
+    [("rouge_l", [21.0, 44.5]), ("rouge_l", [0.2, 0.9]), ("accuracy", [0.2, 0.9]), ("loss", [2.0, 2.1])],
+)
+def test_every_candidate_lies_within_the_gates_chart(metric: str, shown: list[float]) -> None:
+    low, high = _gate_limits(metric, shown)
+    assert low < min(shown) < max(shown) < high

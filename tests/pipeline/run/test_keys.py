@@ -1,24 +1,22 @@
-"""Which change of a recipe makes which stage anew."""
+"""Which change of a recipe recomputes which stage; which stages a run, a trial and the base alone need, and in what order."""
+
+import json
 
 import pytest
 
 from kasa.targets import Target
 from pipeline.config.recipe import Recipe
 from pipeline.run import graph as keys
+from pipeline.run.dependencies import KeyInputs
 
 TARGETS = [Target("q", 8, 8), Target("v", 4, 8)]
 ALL = set(keys.STAGES)
 
 
 def chain(recipe: Recipe, sources: str = "s", base: str = "b", targets=TARGETS, registry: str = "r") -> dict[str, str]:
-    """The key of each stage, one made from another as in `pipeline.run.stages`."""
-    prepare = keys.prepare_key(recipe, sources, base).key
-    spectra = keys.spectra_key(recipe, base, targets, prepare).key
-    audit = keys.audit_key(recipe, prepare, spectra).key
-    train = keys.train_key(recipe, prepare, spectra).key
-    evaluate = keys.evaluation_key(recipe, prepare, base, train).key
-    register = keys.register_key(recipe, train, evaluate, registry).key
-    return dict(zip(keys.STAGES, (prepare, spectra, audit, train, evaluate, register), strict=True))
+    """The key of each stage of a run."""
+    made = keys.stage_keys(KeyInputs(recipe, base, sources, targets, registry))
+    return {stage: key.key for stage, key in made.items()}
 
 
 def named(value: object) -> str:
@@ -108,14 +106,77 @@ def test_spectra_of_the_weights_alone_do_not_depend_on_text(recipe, changes, sta
 
 
 def test_the_base_is_evaluated_once_for_all_adapters(recipe) -> None:
-    of_base = keys.evaluation_key(recipe(), "prepared", "b", None).key
-    assert of_base == keys.evaluation_key(recipe({"adapter.alpha": 8}), "prepared", "b", None).key
-    assert of_base != keys.evaluation_key(recipe(), "prepared", "b", "adapter").key
+    of_base = keys.stage_keys(KeyInputs(recipe(), until="evaluate", trains=False))
+    assert list(of_base) == ["prepare", "evaluate"]
+    other = keys.stage_keys(KeyInputs(recipe({"adapter.alpha": 8}), until="evaluate", trains=False))
+    assert of_base["evaluate"].key == other["evaluate"].key
+    assert of_base["evaluate"].key != keys.stage_keys(KeyInputs(recipe()))["evaluate"].key
 
 
 def test_every_setting_of_a_section_counts_unless_named_as_mechanics(recipe) -> None:
-    ingredients = keys.train_key(recipe(), "p", "s").ingredients
+    ingredients = keys.stage_keys(KeyInputs(recipe()))["train"].ingredients
     assert set(ingredients["settings"]["train"]) == {
         "precision", "epochs", "max_steps", "batch_size", "learning_rate", "schedule", "warmup_share", "weight_decay",
         "gradient_clipping", "seed", "validate_every", "patience", "head_learning_rate",
     }  # fmt: skip
+
+
+def test_what_the_recipe_comes_to_counts_not_how_it_says_so(recipe) -> None:
+    named, derived = chain(recipe({"adapter.truncation_rank": 8, "adapter.rank": 8})), chain(recipe())
+    assert named == derived
+    without = {"adapter.singular_values": False}
+    assert chain(recipe(without)) == chain(recipe(without | {"adapter.singular_value_weight": 1.0}))
+
+
+def test_the_metrics_that_are_measured_count_by_name(recipe) -> None:
+    evaluate = keys.stage_keys(KeyInputs(recipe()))["evaluate"].ingredients["settings"]["evaluate"]
+    assert evaluate["measured"] == list(recipe().evaluate.measured)
+    assert evaluate["generates"] is True
+
+
+def test_what_a_manifest_keeps_of_a_key_is_read_back_as_it_was(recipe) -> None:
+    for changes in ({}, {"adapter.method": "lora"}, {"base.head": "classification"}):
+        for key in keys.stage_keys(KeyInputs(recipe(changes), "b", "s", TARGETS, "r")).values():
+            assert json.loads(json.dumps(key.ingredients)) == key.ingredients
+
+
+def test_of_a_deepspeed_file_only_what_is_inexact_counts(recipe, tmp_path) -> None:
+    def trained(**settings: object) -> str:
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        zero = {"stage": 3, **settings.pop("zero", {})}  # type: ignore[dict-item]
+        file.write_text(json.dumps({"zero_optimization": zero, **settings}))
+        return chain(recipe({"train.deepspeed": str(file)}))["train"]
+
+    exact = chain(recipe())["train"]
+    assert trained() == trained(zero={"reduce_bucket_size": 7, "zero_hpz_partition_size": 1}) == exact
+    changed = trained(zero={"zero_quantized_nontrainable_weights": True}), trained(communication_data_type="fp16")
+    assert len({exact, *changed}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "inputs", "order"),
+    [
+        ({}, {}, "prepare, spectra, audit, train, evaluate, register"),
+        (WEIGHT, {}, "prepare + spectra, audit, train, evaluate, register"),
+        ({}, {"champion": "k"}, "prepare + spectra, audit, train, evaluate, register"),
+        ({"adapter.truncation": "none"}, {}, "prepare + spectra, audit, train, evaluate, register"),
+        ({"adapter.truncation": "none"}, {"until": "evaluate"}, "prepare, train, evaluate"),
+        (WEIGHT, {"until": "evaluate"}, "prepare + spectra, audit, train, evaluate"),
+        ({"adapter.method": "corda"}, {"until": "evaluate"}, "prepare, spectra, train, evaluate"),
+        ({"adapter.method": "lora"}, {"until": "train"}, "prepare, train"),
+        ({}, {"until": "evaluate", "trains": False}, "prepare, evaluate"),
+    ],
+    ids=str,
+)
+def test_what_needs_nothing_of_another_stage_is_made_beside_it(recipe, changes, inputs, order) -> None:
+    known = KeyInputs(recipe(changes), "b", "s", TARGETS, "r", **inputs)
+    groups = keys.side_by_side(known)
+    assert ", ".join(" + ".join(stage.name for stage in group) for group in groups) == order
+    assert list(keys.stage_keys(known)) == [stage.name for group in groups for stage in group]
+
+
+def test_the_hungriest_stage_decides_what_the_cluster_must_have(recipe) -> None:
+    many = {"train.workers": 4, "train.min_workers": 2, "train.cpus_per_worker": 3, "evaluate.workers": 5}
+    assert keys.needed_resources(recipe()) == (1, 0)
+    assert keys.needed_resources(recipe(many)) == (6, 0)
+    assert keys.needed_resources(recipe(many | {"train.gpu": True})) == (6, 5)

@@ -2,17 +2,17 @@
 
 import pytest
 
-from pipeline.artifacts.store import ArtifactStore, StageKey
-from pipeline.run import graph as keys
+from pipeline.run.dependencies import KeyInputs
+from pipeline.run.graph import stage_keys
 from pipeline.run.lineage import ingredients_by_name, stored_artifacts, why_made
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 BASE, DATA = "b" * 64, "d" * 64
 
 
 def chain(recipe, data: str = DATA, base: str = BASE) -> list[StageKey]:
-    prepare = keys.prepare_key(recipe, data, base)
-    spectra = keys.spectra_key(recipe, base, [], prepare.key)
-    return [prepare, spectra, keys.train_key(recipe, prepare.key, spectra.key)]
+    made = stage_keys(KeyInputs(recipe, base, data))
+    return [made[stage] for stage in ("prepare", "spectra", "train")]
 
 
 def known(*chains: list[StageKey]) -> dict:
@@ -45,6 +45,11 @@ def test_changed_code_and_versions_are_named() -> None:
     assert why_made(new, known([old])) == ["the code of kasa changed", "torch 1 -> 2"]
 
 
+def test_of_many_changed_modules_some_are_named() -> None:
+    old, new = (StageKey("train", {"code": {f"kasa.{n}": version for n in "abcdef"}}) for version in "12")
+    assert why_made(new, known([old])) == ["the code of kasa.a, kasa.b, kasa.c, kasa.d and 2 more changed"]
+
+
 def test_the_most_similar_is_compared_with(recipe) -> None:
     far = chain(recipe({"train.seed": 1, "train.batch_size": 4, "adapter.alpha": 1}))
     near = chain(recipe({"train.seed": 1}))
@@ -53,7 +58,9 @@ def test_the_most_similar_is_compared_with(recipe) -> None:
 
 
 def test_the_base_alone_is_not_compared_with(recipe) -> None:
-    of_base, of_adapter = (keys.evaluation_key(recipe(), "p", BASE, adapter) for adapter in (None, "t"))
+    of_base, of_adapter = (
+        stage_keys(KeyInputs(recipe(), BASE, until="evaluate", trains=trains))["evaluate"] for trains in (False, True)
+    )
     assert why_made(of_adapter, known([of_base])) == []
 
 

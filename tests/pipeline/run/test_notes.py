@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from pipeline.artifacts.store import Artifact, ArtifactStore, StageKey
-from pipeline.run.lineage import reference, reuse_note
+from pipeline.run.stage_runs import reference, reuse_note
+from pipeline.storage.artifacts import Artifact, ArtifactStore, StageKey
 
 
 def make(workspace: Path) -> Artifact:

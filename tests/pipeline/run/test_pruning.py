@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipeline.artifacts.store import ArtifactStore, StageKey
-from pipeline.run.lineage import Stored, stored_artifacts
-from pipeline.run.pruning import plan_pruning, prune, unneeded_artifacts
+from pipeline.run.lineage import Stored, plan_pruning, prune, stored_artifacts, unneeded_artifacts
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 NOW = datetime(2026, 1, 31, tzinfo=UTC)
 OLD, RECENT = NOW - timedelta(days=60), NOW - timedelta(days=1)

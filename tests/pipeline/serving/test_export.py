@@ -26,7 +26,8 @@ from pipeline.cli.main import main
 from pipeline.models import base as base_folder
 from pipeline.models.prompting import Prompting
 from pipeline.registry.store import ModelPackage, Registry
-from pipeline.serving import logit_difference, served_model
+from pipeline.serving import export as logit_difference
+from pipeline.serving import served_model
 from pipeline.tracking.runs import Tracking
 
 TOKENS = torch.arange(12)[None]
@@ -50,7 +51,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def _save(folder: Path, base: Path, **changes: Any) -> SavedAdapter:
-    config = KasaConfig(**{"rank": 3, "alpha": 6.0, "dropped_rank": 3, **changes})
+    config = KasaConfig(**{"rank": 3, "alpha": 6.0, "truncation": "weight", "dropped_rank": 3, **changes})
     generator, weights = torch.Generator().manual_seed(0), CheckpointWeights(base)
     targets = find_targets(AutoModelForCausalLM.from_pretrained(base), "all-linear")
     tensors, dropped, digests = {}, {}, {}
@@ -159,7 +160,7 @@ def test_a_model_too_large_to_be_compared(kasa: Kasa, adapter: Path, monkeypatch
 def test_peft_kasa_and_back(kasa: Kasa, base: Path, adapter: Path) -> None:
     code, out, _ = kasa("export", adapter, "peft", "--format", "peft-kasa")
     assert code == 0
-    assert "PEFT computes the truncation anew" in out
+    assert "PEFT recomputes the truncation" in out
     assert "the same beta and gamma pull much harder" in out
     assert "from peft import PeftModel" in out
     code, out, _ = kasa("import", "peft", "back", "--base", base)
@@ -191,7 +192,13 @@ def tracking(tmp_path: Path) -> Iterator[Tracking]:
 
 
 def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter: Path) -> None:
-    settings = {"base_name": "gone", "base_folder": str(base), "precision": "fp32", "max_new_tokens": 1}
+    settings = {
+        "head": "language-model",
+        "base_name": "gone",
+        "base_folder": str(base),
+        "precision": "fp32",
+        "max_new_tokens": 1,
+    }
     code = Path(served_model.__file__)
     run, registry = tracking.start_run("register", {}), Registry(Path("work"))
     package = ModelPackage(code, (), {"adapter": adapter}, settings, (), "A prompt.")

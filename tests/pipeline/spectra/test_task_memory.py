@@ -12,7 +12,7 @@ import pytest
 
 from kasa.targets import Target
 from pipeline.config.recipe import Weighted
-from pipeline.spectra.memory import decomposition_bytes
+from pipeline.run.stages.spectra import decomposition_bytes
 from tests.support import ROOT
 from tests.support.forking import start_python
 from tests.support.ray_head import plain_environment
@@ -57,7 +57,8 @@ TASKS = """
 import json, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pipeline.cluster.connection import Resources, ray_cluster, run_tasks
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.workers import Resources, run_tasks
 
 folder = Path(sys.argv[1])
 

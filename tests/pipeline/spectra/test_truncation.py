@@ -6,7 +6,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.run.stages.audit import truncation_warning
-from pipeline.spectra.calibration_jobs import PASS_TOKENS, equal_length_batches, first_rows, language_loss
+from pipeline.spectra.calibration import TOKENS_PER_BATCH, equal_length_batches, first_rows, language_loss
 
 TEXTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11], [12, 13]]
 
@@ -19,8 +19,8 @@ def test_batches_hold_one_length_and_every_text() -> None:
 def test_a_pass_is_bounded() -> None:
     batches = equal_length_batches([[0] * 300] * 7)
     assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert all(len(batch) * 300 <= PASS_TOKENS for batch in batches)
-    assert equal_length_batches([[0] * (PASS_TOKENS + 1)] * 2) == [[[0] * (PASS_TOKENS + 1)]] * 2
+    assert all(len(batch) * 300 <= TOKENS_PER_BATCH for batch in batches)
+    assert equal_length_batches([[0] * (TOKENS_PER_BATCH + 1)] * 2) == [[[0] * (TOKENS_PER_BATCH + 1)]] * 2
 
 
 def test_language_loss_is_the_mean_over_all_tokens_but_the_first() -> None:

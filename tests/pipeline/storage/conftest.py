@@ -19,5 +19,5 @@ def s3() -> Iterator[S3Server]:
 def store(request: pytest.FixtureRequest) -> ObjectStore:
     """An empty store of each kind."""
     if request.param == "s3":
-        return ObjectStore(f"{request.getfixturevalue('s3').new_bucket()}/some/folder", patience_s=5)
-    return ObjectStore(f"memory://{uuid4().hex}", patience_s=5)
+        return ObjectStore(f"{request.getfixturevalue('s3').new_bucket()}/some/folder", retry_s=5)
+    return ObjectStore(f"memory://{uuid4().hex}", retry_s=5)

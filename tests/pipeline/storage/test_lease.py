@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import LeaseLostError
-from pipeline.storage.lease import CLOCKS_APART_S, Holder, Lease, acquire, decide, pulse_of, this_machine
-from pipeline.storage.lease_stores import FileLeaseStore
+from pipeline.storage.lease import (
+    CLOCKS_APART_S,
+    FileLeaseStore,
+    Holder,
+    Lease,
+    acquire,
+    decide,
+    pulse_of,
+    this_machine,
+)
 from tests.support import ROOT
 
 NOW = 1000.0
@@ -151,7 +159,7 @@ RACE = """
 import sys
 from pathlib import Path
 from pipeline.storage.lease import acquire
-from pipeline.storage.lease_stores import FileLeaseStore
+from pipeline.storage.lease import FileLeaseStore
 store, go = FileLeaseStore(Path(sys.argv[1]), "one"), Path(sys.argv[2])
 print("ready", flush=True)
 while not go.exists():
@@ -168,7 +176,7 @@ import sys
 from pathlib import Path
 from pipeline.core.errors import LeaseLostError
 from pipeline.storage.lease import acquire
-from pipeline.storage.lease_stores import FileLeaseStore
+from pipeline.storage.lease import FileLeaseStore
 lease = acquire(FileLeaseStore(Path(sys.argv[1]), "one"), duration_s=float(sys.argv[2]))
 print("held", flush=True)
 sys.stdin.readline()

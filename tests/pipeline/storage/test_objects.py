@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import StorageError, WorkspaceError
-from pipeline.storage.lease import Holder, Lease, acquire
-from pipeline.storage.lease_stores import ObjectLeaseStore
+from pipeline.storage.lease import Holder, Lease, ObjectLeaseStore, acquire
 from pipeline.storage.objects import ObjectStore
 from tests.support.s3_server import S3Server, serving
 from tests.support.tracking_server import free_port
@@ -82,18 +81,20 @@ def test_a_lease_in_the_store(store: ObjectStore) -> None:
 
 
 def test_a_store_away_for_seconds_is_waited_for(s3: S3Server) -> None:
-    store = ObjectStore(s3.new_bucket(), patience_s=60)
+    store = ObjectStore(s3.new_bucket(), retry_s=60)
     store.write("a", b"1")
     s3.process.send_signal(signal.SIGSTOP)
     threading.Timer(2, lambda: s3.process.send_signal(signal.SIGCONT)).start()
     assert (store.read("a") or ())[0] == b"1"
 
 
-def test_a_refused_connection_is_tried_again_until_patience_ends(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+def test_a_refused_connection_is_tried_again_until_the_time_is_up(
+    monkeypatch: pytest.MonkeyPatch, s3: S3Server
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"s3://bucket: writing a failed: Could not connect .* AWS_ENDPOINT_URL"):
-        ObjectStore("s3://bucket", patience_s=1.5).write("a", b"")
+        ObjectStore("s3://bucket", retry_s=1.5).write("a", b"")
     assert time.monotonic() - started > 1
 
 
@@ -101,7 +102,7 @@ def test_a_server_that_comes_up_late_is_waited_for(monkeypatch: pytest.MonkeyPat
     port = free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ObjectStore("s3://bucket", patience_s=60).read, "a")
+        asked = pool.submit(ObjectStore("s3://bucket", retry_s=60).read, "a")
         time.sleep(1.5)
         assert not asked.done()
         with serving(port):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import LeaseLostError, WorkspaceError
-from pipeline.core.places import is_remote, local_folder
+from pipeline.core.files import is_remote, local_folder
 from pipeline.storage.workspace import Workspace, open_workspace, replace_paths
 from tests.support.s3_server import S3Server
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import TrackingAwayError, WorkspaceError
-from pipeline.core.journal import Record
+from pipeline.core.files import Record
 from pipeline.registry.store import Registry
-from pipeline.tracking.delivery import Delivery, delivering
+from pipeline.tracking.live_metrics import Delivery, delivering
 from pipeline.tracking.runs import Tracking, _batches
 from tests.support.postgres import Postgres, postgres
 from tests.support.tracking_server import curve_faults, tracking_server
@@ -90,13 +90,13 @@ def test_batches_hold_whole_steps() -> None:
 
 
 def test_a_run_whose_making_was_not_heard_of_is_found_again(sqlite: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
-    create, made = sqlite._client_at_once.create_run, []
+    create, made = sqlite._client_without_retries.create_run, []
 
     def lose_the_answer(*arguments: Any, **options: Any) -> Any:
         made.append(create(*arguments, **options).info.run_id)
         raise ConnectionResetError("Connection reset by peer")
 
-    monkeypatch.setattr(sqlite._client_at_once, "create_run", lose_the_answer)
+    monkeypatch.setattr(sqlite._client_without_retries, "create_run", lose_the_answer)
     assert [sqlite.start_run("train", {}, origin="lost")] == made
     monkeypatch.undo()
     assert [sqlite.start_run("train", {}, origin="lost")] == made
@@ -179,7 +179,7 @@ def test_metrics_wait_for_a_database_that_is_away(on_postgres: Tracking, databas
     assert found.data.params == {"train.learning_rate": "0.1"}
     assert found.data.tags["kasa.status"] == "computed"
 
-    registry = again.waiting(Registry(Path("unused")))
+    registry = again.retrying(Registry(Path("unused")))
     registry.client.create_registered_model("model")
     version = registry.client.create_model_version("model", f"runs:/{run_id}/model", run_id)
     registry.client.set_registered_model_alias("model", "champion", version.version)

@@ -17,9 +17,9 @@ import torch.distributed as dist  # noqa: E402
 
 from kasa import KasaConfig, attach, find_targets  # noqa: E402
 from kasa.adapter import trainable_parameters  # noqa: E402
-from pipeline.config.deepspeed import complete_config, load_deepspeed_config, with_passes  # noqa: E402
+from pipeline.config.deepspeed import complete_config, load_deepspeed_config, with_accumulation  # noqa: E402
 from pipeline.config.settings import TrainSettings  # noqa: E402
-from pipeline.models.loading import load_base  # noqa: E402
+from pipeline.models.forward import load_base  # noqa: E402
 from pipeline.training import zero  # noqa: E402
 from tests.support.ranks import process_group  # noqa: E402
 
@@ -29,7 +29,9 @@ def main(folder: Path) -> None:
     settings = TrainSettings(
         workers=dist.get_world_size(), batch_size=4, micro_batch_size=1, deepspeed="cpu_zero3", precision="bf16"
     )
-    config = with_passes(complete_config(load_deepspeed_config(settings.deepspeed), settings), settings.workers, 2)
+    config = with_accumulation(
+        complete_config(load_deepspeed_config(settings.deepspeed), settings), settings.workers, 2
+    )
     with zero.partitioned_loading(config):
         model = load_base(folder, "bf16")
         attach(model, find_targets(model, "all-linear"), KasaConfig(rank=4, truncation="none"))

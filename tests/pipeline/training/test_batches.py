@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.training.batches import BatchPlan, learning_rate
+from pipeline.training.job import BatchPlan, learning_rate
 
 LENGTHS = list(np.random.default_rng(0).integers(4, 90, 40))
 
@@ -70,7 +70,7 @@ def test_packs_partition_the_global_batch_and_hold_no_more_than_they_may(workers
     packing = plan(workers, pack_tokens=pack_tokens)
     for step in range(20):
         packs = [pack for rank in range(workers) for pack in packing.micro_batches(step, rank)]
-        assert len(packs) == workers * packing.passes
+        assert len(packs) == workers * packing.accumulation_steps
         assert all(0 < sum(LENGTHS[i] for i in pack) <= pack_tokens for pack in packs)
         assert sorted(i for pack in packs for i in pack) == sorted(packing.samples(step))
 
@@ -78,7 +78,7 @@ def test_packs_partition_the_global_batch_and_hold_no_more_than_they_may(workers
 def test_packs_are_few_and_even() -> None:
     packing = plan(2, pack_tokens=200)
     fullest = max(sum(LENGTHS[i] for i in packing.samples(step)) for step in range(20))
-    assert -(-fullest // 400) <= packing.passes <= -(-fullest // 400) + 1
+    assert -(-fullest // 400) <= packing.accumulation_steps <= -(-fullest // 400) + 1
     loads = [sum(LENGTHS[i] for i in packing.micro_batches(3, rank)[0]) for rank in range(2)]
     assert max(loads) < 1.5 * min(loads)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kasa.errors import AdapterFileError
-from pipeline.training.checkpoints import (
+from pipeline.training.zero import (
     Checkpoint,
     load_checkpoint,
     newest_sound_checkpoint,
@@ -43,7 +43,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path) -> None:
 
 def test_what_an_interrupted_writer_left_is_no_checkpoint_and_is_cleared(tmp_path) -> None:
     save_checkpoint(tmp_path, checkpoint(5), kept=2)
-    (tmp_path / ".step-0000010.77.new").mkdir()
+    (tmp_path / ".step-0000010.77.partial").mkdir()
     (tmp_path / "step-0000020").mkdir()
     assert newest_step(tmp_path) == 5
     save_checkpoint(tmp_path, checkpoint(10), kept=2)

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.recipe import parse_recipe
-from pipeline.core.journal import read_journal
+from pipeline.core.files import read_journal
 from pipeline.training.job import JOURNAL, journalled_error
-from pipeline.training.objective import TokenObjective
-from pipeline.training.validation import what_went_wrong
+from pipeline.training.step import TokenObjective, divergence
 from tests.support.small_training import prepare_run, small_base, small_recipe, train_run
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -31,11 +30,11 @@ WELL = {"loss": 3.0, "task_loss": 2.9, "gradient_norm": 100.0}
     ],
 )
 def test_what_is_wrong(changes: dict[str, float], said: str | None) -> None:
-    assert what_went_wrong(WELL | changes, *TokenObjective(256).largest_loss) == said
+    assert divergence(WELL | changes, *TokenObjective(256).largest_loss) == said
 
 
 def test_a_step_without_a_norm() -> None:
-    assert what_went_wrong({"loss": 3.0, "task_loss": 3.0}, *TokenObjective(256).largest_loss) is None
+    assert divergence({"loss": 3.0, "task_loss": 3.0}, *TokenObjective(256).largest_loss) is None
 
 
 @pytest.mark.processes

@@ -14,10 +14,9 @@ from kasa import attach_saved, compute_spectra, read_adapter
 from kasa.model_spectra import ModelWeights
 from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.models.base import BaseModel
-from pipeline.models.heads import Head
-from pipeline.models.loading import load_base
-from pipeline.models.sequence_classification import collate_labelled, head_outputs, padding_token
-from pipeline.training.objective import LabelObjective
+from pipeline.models.forward import collate_labelled, head_outputs, load_base, padding_token
+from pipeline.models.prompting import Head
+from pipeline.training.step import LabelObjective
 from tests.support.encoders import write_encoder
 from tests.support.ranks import write_inputs
 from tests.support.small_training import outcome, train_run

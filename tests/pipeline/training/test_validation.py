@@ -1,4 +1,4 @@
-"""ValidationHistory at the validation samples: what is kept, when training ends, and that a kill changes neither."""
+"""Validation during training: what is kept, when training ends, and that a kill changes neither."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ import torch
 
 from kasa import attach_saved, read_adapter
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.models.language_model import collate, label_losses
-from pipeline.models.loading import load_base
-from pipeline.training.validation import ValidationHistory
+from pipeline.models.forward import collate, label_losses, load_base
+from pipeline.training.step import ValidationHistory
 from tests.support.small_training import STEPS, outcome, prepare_run, small_base, small_recipe, train_run
 
 EVERY, PATIENCE = 3, 2
 
 
-def looks(losses: dict[int, float], patience: int | None = 2) -> ValidationHistory:
+def history(losses: dict[int, float], patience: int | None = 2) -> ValidationHistory:
     return ValidationHistory(5, patience, losses)
 
 
 def test_the_last_step_is_always_looked_at() -> None:
-    assert [step for step in range(1, 13) if looks({}).is_due(step, 12)] == [5, 10, 12]
+    assert [step for step in range(1, 13) if history({}).is_due(step, 12)] == [5, 10, 12]
 
 
 def test_the_earliest_of_the_lowest_is_the_best() -> None:
-    assert looks({}).best_step is None
-    assert looks({5: 2.0, 10: 1.0, 12: 1.0}).best_step == 10
+    assert history({}).best_step is None
+    assert history({5: 2.0, 10: 1.0, 12: 1.0}).best_step == 10
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_the_earliest_of_the_lowest_is_the_best() -> None:
     ],
 )
 def test_patience(losses: dict[int, float], patience: int | None, exhausted: bool) -> None:
-    assert looks(losses, patience).should_stop == exhausted
+    assert history(losses, patience).should_stop == exhausted
 
 
 @pytest.fixture(scope="module")

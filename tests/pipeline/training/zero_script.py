@@ -23,13 +23,17 @@ from kasa import KasaConfig, adapted_layers, attach, find_targets, penalty  # no
 from kasa.adapter import trainable_parameters  # noqa: E402
 from kasa.spectra import bottom_triplets  # noqa: E402
 from kasa.targets import is_within  # noqa: E402
-from pipeline.config.deepspeed import with_passes  # noqa: E402
+from pipeline.config.deepspeed import with_accumulation  # noqa: E402
 from pipeline.methods.method import Adapted  # noqa: E402
-from pipeline.models.heads import Head  # noqa: E402
+from pipeline.models.prompting import Head  # noqa: E402
 from pipeline.training import zero  # noqa: E402
-from pipeline.training.batches import BatchPlan  # noqa: E402
-from pipeline.training.objective import LabelObjective, Objective, TokenObjective  # noqa: E402
-from pipeline.training.worker import _optimizer_step  # noqa: E402
+from pipeline.training.job import BatchPlan  # noqa: E402
+from pipeline.training.step import (  # noqa: E402
+    LabelObjective,
+    Objective,
+    TokenObjective,
+    optimizer_step,
+)
 from tests.support.ranks import process_group  # noqa: E402
 
 STEPS, HALF, BATCH, MICRO = 6, 3, 8, 2
@@ -125,7 +129,7 @@ def deepspeed_config(stage: int, dtype: torch.dtype, persistence: int, passes: i
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
-    return with_passes(config, dist.get_world_size(), passes)
+    return with_accumulation(config, dist.get_world_size(), passes)
 
 
 def start(
@@ -149,7 +153,7 @@ def train(task: Task, engine: Any, steps: range, plan: BatchPlan) -> list[float]
     losses = []
     for step in steps:
         zero.set_learning_rate(engine, RATES[step], HEAD_FASTER * RATES[step])
-        losses.append(_optimizer_step(adapted, engine, plan, task.samples, step, task.objective)["loss"])
+        losses.append(optimizer_step(adapted, engine, plan, task.samples, step, task.objective)["loss"])
     return losses
 
 
@@ -162,14 +166,14 @@ def compare_resumed(
 ) -> dict[str, Any]:
     """Six steps undisturbed, and three with three more in a new engine."""
     plan = batch_plan(task, dist.get_world_size(), pack_tokens)
-    engine, parameters = start(task, stage, dtype, persistence, plan.passes)
+    engine, parameters = start(task, stage, dtype, persistence, plan.accumulation_steps)
     undisturbed = train(task, engine, range(HALF), plan)
     values, moments = zero.whole_parameters(engine, parameters), zero.whole_moments(engine, parameters)
     undisturbed += train(task, engine, range(HALF, STEPS), plan)
     end = snapshot(engine, parameters)
     engine.destroy()
 
-    engine, parameters = start(task, stage, dtype, persistence, plan.passes)
+    engine, parameters = start(task, stage, dtype, persistence, plan.accumulation_steps)
     zero.restore_state(engine, parameters, values, moments, HALF)
     restored = snapshot(engine, parameters)
     resumed = train(task, engine, range(HALF, STEPS), plan)
@@ -180,7 +184,7 @@ def compare_resumed(
         "losses": undisturbed,
         "resumed": resumed,
         "partitioned": stage == 3 and any(p.numel() == 0 for p in parameters.values()),
-        "passes": plan.passes,
+        "passes": plan.accumulation_steps,
         "moved": sum(not torch.equal(values[name], end[name]) for name in values),
         "parameters": len(values),
         "restored_differs": [name for name in saved if not torch.equal(saved[name], restored[name])],

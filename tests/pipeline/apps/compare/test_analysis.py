@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.apps.compare.analysis import MethodResult, findings, verdict
-from pipeline.apps.compare.methods import ChosenRate
-from pipeline.apps.compare.paper import findings_json, markdown, write_comparison
-from pipeline.apps.compare.run import Compared, Plan
+from pipeline.apps.compare import Compared
+from pipeline.apps.compared_methods import ChosenRate, ComparisonPlan
+from pipeline.apps.comparison_analysis import MethodResult, findings, findings_json, markdown, verdict, write_comparison
 from pipeline.cli.compare import show_compared
 from pipeline.metrics.intervals import Interval
 
@@ -50,7 +49,7 @@ def found(**changes: Any) -> Any:
 
 
 def row(comparison: Any, name: str) -> Any:
-    return next(one for one in comparison.rows if one.ran.name == name)
+    return next(one for one in comparison.rows if one.result.name == name)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_a_narrow_terminal_loses_no_figure(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     comparison = found(kasa=0.9, more=[MethodResult("kasa-without-d", runs(0.5, 3, 4), COSTS, 8, 1e-3)])
-    plan = Plan(recipe(), (), (0, 1, 2), (), "lora")
+    plan = ComparisonPlan(recipe(), (), (0, 1, 2), (), "lora")
     show_compared(Compared(plan, comparison, Path("folder"), 10, 0, "run"))
     shown = capsys.readouterr().out
     assert "…" not in shown

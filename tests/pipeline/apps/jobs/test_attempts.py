@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.apps.jobs.client import FAILED, PENDING, RUNNING, STOPPED, SUCCEEDED, Next, first_id, next_step
+from pipeline.apps.job_client import FAILED, PENDING, RUNNING, STOPPED, SUCCEEDED, Next, first_id, next_step
 
 FIRST = "kasa-tiny-0123456789ab"
 SECOND, THIRD = f"{FIRST}-2", f"{FIRST}-3"

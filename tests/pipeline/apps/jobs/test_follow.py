@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pipeline.apps.jobs.client import JobState
-from pipeline.apps.jobs.follow import exit_code_of, follow
+from pipeline.apps.job_client import JobState
+from pipeline.apps.submit import exit_code_of, follow
 from pipeline.core.errors import ConnectionLostError
 
 LOG = [f"line {n}\n" for n in range(8)]

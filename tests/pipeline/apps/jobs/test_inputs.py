@@ -8,8 +8,8 @@ import yaml
 from typer.testing import CliRunner
 
 from kasa.errors import KasaError
-from pipeline.apps.jobs.inputs import check_inputs
-from pipeline.apps.jobs.submit import passed_environment
+from pipeline.apps.job_package import check_inputs
+from pipeline.apps.submit import passed_environment
 from pipeline.cli.main import app
 from pipeline.config.recipe import load_recipe
 from pipeline.core.errors import JobError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.apps.jobs import package
-from pipeline.apps.jobs.package import CODE, Package, make_package, write_package
+from pipeline.apps import job_package as package
+from pipeline.apps.job_package import CODE, Package, make_package, write_package
 from pipeline.core.errors import JobError
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.apps.judge import judge as judging
-from pipeline.apps.judge.answers import Question, read_prompt_set
-from pipeline.apps.judge.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
+from pipeline.apps import judge as judging
+from pipeline.apps.judge import Judge, Request, comparing, grading, read_grade, read_verdict, won
+from pipeline.apps.judge_answers import Question, read_prompt_set
 from pipeline.core.errors import DataError, JudgeError
 from tests.support.judge_server import Answering, judge_server, likes_the_first
 
@@ -96,7 +96,7 @@ def test_a_judge_that_fails_in_the_middle_has_not_answered_in_vain(server: Answe
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "_RETRIES", 0)
-    with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9/v1 does not answer .* the same command goes on from there"):
+    with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9/v1 does not answer .* the same command resumes from there"):
         Judge("http://127.0.0.1:9/v1", "m", None, tmp_path / "v.jsonl").ask_all(
             [Request(grading(QUESTION, 0, FIRST), ())]
         )

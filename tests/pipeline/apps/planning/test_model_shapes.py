@@ -44,9 +44,12 @@ PUBLISHED_ENCODERS = {
 }
 
 
+CACHED_FOLDER = model_shapes._cached_folder
+
+
 @pytest.fixture(autouse=True)
 def _empty_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_shapes, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(model_shapes, "_cached_folder", lambda *_: None)
 
 
 def test_every_built_in_shape_has_a_published_count() -> None:
@@ -115,7 +118,8 @@ def test_cached_hub_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         asked.append((repo, revision))
         return str(tmp_path / "config.json")
 
-    monkeypatch.setattr(model_shapes, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(model_shapes, "_cached_folder", CACHED_FOLDER)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
     config = model_config("owner/name", revision="v2")
     assert config is not None
     assert config.hidden_size == 64

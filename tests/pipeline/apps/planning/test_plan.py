@@ -22,8 +22,9 @@ from kasa.adapter_file import SavedAdapter
 from kasa.layer import KasaUpdate
 from kasa.spectra import Triplets
 from kasa.targets import Target
-from pipeline.apps.planning.compute import spectra_cost, training_flops
-from pipeline.apps.planning.memory import (
+from pipeline.apps.plan import DataFacts, Estimate, estimate, plan_training
+from pipeline.apps.plan_compute import Hardware, hardware_of, spectra_cost, training_flops
+from pipeline.apps.plan_memory import (
     GIB,
     PROCESS_GIB,
     AdaptedModule,
@@ -39,14 +40,13 @@ from pipeline.apps.planning.memory import (
     optimizer_bytes,
     trainable_parameters,
 )
-from pipeline.apps.planning.plan import DataFacts, Estimate, Hardware, estimate, hardware_of, plan_training
 from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.config.settings import TrainSettings
 from pipeline.core.errors import BaseModelError, RecipeError
 from pipeline.models import shapes as model_shapes
 from pipeline.models.shapes import meta_model, model_config
-from pipeline.training.batches import optimizer_steps
-from pipeline.training.checkpoints import Checkpoint, save_checkpoint
+from pipeline.training.job import optimizer_steps
+from pipeline.training.zero import Checkpoint, save_checkpoint
 
 LLAMAS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf", "Meta-Llama-3-8B", "Meta-Llama-3-70B")
 RANK, DROPPED = 4, 2
@@ -55,7 +55,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @pytest.fixture(autouse=True)
 def _empty_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_shapes, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(model_shapes, "_cached_folder", lambda *_: None)
 
 
 def _recipe(**sections: dict[str, Any]) -> Recipe:

@@ -1,1 +1,0 @@
-"""Recipes as jobs on a Ray cluster."""

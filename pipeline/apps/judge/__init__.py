@@ -1,1 +1,0 @@
-"""Answers graded by a language model."""

@@ -1,1 +1,0 @@
-"""What a run would take and do, without doing it."""

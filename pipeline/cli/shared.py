@@ -1,0 +1,63 @@
+"""What commands share: options, and how results are printed (to stdout, for people with rich or for programs as JSON)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.core.files import local_folder
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; docs/recipe.md lists its keys.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+BaseOption = Annotated[Path | None, typer.Option(help="The base model's folder, where it was moved.")]
+WorkspaceOption = Annotated[
+    Path,
+    typer.Option("--workspace", "-w", metavar="FOLDER|URL", parser=local_folder, help="The workspace of the runs."),
+]
+ReasonOption = Annotated[str | None, typer.Option(help="Why; recorded on the version.")]
+
+out = Console(highlight=False, soft_wrap=True)
+
+Result = TypeVar("Result")
+
+
+def show(result: Result, as_json: bool, values: Callable[[Result], object], print_: Callable[[Result], None]) -> None:
+    """Print a result: as one JSON object of its `values`, or for people with `print_`."""
+    if as_json:
+        print(json.dumps(values(result)))
+    else:
+        print_(result)
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without lines, its header in bold."""
+    return Table(*columns, box=None, pad_edge=False, header_style="bold")
+
+
+def uncut(table: Table) -> Table:
+    """The table at its full width: names that are to be copied must not be cut, however narrow the terminal."""
+    table.width = out.measure(table, options=out.options.update(width=1000)).maximum
+    return table
+
+
+def size_text(size: float) -> str:
+    """Bytes in MiB, or in GiB from one GiB on."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds, minutes from two of them on, or hours from two of them on."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

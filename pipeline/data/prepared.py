@@ -1,0 +1,158 @@
+"""What a row of data becomes: a sample, or a rejection with its reason.
+
+A sample is a conversation before any template. Everything after the forms (split, prompting, tokens, labels) works on samples.
+
+The prepared dataset, as the stages after preparation read it.
+
+train, heldout     Hugging Face datasets on disk (columns: see `COLUMNS` and `LABELLED_COLUMNS`)
+validation         another one, if `data.validation_rows` asks for it
+calibration        another one, if `data.calibration` names a source
+prompting.json     how prompts are written (`pipeline.models.prompting`)
+head.json          what the outputs of a new head mean (`pipeline.models.base`), if the recipe asks for one
+rejected.jsonl     every unusable row with its reason
+summary.json       counts; written last
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.core.errors import WorkspaceError
+from pipeline.models.prompting import PAIR_SEPARATOR, Head, Message, Prompting
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Rejection(NamedTuple):
+    """A row that cannot be used.
+
+    Attributes:
+        location: file and line.
+        reason: worded so that equal defects have equal reasons, and can be counted.
+    """
+
+    location: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation that ends with an assistant turn, before any template. A lone assistant turn is plain text.
+
+    The last turn of a labelled text is its label; the second text of a pair is a turn of the role `pair`.
+
+    Attributes:
+        turns: the conversation.
+        location: file and line.
+        further: references in addition to the last turn.
+        choices: the answers to choose from, of which the last turn is one; empty where there is no choice.
+        labels: how a generated answer names each choice.
+    """
+
+    turns: tuple[Message, ...]
+    location: str
+    further: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """What a user would type to get the last turn; for longer conversations the transcript up to that turn."""
+        before = self.turns[:-1]
+        if len(before) == 1 and before[0].role == "user":
+            return before[0].content
+        if self.is_pair:
+            return PAIR_SEPARATOR.join(turn.content for turn in before)
+        return "\n".join(f"{turn.role}: {turn.content}" for turn in before)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The last turn, then the further references; empty for plain text, which has no answer to compare with."""
+        return (self.turns[-1].content, *self.further) if len(self.turns) > 1 else ()
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether this is a pair of texts with a label."""
+        return len(self.turns) == 3 and self.turns[1].role == "pair"
+
+    @property
+    def opening(self) -> str:
+        """What training and held-out samples must not share: all up to the first answer, or the whole of a plain text."""
+        first = next(index for index, turn in enumerate(self.turns) if turn.role == "assistant")
+        return "\n".join(turn.content for turn in self.turns[: first or 1])
+
+
+COLUMNS = ("input_ids", "labels", "prompt", "prompt_tokens", "references", "choices", "choice_labels", "source")
+# `token_type_ids` is empty if the tokenizer gives none.
+LABELLED_COLUMNS = ("input_ids", "token_type_ids", "label", "prompt", "references", "source")
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A prepared dataset. Its splits are mapped from disk when they are first used.
+
+    Attributes:
+        folder: The folder that `prepare_dataset` wrote.
+        summary: The content of `summary.json`.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The training split."""
+        return self._load("train")
+
+    @cached_property
+    def heldout(self) -> Dataset:
+        """The held-out split."""
+        return self._load("heldout")
+
+    @cached_property
+    def validation(self) -> Dataset | None:
+        """The split on which the loss is measured during training; None if there is none."""
+        return self._load("validation") if (self.folder / "validation").exists() else None
+
+    @cached_property
+    def calibration(self) -> Dataset:
+        """The text that truncation looks at: that of `data.calibration`, or else the training split."""
+        return self._load("calibration") if (self.folder / "calibration").exists() else self.train
+
+    @cached_property
+    def prompting(self) -> Prompting:
+        """How the prompts were written."""
+        return Prompting.load(self.folder)
+
+    @cached_property
+    def head(self) -> Head:
+        """The head that the samples were prepared for."""
+        return Head.load(self.folder)
+
+    def _load(self, name: str) -> Dataset:
+        from datasets import load_from_disk  # takes a second to import
+
+        try:
+            return load_from_disk(str(self.folder / name))
+        except (OSError, ValueError) as error:
+            raise WorkspaceError(
+                f"{self.folder / name} is damaged ({error}); delete {self.folder} and run again"
+            ) from None
+
+
+def load_prepared(folder: Path) -> PreparedDataset:
+    """Open a prepared dataset.
+
+    Raises:
+        WorkspaceError: The folder is incomplete or damaged.
+    """
+    path = folder / "summary.json"
+    try:
+        return PreparedDataset(folder, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise WorkspaceError(f"{path} cannot be read ({error}); delete {folder} and run again") from None
