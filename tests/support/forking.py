@@ -104,6 +104,19 @@ def socket_path(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment[VARIABLE].partition(":")[2])
 
 
+def worker_note(launcher: int) -> Path:
+    """Where a launcher of Ray's writes down, as long as it lasts, which process it has got."""
+    return socket_path().with_name(f"worker-of-{launcher}")
+
+
+def forked_worker(launcher: int) -> int | None:
+    """The process that a launcher has got; None for other processes."""
+    try:
+        return int(worker_note(launcher).read_text(encoding="utf-8") or 0) or None
+    except (KeyError, FileNotFoundError):
+        return None
+
+
 def note_environment(environment: Mapping[str, str]) -> None:
     """Write down what the server's imports are about to read."""
     _note(environment).write_text(json.dumps(_read_at_start(environment)), encoding="utf-8")
