@@ -29,8 +29,11 @@ def main() -> None:
     if language != "PYTHON" or not is_plain or not forking.is_forkable(environment):
         script = os.path.join(os.path.dirname(passed[0]), "setup_worker.py")
         os.execv(sys.executable, [sys.executable, script, *sys.argv[1:]])
-    connection, _ = forking.ask(passed, os.getcwd(), environment, (0, 1, 2), new_session=False)
+    connection, worker = forking.ask(passed, os.getcwd(), environment, (0, 1, 2), new_session=False)
+    note = forking.worker_note(os.getpid())
+    note.write_text(str(worker), encoding="utf-8")
     status = connection.recv(64)
+    note.unlink()
     sys.exit(os.waitstatus_to_exitcode(int(status or b"9")) & 255)
 
 

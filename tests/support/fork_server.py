@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -178,6 +179,9 @@ def _become(request: Mapping[str, Any], added: Mapping[str, str], own_path: Sequ
     np.random.seed()  # Python's own generator sees to itself
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, int(os.environ["MALLOC_MMAP_THRESHOLD_"]))
+    sys.warnoptions[:] = filter(None, os.environ.get("PYTHONWARNINGS", "").split(","))
+    for option in sys.warnoptions:
+        warnings.simplefilter(option)  # all that the product sets is an action: ignore
     # Read during the imports, and set in Ray's workers alone.
     if os.environ.get("TRANSFORMERS_VERBOSITY") == "error":
         transformers.logging.set_verbosity_error()
@@ -189,6 +193,7 @@ def _run(arguments: Sequence[str]) -> None:
     """What `python ARGUMENTS` runs, as the module `__main__`."""
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])
+        sys.modules.pop(arguments[1], None)  # runpy warns of a module that was imported before
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]

@@ -31,8 +31,8 @@ _READ_AT_START = (
     "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS", "TRANSFORMERS_OFFLINE", "ARROW_", "RAY_TRAIN_", "RAY_ACCEL_", "RAY_DEDUP_",
     "RAY_AUTH_MODE",
 )  # fmt: skip
-# What the server can still set in a fork.
-_SET_AFTERWARDS = {"MALLOC_MMAP_THRESHOLD_"}
+# What the server can still set in a fork, and what is read when it is used.
+_NOT_TOO_LATE = {"MALLOC_MMAP_THRESHOLD_", "PYTHONWARNINGS", "PYTHONBREAKPOINT"}
 
 
 class ForkedProcess(subprocess.Popen[Any]):
@@ -104,6 +104,19 @@ def socket_path(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment[VARIABLE].partition(":")[2])
 
 
+def worker_note(launcher: int) -> Path:
+    """Where a launcher of Ray's writes down, as long as it lasts, which process it has got."""
+    return socket_path().with_name(f"worker-of-{launcher}")
+
+
+def forked_worker(launcher: int) -> int | None:
+    """The process that a launcher has got; None for other processes."""
+    try:
+        return int(worker_note(launcher).read_text(encoding="utf-8") or 0) or None
+    except (KeyError, FileNotFoundError):
+        return None
+
+
 def note_environment(environment: Mapping[str, str]) -> None:
     """Write down what the server's imports are about to read."""
     _note(environment).write_text(json.dumps(_read_at_start(environment)), encoding="utf-8")
@@ -127,7 +140,7 @@ def _note(environment: Mapping[str, str]) -> Path:
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
-    names = [name for name in environment if name.startswith(_READ_AT_START) and name not in _SET_AFTERWARDS]
+    names = [name for name in environment if name.startswith(_READ_AT_START) and name not in _NOT_TOO_LATE]
     return {name: environment[name] for name in names}
 
 
