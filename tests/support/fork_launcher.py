@@ -33,7 +33,7 @@ def main() -> None:
     note = forking.worker_note(os.getpid())
     note.write_text(str(worker), encoding="utf-8")
     status = connection.recv(64)
-    note.unlink()
+    note.unlink(missing_ok=True)
     sys.exit(os.waitstatus_to_exitcode(int(status or b"9")) & 255)
 
 
