@@ -28,7 +28,7 @@ class KasaConfig:
     """
 
     rank: int = 8
-    alpha: float = 16
+    alpha: float = 16.0
     dropout: float = 0.0
     truncation: Truncation = "loss"
     dropped_rank: int = 8

@@ -109,6 +109,14 @@ def test_a_trial_needs_the_spectra_that_its_method_begins_with(recipe: Build) ->
         assert "evaluate" not in trial_keys(trial(one, 0, 1e-3, is_tuning=True), "b", "s", targets)
 
 
+def test_the_recipes_own_kasa_in_a_comparison_is_the_training_of_a_run(recipe: Build) -> None:
+    model = meta()
+    targets = find_targets(model, "all-linear")
+    (one,) = compared_methods(recipe(), ["kasa"], targets, model)
+    tried = trial_keys(trial(one, recipe().train.seed, recipe().train.learning_rate), "b", "s", targets)["train"]
+    assert tried == keys.stage_keys(KeyInputs(recipe(), "b", "s", targets))["train"]
+
+
 def test_the_spectra_of_corda_are_its_own_and_know_no_gradients(recipe: Build) -> None:
     def made(**changes: Any) -> tuple[str, dict[str, Any]]:
         key = keys.stage_keys(KeyInputs(recipe(changes)))["spectra"]
