@@ -1,4 +1,4 @@
-"""A process that has imported torch, transformers, DeepSpeed, Ray, MLflow and this project once, and forks what tests start.
+"""A process that has imported torch, transformers, DeepSpeed, MLflow and this project once, and forks what tests start.
 
 Before a fork runs its module it is given the working directory, environment, arguments, standard streams, module path and
 random state that a fresh interpreter would have. Ray's own workers are forked as well: a raylet that is started from here
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _START_S = 120.0
 # Nothing that starts a thread or touches a device: neither would live on in a fork.
 _IMPORTED = (
-    "scipy.stats", "datasets", "deepspeed", "mlflow.pyfunc", "peft", "ray.train.v2.torch.torch_trainer",
+    "scipy.stats", "datasets", "deepspeed", "mlflow.pyfunc", "peft",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
     "pipeline.cli.main", "pipeline.run.flow", "pipeline.training.worker", "pipeline.evaluation.worker",
 )  # fmt: skip
@@ -73,22 +74,36 @@ def ensure_server() -> None:
 
 
 def _environment() -> dict[str, str]:
-    """What everything is imported in; its settings of Ray are those of the product's own connection."""
-    from pipeline.cluster.connection import _DRIVER_ENVIRONMENT
-
-    rays = {**_DRIVER_ENVIRONMENT, "RAY_AUTH_MODE": "token"}
-
+    """What everything is imported in."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "KASA_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | rays
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def _import_everything() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
-    from ray._private import ray_constants
+    # Ray reads its job's id and all its settings from the environment when it is imported, so a fork must do that itself.
+    assert "ray" not in sys.modules, "the fork server has imported Ray"
 
-    # An absolute path, so that joining it to the folder of Ray's script gives it as it is.
-    ray_constants.SETUP_WORKER_FILENAME = str(ROOT / "tests" / "support" / "fork_launcher.py")
+
+class _WorkersAreForked:
+    """Has a raylet that this process starts run our launcher, once Ray is imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "ray._private.ray_constants":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        execute = spec.loader.exec_module  # type: ignore[union-attr]
+
+        def execute_and_change(module: Any) -> None:
+            execute(module)
+            # An absolute path, so that joining it to the folder of Ray's script gives it as it is.
+            module.SETUP_WORKER_FILENAME = str(ROOT / "tests" / "support" / "fork_launcher.py")
+
+        spec.loader.exec_module = execute_and_change  # type: ignore[union-attr,method-assign]
+        return spec
 
 
 class _Child(Exception):  # noqa: N818
@@ -175,6 +190,7 @@ def _become(request: Mapping[str, Any], added: Mapping[str, str], own_path: Sequ
     first = {"-m": os.getcwd(), "-c": ""}.get(kind, os.path.dirname(kind))
     given = os.environ.get("PYTHONPATH", "")
     sys.path[:] = [first, *filter(None, given.split(os.pathsep)), *own_path]
+    sys.meta_path.insert(0, _WorkersAreForked())  # type: ignore[arg-type]
     tempfile.tempdir = None
     np.random.seed()  # Python's own generator sees to itself
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:

@@ -1,6 +1,6 @@
 """Start Python processes of this project as forks of a server that has imported everything once (`fork_server.py`).
 
-A fork begins where the imports of torch, transformers, DeepSpeed, Ray and MLflow end, which take a fresh interpreter about
+A fork begins where the imports of torch, transformers, DeepSpeed and MLflow end, which take a fresh interpreter about
 ten seconds. What is read before or during those imports cannot be changed afterwards: a process whose environment differs
 from the server's in such a variable, or whose PYTHONPATH is not this project, is started as a fresh interpreter. So is
 everything outside a pytest session, benchmarks above all.
@@ -28,8 +28,7 @@ LARGEST_REQUEST = 2**22
 # Prefixes of variables that are read when the interpreter, the C library or an imported module starts.
 _READ_AT_START = (
     "PYTHON", "LD_", "MALLOC_", "GLIBC_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "CUDA_", "DS_", "HF_HOME", "HF_HUB_CACHE",
-    "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS", "TRANSFORMERS_OFFLINE", "ARROW_", "RAY_TRAIN_", "RAY_ACCEL_", "RAY_DEDUP_",
-    "RAY_AUTH_MODE",
+    "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS", "TRANSFORMERS_OFFLINE", "ARROW_",
 )  # fmt: skip
 # What the server can still set in a fork, and what is read when it is used.
 _NOT_TOO_LATE = {"MALLOC_MMAP_THRESHOLD_", "PYTHONWARNINGS", "PYTHONBREAKPOINT"}
@@ -128,8 +127,8 @@ def is_forkable(environment: Mapping[str, str]) -> bool:
         servers = json.loads(_note(environment).read_text(encoding="utf-8"))
     except (KeyError, FileNotFoundError):
         return False
-    # The product sets its variables for Ray itself, before it imports Ray, and MKL's to the same as OMP's.
-    defaults = {name: value for name, value in servers.items() if name.startswith("RAY_")} | {"MKL_NUM_THREADS": "1"}
+    # The product sets MKL's to the same as OMP's.
+    defaults = {"MKL_NUM_THREADS": "1"}
     if "RAY_ADDRESS" in environment:
         del defaults["RAY_AUTH_MODE"]  # as that cluster has it
     return defaults | _read_at_start(environment) == servers | {"MKL_NUM_THREADS": "1"}
