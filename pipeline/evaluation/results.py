@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kasa.errors import nearest
 from pipeline.config.settings import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError
@@ -52,6 +50,8 @@ def score_choices(log_likelihoods: Sequence[float], choices: Sequence[str], righ
         The likeliest `choice`, whether it is right (`accuracy`, the harness's `acc`), and whether the one of the largest
         log-likelihood per character is right (`accuracy_norm`, the harness's `acc_norm`).
     """
+    import numpy as np  # a retraining with nothing to do imports this module
+
     likeliest = int(np.argmax(log_likelihoods))
     by_length = int(np.argmax(np.array(log_likelihoods) / [len(choice) for choice in choices]))
     return {

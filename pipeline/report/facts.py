@@ -14,15 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from pipeline.metrics.catalogue import METRICS, SHARES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from pipeline.evaluation.results import HarnessRow
     from pipeline.metrics.intervals import Interval
 
@@ -234,6 +233,8 @@ def scalar(value: Any) -> str:
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of CSS pixels (at natural size) with one bare, transparent axes."""
+    from matplotlib.figure import Figure  # not before: every run imports this module, and few draw
+
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
@@ -252,6 +253,8 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
         name: unique on the page: it salts the element ids, which are global in HTML.
         label: what a screen reader says.
     """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
     with _svg_settings(name):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
@@ -266,6 +269,8 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
 
 @contextmanager
 def _svg_settings(name: str) -> Iterator[None]:
+    import matplotlib
+
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify": True}):
         yield
 
