@@ -1,8 +1,8 @@
 """A process that has imported torch, transformers, DeepSpeed, MLflow and this project once, and forks what tests start.
 
 Before a fork runs its module it is given the working directory, environment, arguments, standard streams, module path and
-random state that a fresh interpreter would have. Ray is not imported here: it reads its settings from the environment when it
-is. Its workers are no forks: a forked one was seen to hang in LAPACK.
+random state that a fresh interpreter would have. Ray's own workers are forked as well: a raylet that is started from here
+runs `fork_launcher.py` in the place of Ray's `setup_worker.py`.
 
 These tests start true cold processes all the same: the first complete run of a workspace (the fixture `first`), the run for
 which torch is forbidden, the jobs' drivers, the tests of Ray's start, and the servers of MLflow.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -83,6 +84,26 @@ def _import_everything() -> None:
         importlib.import_module(name)
     # Ray reads its job's id and all its settings from the environment when it is imported, so a fork must do that itself.
     assert "ray" not in sys.modules, "the fork server has imported Ray"
+
+
+class _WorkersAreForked:
+    """Has a raylet that this process starts run our launcher, once Ray is imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "ray._private.ray_constants":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        execute = spec.loader.exec_module  # type: ignore[union-attr]
+
+        def execute_and_change(module: Any) -> None:
+            execute(module)
+            # An absolute path, so that joining it to the folder of Ray's script gives it as it is.
+            module.SETUP_WORKER_FILENAME = str(ROOT / "tests" / "support" / "fork_launcher.py")
+
+        spec.loader.exec_module = execute_and_change  # type: ignore[union-attr,method-assign]
+        return spec
 
 
 class _Child(Exception):  # noqa: N818
@@ -169,6 +190,7 @@ def _become(request: Mapping[str, Any], added: Mapping[str, str], own_path: Sequ
     first = {"-m": os.getcwd(), "-c": ""}.get(kind, os.path.dirname(kind))
     given = os.environ.get("PYTHONPATH", "")
     sys.path[:] = [first, *filter(None, given.split(os.pathsep)), *own_path]
+    sys.meta_path.insert(0, _WorkersAreForked())  # type: ignore[arg-type]
     tempfile.tempdir = None
     np.random.seed()  # Python's own generator sees to itself
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:

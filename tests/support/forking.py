@@ -4,6 +4,8 @@ A fork begins where the imports of torch, transformers, DeepSpeed and MLflow end
 ten seconds. What is read before or during those imports cannot be changed afterwards: a process whose environment differs
 from the server's in such a variable, or whose PYTHONPATH is not this project, is started as a fresh interpreter. So is
 everything outside a pytest session, benchmarks above all.
+
+This module imports nothing but the standard library: the launcher of Ray's workers (`fork_launcher.py`) uses it too.
 """
 
 from __future__ import annotations
@@ -99,6 +101,19 @@ def start_python(
 def socket_path(environment: Mapping[str, str] = os.environ) -> Path:
     """Where the session's server listens."""
     return Path(environment[VARIABLE].partition(":")[2])
+
+
+def worker_note(launcher: int) -> Path:
+    """Where a launcher of Ray's writes down, as long as it lasts, which process it has got."""
+    return socket_path().with_name(f"worker-of-{launcher}")
+
+
+def forked_worker(launcher: int) -> int | None:
+    """The process that a launcher has got; None for other processes."""
+    try:
+        return int(worker_note(launcher).read_text(encoding="utf-8") or 0) or None
+    except (KeyError, FileNotFoundError):
+        return None
 
 
 def note_environment(environment: Mapping[str, str]) -> None:

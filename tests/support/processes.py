@@ -12,7 +12,7 @@ from typing import TypeVar
 import psutil
 
 from tests.support import ROOT
-from tests.support.forking import start_python
+from tests.support.forking import forked_worker, start_python
 
 Found = TypeVar("Found")
 
@@ -57,14 +57,20 @@ def wait_for(condition: Callable[[], Found], process: subprocess.Popen[str], pat
 
 
 def beneath(process: subprocess.Popen[str], mark: str = "") -> list[psutil.Process]:
-    """Living descendants with `mark` in their command line: `RayTrainWorker`, or `gcs_server`, which is Ray's head."""
+    """Living descendants with `mark` in their command line: `RayTrainWorker`, or `gcs_server`, which is Ray's head.
+
+    A Ray worker that is a fork counts as a descendant of the launcher that the raylet started for it.
+    """
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if child.status() != psutil.STATUS_ZOMBIE and any(mark in part for part in child.cmdline()):
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
+        number = forked_worker(child.pid)
+        for one in (child.pid, number) if number else (child.pid,):
+            try:
+                living = psutil.Process(one)
+                if living.status() != psutil.STATUS_ZOMBIE and any(mark in part for part in living.cmdline()):
+                    found.append(living)
+            except psutil.NoSuchProcess:
+                continue
     return found
 
 
