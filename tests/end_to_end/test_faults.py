@@ -52,15 +52,26 @@ def test_a_worker_without_memory_says_what_to_do(bench: Bench, first: dict[str, 
     assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
 
 
-def test_a_killed_driver_is_resumed_in_the_same_mlflow_runs(bench: Bench, first: dict[str, Any], name: str) -> None:
+def test_a_killed_head_and_a_killed_driver_are_resumed_in_the_same_mlflow_runs(
+    bench: Bench, first: dict[str, Any], name: str
+) -> None:
     process = bench.start(name)
     mid_training(bench, name, process)
     ray_processes = beneath(process)
-    process.kill()
-    process.wait()
-    (interrupted,) = parents(bench.mlflow(name))
-    # Ray's own processes notice the driver's death by themselves; the next run must not depend on how fast.
     try:
+        (head,) = beneath(process, "gcs_server")
+        head.kill()
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "failed: Ray's head process died; the same command resumes from here" in said.splitlines()
+
+        process = bench.start(name)
+        mid_training(bench, name, process, 9)
+        ray_processes += beneath(process)
+        process.kill()
+        process.wait()
+        (interrupted,) = parents(bench.mlflow(name))
+        # Ray's own processes notice the driver's death by themselves; the next run must not depend on how fast.
         result = bench.run(name)
     finally:
         end_all(ray_processes)
@@ -72,21 +83,4 @@ def test_a_killed_driver_is_resumed_in_the_same_mlflow_runs(bench: Bench, first:
         "spectra": "reused",
         "audit": "reused",
     }
-    assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
-
-
-def test_a_killed_head_ends_the_run_soon_and_the_next_goes_on(bench: Bench, first: dict[str, Any], name: str) -> None:
-    process = bench.start(name)
-    mid_training(bench, name, process)
-    ray_processes = beneath(process)
-    (head,) = beneath(process, "gcs_server")
-    head.kill()
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "failed: Ray's head process died; the same command resumes from here" in said.splitlines()
-    try:
-        result = bench.run(name)
-    finally:
-        end_all(ray_processes)
-    assert_recorded_once(bench, name, result)
     assert adapter_bytes(result, bench) == adapter_bytes(first, bench)
