@@ -65,7 +65,11 @@ USUAL = "stopped; the same command goes on: kasa run 'my recipe.yaml'\n"
 
 def start(what: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, what], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, what],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert process.stdout is not None
     sleeper = psutil.Process(int(process.stdout.readline()))
