@@ -123,10 +123,15 @@ class _Connection:
             # Linux kills the processes of Ray together with the thread that started them, and a stage may run in a thread that
             # ends before the run. So a thread of the connection's own starts Ray.
             starter = ThreadPoolExecutor(1, "ray")
-            opened.callback(lambda: starter.shutdown(wait=not stopping.requested()))
+            opened.callback(lambda: None if _left_to_the_end() else starter.shutdown())
             connected = _connected(self.workspace, self.cpus, self.gpus)
             starter.submit(opened.enter_context, connected).result()
             self.stack.enter_context(opened.pop_all())
+
+
+def _left_to_the_end() -> bool:
+    """Whether Ray is left as it is: what stops this process kills a Ray of its own, workers and all, and a cluster notices."""
+    return bool(stopping.requested()) and stopping.KILLS_BENEATH
 
 
 class _SlowStartError(Exception):
@@ -177,8 +182,7 @@ def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
         yield
     finally:
         done.set()
-        # What stops this process ends a Ray of its own as well, and a cluster notices; this would take seconds.
-        if not (stopping.requested() and stopping.KILLS_BENEATH):
+        if not _left_to_the_end():
             ray.shutdown()
 
 
