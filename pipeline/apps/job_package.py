@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
@@ -120,7 +122,8 @@ def make_package(folder: Path, needed: Sequence[Path], workspace: Path) -> Packa
         workspace: the recipe's workspace, which is left out if it lies in the folder.
 
     Raises:
-        JobError: the files are too large for Ray, one cannot be read, or one is in the place of the pipeline's code.
+        JobError: the files are too large for Ray, one cannot be read, or one is in the place of the pipeline's code or would
+            hide a library.
     """
     try:
         files = {
@@ -130,6 +133,7 @@ def make_package(folder: Path, needed: Sequence[Path], workspace: Path) -> Packa
         for path in needed:
             files |= {file.relative_to(folder).as_posix(): file for file in _all_files(path)}
         files |= _code(files)
+        _refuse_shadows(files)
         _check_size(files)
         return Package(files, _digest(files))
     except OSError as error:
@@ -207,6 +211,22 @@ def _code(files: dict[str, Path]) -> dict[str, Path]:
                 f"{files[name]} stands where a job needs the pipeline's own {name}; rename it, or submit from another folder"
             )
     return code
+
+
+def _refuse_shadows(files: dict[str, Path]) -> None:
+    """A job looks for modules in its working directory first, in all of its processes."""
+    installed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    for name, file in files.items():
+        module, is_module, rest = name.partition(".py")
+        if (
+            not is_module or rest or "/" in name or module in CODE
+        ):  # the package beside it comes before a file of its name
+            continue
+        if module in sys.stdlib_module_names or PathFinder.find_spec(module, installed):
+            raise JobError(
+                f"a job would import {file} in place of the library {module}; rename it, or name it in .gitignore if the job "
+                "does not need it"
+            )
 
 
 def _digest(files: dict[str, Path]) -> str:

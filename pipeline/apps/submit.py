@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from kasa.errors import nearest
 from pipeline.apps.job_client import FAILED, RUNNING, STOPPED, SUCCEEDED, Dashboard, JobState, Next, first_id, next_step
 from pipeline.apps.job_package import Package, check_inputs, make_package, write_package
 from pipeline.config.recipe import Recipe, load_recipe, recipe_values
+from pipeline.core import stopping
 from pipeline.core.console import console
 from pipeline.core.errors import ClusterError, ConnectionLostError, JobError
 
@@ -298,9 +300,16 @@ def _say_end(state: JobState, job: str, code: int) -> None:
 
 def _interrupted(dashboard: Dashboard, job: str) -> str:
     """Ask the user whether to stop the job; returns its status after that."""
-    if not _stop_wanted():
-        _say(f"the job goes on; {how_to_follow(job, dashboard.address)}")
-        return RUNNING
+    goes_on = f"the job goes on; {how_to_follow(job, dashboard.address)}"
+    with stopping.held(goes_on):
+        if _stop_wanted():
+            return _stopped(dashboard, job)
+    _say(goes_on)
+    return RUNNING
+
+
+def _stopped(dashboard: Dashboard, job: str) -> str:
+    """Stop the job; returns its status after that."""
     try:
         dashboard.stop(job)
         deadline = time.monotonic() + _STOP_S
@@ -314,7 +323,8 @@ def _interrupted(dashboard: Dashboard, job: str) -> str:
 
 
 def _stop_wanted() -> bool:
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    # Whoever sends SIGTERM waits for no answer.
+    if stopping.requested() == signal.SIGTERM or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     console.print("\nStop the job, too? [y/N] ", end="", markup=False)
     try:

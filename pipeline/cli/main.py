@@ -1,6 +1,7 @@
 """The command line, `kasa`: its commands, in the order in which help shows them, and how it ends.
 
-Exit codes: 0 done; 2 the user's mistake, one clear error and no traceback; 1 failure, with the traceback in a file.
+Exit codes: 0 done; 2 the user's mistake, one clear error and no traceback; 1 failure, with the traceback in a file; 130 after
+Ctrl-C and 143 after SIGTERM (`pipeline.core.stopping`).
 Results go to stdout, everything else to stderr.
 
 Command modules import what they run inside of the commands, so that each starts quickly and `kasa retrain` loads nothing
@@ -12,19 +13,27 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import signal
+import re
+import shlex
+import shutil
 import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 from rich.markup import escape
 
 from kasa.errors import KasaError
 from pipeline.cli import compare, models, run
+from pipeline.core import stopping
 from pipeline.core.console import console
 from pipeline.core.errors import WorkspaceError
+
+# A login or a query in a URL, or a setting whose name says what it is.
+_SECRET = re.compile(r"://[^/\s]*@|://\S*\?|(token|password|secret|key)=", re.IGNORECASE)
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +61,11 @@ app.add_typer(models.artifacts_app, name="artifacts")
 def main() -> None:
     """Entry point of the `kasa` command."""
     warnings.filterwarnings("ignore")
-    end_on_sigterm()
+    with stopping.on_signals(command_line(sys.argv)):
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except KasaError as error:
@@ -66,9 +79,6 @@ def main() -> None:
         )
         console.print(f"[bold red]error:[/] {escape(str(full))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command resumes from here")
-        sys.exit(130)
     except Exception as error:
         _fail(error)
     finally:
@@ -76,9 +86,12 @@ def main() -> None:
         gc.freeze()
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM, with which schedulers stop a process, end it in order: leases are given back, runs are marked."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as it can be typed again; empty where an argument may hold a login or a token, which no log must show."""
+    if any(_SECRET.search(argument) for argument in arguments[1:]):
+        return ""
+    named = Path(arguments[0]).name == "kasa" and not shutil.which("kasa")
+    return shlex.join([arguments[0] if named else "kasa", *arguments[1:]])
 
 
 def _fail(error: Exception) -> None:

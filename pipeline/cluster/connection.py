@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import stopping
 from pipeline.core.errors import ClusterError, cause_line
 from pipeline.core.machine import GIB
+
+_ROOT = Path(__file__).resolve().parents[2]
 
 # Ray reads these when it is imported.
 _DRIVER_ENVIRONMENT = {
@@ -75,6 +78,7 @@ def ensure_connected() -> None:
         ClusterError: Ray does not start, RAY_ADDRESS cannot be reached, or the cluster is smaller than the run needs.
     """
     _connections[-1].ensure()
+    stopping.keep_handlers()
 
 
 def cluster_capacity() -> tuple[float, int]:
@@ -118,10 +122,16 @@ class _Connection:
         with ExitStack() as opened:
             # Linux kills the processes of Ray together with the thread that started them, and a stage may run in a thread that
             # ends before the run. So a thread of the connection's own starts Ray.
-            starter = opened.enter_context(ThreadPoolExecutor(1, "ray"))
+            starter = ThreadPoolExecutor(1, "ray")
+            opened.callback(lambda: None if _left_to_the_end() else starter.shutdown())
             connected = _connected(self.workspace, self.cpus, self.gpus)
             starter.submit(opened.enter_context, connected).result()
             self.stack.enter_context(opened.pop_all())
+
+
+def _left_to_the_end() -> bool:
+    """Whether Ray is left as it is: what stops this process kills a Ray of its own, workers and all, and a cluster notices."""
+    return bool(stopping.requested()) and stopping.KILLS_BENEATH
 
 
 class _SlowStartError(Exception):
@@ -155,6 +165,7 @@ def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            job_config=_job_config(),
             **({} if address else options),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -171,7 +182,25 @@ def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
         yield
     finally:
         done.set()
-        ray.shutdown()
+        if not _left_to_the_end():
+            ray.shutdown()
+
+
+def _job_config() -> Any:
+    """What Ray does with the import path of the workers: this package's root comes first.
+
+    Ray would put the current folder, and that of the command's script, before all else: a file named `pipeline.py` or
+    `datasets.py` in it would be imported instead of the package.
+    """
+    from ray.job_config import JobConfig
+
+    class OwnPath(JobConfig):  # type: ignore[misc]
+        def _get_proto_job_config(self) -> Any:
+            # An installed package is found without help, and its folder must not come before the standard library.
+            self._py_driver_sys_path = [] if _ROOT.name in ("site-packages", "dist-packages") else [str(_ROOT)]
+            return super()._get_proto_job_config()
+
+    return OwnPath()
 
 
 def _facts() -> dict[str, str]:
@@ -206,7 +235,7 @@ def _end_with_head(address: str, done: threading.Event) -> None:
                 pass  # a machine that is busy; a port without a process refuses at once
             except OSError:
                 misses += 1
-        if not done.is_set():
+        if not (done.is_set() or stopping.requested()):
             print("failed: Ray's head process died; the same command resumes from here", file=sys.stderr, flush=True)
             os._exit(1)
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from kasa.errors import KasaError
 from pipeline.cluster.connection import ensure_connected
+from pipeline.core import stopping
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import WorkerError, cause_line
 from pipeline.core.files import JournalTail, Record, append_journal
@@ -95,6 +96,7 @@ def run_tasks(
     results: dict[int, Result] = {}
     try:
         while pending:
+            stopping.check()
             done, _ = ray.wait(list(pending), timeout=0.5)
             while_waiting()
             for reference in done:
@@ -131,7 +133,8 @@ def run_training_workers(
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
     try:
-        _trainer(function, job, workers, scratch, interruptions).fit()
+        # In the main thread Ray Train would put a handler of its own before Ctrl-C, and leave it there.
+        stopping.aside(_trainer(function, job, workers, scratch, interruptions).fit)
     except WorkerGroupError as error:
         raise _error_of(error.worker_failures) from error
     except TrainingFailedError as error:

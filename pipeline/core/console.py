@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -17,7 +18,13 @@ PLAIN_INTERVAL_S = 15.0
 
 
 class ProgressBars:
-    """Progress of several activities at once. Its methods may be called from several threads."""
+    """Progress of several activities at once. Its methods may be called from several threads.
+
+    Attributes:
+        reached: the newest progress of the whole process, such as `after step 12 of 60`; empty while there is none.
+    """
+
+    reached: ClassVar[str] = ""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -61,9 +68,15 @@ class ProgressBars:
         """Print a line that stays, above the bars."""
         console.print(f"{self._label}{text}", markup=False, soft_wrap=True)
 
-    def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` units of the activity `name` are complete, with a short note at the end of the line."""
+    def update(self, name: str, done: int, total: int, note: str = "", unit: str = "") -> None:
+        """Show that `done` of `total` units of the activity `name` are complete, with a short note at the end of the line.
+
+        Args:
+            unit: its name; where there is none, the note names it.
+        """
         name = f"{self._label}{name}"
+        place = f"after {unit} {done} of {total}" if unit else f"in {name} after {done} of {total} {note}"
+        ProgressBars.reached = place.rstrip()
         if console.is_terminal:
             self._update_bar(name, done, total, note)
         else:

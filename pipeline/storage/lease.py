@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+from pipeline.core import stopping
 from pipeline.core.errors import LeaseLostError, WorkspaceError
 from pipeline.storage.objects import ObjectStore
 
@@ -285,7 +286,8 @@ def acquire(store: LeaseStore, duration_s: float = DURATION_S) -> Lease | Holder
 def released_after(lease: Lease) -> Iterator[None]:
     """Release the lease at the end of the block, also after an exception."""
     try:
-        yield
+        with stopping.otherwise(lease.release):
+            yield
     finally:
         lease.release()
 

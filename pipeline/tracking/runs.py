@@ -9,9 +9,11 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.core import stopping
 from pipeline.core.code import user_name
 from pipeline.core.errors import TrackingAwayError
 from pipeline.core.files import Record
@@ -182,19 +184,18 @@ class Tracking:
 
     @contextmanager
     def open_run(self, run_id: str) -> Iterator[None]:
-        """End the run at the end of the block: FINISHED, KILLED after Ctrl-C, FAILED after any other exception.
+        """End the run at the end of the block: FINISHED, KILLED after Ctrl-C or SIGTERM, FAILED after any other exception.
 
         After an exception nothing is retried: if the server is unavailable, the run stays RUNNING, to be resumed.
         """
         try:
-            yield
-        except KeyboardInterrupt:
-            self._end_without_retries(run_id, "KILLED")
-            raise
+            with stopping.otherwise(partial(self._end_without_retries, run_id, "KILLED")):
+                yield
         except TrackingAwayError:
             raise
-        except BaseException:
-            self._end_without_retries(run_id, "FAILED")
+        except BaseException as error:
+            killed = isinstance(error, KeyboardInterrupt) or stopping.requested()
+            self._end_without_retries(run_id, "KILLED" if killed else "FAILED")
             raise
         self.end_run(run_id)
 

@@ -16,6 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from pipeline.core import stopping
 from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError, WorkspaceError, one_line
 from pipeline.core.machine import backoff_s
@@ -160,7 +161,7 @@ def retry(
     call: Callable[[], Result],
     where: str,
     limit_s: float,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = stopping.pause,
     clock: Callable[[], float] = time.monotonic,
     say: Callable[[str], None] = lambda line: console.print(line, markup=False, soft_wrap=True),
 ) -> Result:

@@ -183,6 +183,7 @@ def _become(request: Mapping[str, Any], added: Mapping[str, str], own_path: Sequ
 
     if request["new_session"]:
         os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update({**added, **request["environment"]})

@@ -95,7 +95,13 @@ def start_python(
         environment = {**environment, VARIABLE: os.environ[VARIABLE]}
         if is_forkable(environment):
             return ForkedProcess(list(arguments), env=environment, **options)
-    return subprocess.Popen([sys.executable, *arguments], env=environment, **options)
+    # Shells let what they start in the background ignore Ctrl-C, and that is inherited.
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        **options,
+    )
 
 
 def socket_path(environment: Mapping[str, str] = os.environ) -> Path:

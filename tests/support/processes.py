@@ -16,6 +16,8 @@ from tests.support.forking import forked_worker, start_python
 
 Found = TypeVar("Found")
 
+KASA = Path(__file__).parent / "bin" / "kasa"
+
 
 def start_kasa(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None, is_cold: bool = False
@@ -28,7 +30,7 @@ def start_kasa(
     surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "KASA_"))}
     fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return start_python(
-        ["-m", "pipeline.cli.main", *arguments],
+        [str(KASA), *arguments],
         {**surroundings, **fixed, **(environment or {})},
         is_cold,
         cwd=folder,

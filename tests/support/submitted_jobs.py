@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.core.files import read_journal
 from tests.support import ROOT
+from tests.support.processes import KASA
 from tests.support.ray_head import Head, plain_environment
 
 PATIENCE_S = 400.0
@@ -33,8 +34,7 @@ class Jobs:
         """`kasa submit recipe.yaml --json` with a workspace in the folder; `terminal` is its stdin and stderr."""
         submit = [
             sys.executable,
-            "-m",
-            "pipeline.cli.main",
+            str(KASA),
             "submit",
             "recipe.yaml",
             f"workspace={self.folder / workspace}",

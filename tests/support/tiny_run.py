@@ -65,8 +65,10 @@ class Bench:
 
 
 def make_bench(folder: Path) -> Bench:
-    """Write base, data and recipe."""
+    """Write base, data and recipe, and files as users have them, named like packages: nothing may import them."""
     write_tiny_inputs(folder)
+    for name in ("pipeline", "kasa", "recipes"):
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name}.py of the current folder was imported')\n")
     return Bench(folder)
 
 

@@ -82,7 +82,7 @@ class _Watcher:
         records = [record for record in self._tail.new_records() if "step" in record]
         if records:
             newest = records[-1]
-            self._bars.update("train", newest["step"], newest["steps"], progress_note(records))
+            self._bars.update("train", newest["step"], newest["steps"], progress_note(records), unit="step")
         self._curve.offer(records)
         self._system.offer(self._system_tail.new_records())
 

@@ -1,29 +1,28 @@
-"""What a scheduler's SIGTERM leaves behind."""
+"""The command that a stopped one is followed by."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-PROGRAM = """
-import time
-from pipeline.cli.main import end_on_sigterm
-end_on_sigterm()
-try:
-    print("at work", flush=True)
-    time.sleep(60)
-finally:
-    print("in order")
-"""
+from pipeline.cli.main import command_line
 
 
-@pytest.mark.processes
-def test_sigterm_ends_a_command_in_order() -> None:
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "at work\n"
-    process.terminate()
-    assert process.communicate(timeout=120) == ("in order\n", None)
-    assert process.returncode == 143
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["run", "my recipe.yaml", "workspace=w s;x"], "kasa run 'my recipe.yaml' 'workspace=w s;x'"),
+        (["run", "r.yaml", "data.max_tokens=64"], "kasa run r.yaml data.max_tokens=64"),
+        (["run", "r.yaml", "data.train=https://host/rows.jsonl"], "kasa run r.yaml data.train=https://host/rows.jsonl"),
+        (["run", "r.yaml", "data.train=https://host/rows.jsonl?sig=abc"], ""),
+        (["run", "r.yaml", "data.train=https://alice:pw@host/rows.jsonl"], ""),
+        (["submit", "r.yaml", "--env", "HF_TOKEN=abc"], ""),
+    ],
+)
+def test_it_can_be_typed_again_and_holds_no_secret(
+    arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/somewhere/{name}")
+    assert command_line(["/somewhere/kasa", *arguments]) == shown
+    assert command_line(["/checkout/pipeline/cli/main.py", *arguments]) == shown
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert command_line([".venv/bin/kasa", *arguments]) == shown.replace("kasa run", ".venv/bin/kasa run")

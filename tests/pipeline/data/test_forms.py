@@ -212,7 +212,6 @@ def test_an_unknown_form_ends_every_command_before_ray_starts(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kasa", command[0], "recipe.json", *command[1:]])
     # What the command does to its own process alone.
-    monkeypatch.setattr(cli, "end_on_sigterm", lambda: None)
     monkeypatch.setattr(gc, "freeze", lambda: None)
     monkeypatch.setattr("ray.init", None)
     with pytest.raises(SystemExit) as ended, warnings.catch_warnings():

@@ -73,6 +73,27 @@ def test_the_code_comes_along_and_is_not_shadowed(tmp_path: Path) -> None:
         make_package(tmp_path, [], tmp_path / "workspace")
 
 
+@pytest.mark.parametrize(
+    ("file", "refused"),
+    [
+        ("datasets.py", True),
+        ("random.py", True),
+        ("pipeline.py", False),
+        ("rows.py", False),
+        ("sub/datasets.py", False),
+    ],
+)
+def test_no_file_hides_a_library(file: str, refused: bool, tmp_path: Path) -> None:
+    write(tmp_path, file)
+    if not refused:
+        assert file in make_package(tmp_path, [], tmp_path / "workspace").files
+        return
+    with pytest.raises(JobError, match=f"would import .*{file} in place of the library {file[:-3]}; rename it"):
+        make_package(tmp_path, [], tmp_path / "workspace")
+    write(tmp_path, ".gitignore", text=f"/{file}\n")
+    assert file not in make_package(tmp_path, [], tmp_path / "workspace").files
+
+
 def test_a_package_that_is_too_large_names_the_largest_files(tmp_path: Path) -> None:
     write(tmp_path, "recipe.yaml")
     for index, mib in enumerate((300, 10, 250)):
