@@ -206,7 +206,7 @@ class _ComparisonRunner:
         outcomes, missing = {}, []
         for one in trials:
             wanted = trial_keys(one, self.base.digest, self.sources.digest, self.targets)
-            there = made_already(store, wanted) if one.name in finished else {}
+            there = made_already(store.reuse, wanted) if one.name in finished else {}
             if len(there) == len(wanted):
                 outcomes[one.name] = _Outcome(there)
                 self.reused += 1

@@ -116,6 +116,8 @@ def _new_version(work: Work, key: StageKey, evaluation: Evaluation, folder: Path
     """A version of the adapter with the verdict on it, without aliases yet."""
     context, recipe, base = work.context, work.recipe, work.base
     name = recipe.registered_name
+    for artifact in work.made.values():  # hours may have passed since they were found or made
+        context.store.check(artifact)
     decision = decide(gate_of(recipe), evaluation.differences, evaluation.obstacle)
     _check_champion(context.registry, name, evaluation, decision)
     lora = write_report(folder, recipe, work.made, base, evaluation, decision)
