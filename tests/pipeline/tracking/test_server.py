@@ -120,6 +120,16 @@ def test_other_errors_mean_something_else(error: Exception) -> None:
     assert unavailable_reason(error) is None
 
 
+@pytest.mark.parametrize("says", ["duplicate column name: workspace", "table runs already exists", "no such column: x"])
+def test_a_broken_database_is_not_busy(says: str) -> None:
+    import sqlite3
+
+    from sqlalchemy.exc import OperationalError
+
+    broken = OperationalError("ALTER TABLE", {}, sqlite3.OperationalError(says))
+    assert unavailable_reason(broken) is None
+
+
 def test_an_error_met_while_handling_an_absence_is_itself() -> None:
     def call() -> None:
         try:
