@@ -298,7 +298,13 @@ class _Retrying:
 
         @wraps(value)
         def call(*arguments: Any, **options: Any) -> Any:
-            return retry(lambda: value(*arguments, **options), self._where, self._limit_s)
+            try:
+                return retry(lambda: value(*arguments, **options), self._where, self._limit_s)
+            except Exception as error:
+                if not name.startswith("set_") or "unique constraint" not in str(error).lower():
+                    raise
+                # Somebody else set the same for the first time in the same moment. Now it is there, and is set again.
+                return retry(lambda: value(*arguments, **options), self._where, self._limit_s)
 
         return call
 

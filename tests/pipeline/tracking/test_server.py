@@ -198,6 +198,23 @@ def test_other_errors_are_not_tried_again() -> None:
     assert store.calls == 1
 
 
+def test_what_somebody_else_set_in_the_same_moment_is_set_again() -> None:
+    class Client:
+        calls = 0
+
+        def set_tag(self, value: str) -> str:
+            self.calls += 1
+            if self.calls == 1:
+                raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: tags.key, tags.run_uuid")
+            return value
+
+        create_run = set_tag
+
+    assert retrying(Client(), "here", 0).set_tag("value") == "value"
+    with pytest.raises(MlflowException):
+        retrying(Client(), "here", 0).create_run("value")
+
+
 def test_an_object_whose_calls_are_retried_keeps_its_face() -> None:
     store = retrying(Store(1), "there", 60)
     assert store.add(1, two=2) == 3
