@@ -31,6 +31,8 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _DESCRIPTION_LENGTH = 5000
 
 HISTORY = "kasa.history"
+# Tells the versions that this pipeline registered, and which artifact each of them is.
+KEY_TAG = "kasa.register_key"
 _INTENDED = "kasa.intended_move"
 # Alias -> version; None deletes the alias. In the order of writing, by which a crash in between always leaves a champion.
 AliasChanges = dict[str, str | None]
@@ -220,6 +222,24 @@ class Registry:
             remove_folder(folder)
             _check_whole(uri, make_once(folder, fetch))
         return folder
+
+    def check_adapter(self, version: ModelVersion) -> None:
+        """Fetch the adapter of a version, and compare its files with what they were at its training.
+
+        Raises:
+            ModelError: It cannot be fetched, or it is damaged. A version that this pipeline did not register is not looked at.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if KEY_TAG not in version.tags:
+            return
+        with tempfile.TemporaryDirectory(prefix="kasa-model-") as folder:
+            uri = f"{version.uri}/artifacts/{ADAPTER}"
+            try:
+                files = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+            except (MlflowException, OSError) as error:
+                raise ModelError(f"{uri} cannot be fetched from {self.uri}: {one_line(error)}") from error
+            _check_whole(version.uri, Path(files))
 
     def fetch_files(self, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Download the files of a registered model into `folder`.

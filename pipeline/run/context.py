@@ -12,7 +12,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,6 +100,11 @@ def alone(storage: Workspace, name: str, what: str) -> Iterator[None]:
     place.parent.mkdir(parents=True, exist_ok=True)
     with locked(place.with_name(f"{name}.lock"), say), storage.leased(place, say):
         yield
+
+
+def one_change_at_a_time(storage: Workspace, model: str) -> AbstractContextManager[None]:
+    """During the block no other command changes the aliases of a registered model from this workspace."""
+    return alone(storage, f"register-{model}", f"another change of the model {model}")
 
 
 def _state_file(workspace: Path, recipe: Recipe) -> Path:

@@ -5,12 +5,16 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
+from kasa.files import remove_folder
 from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import content_digest
 from pipeline.storage.artifacts import Artifact, ArtifactStore, StageKey
+from pipeline.storage.objects import ObjectStore
+from pipeline.storage.workspace import Workspace
 
 KEY = StageKey("prepare", {"rows": 3, "nested": {"b": 1, "a": [1, 2]}})
 
@@ -172,3 +176,17 @@ def test_keys_depend_on_content_not_order() -> None:
     assert KEY.key != StageKey("prepare", {"nested": {"a": [2, 1], "b": 1}, "rows": 3}).key
     assert len(KEY.key) == 16
     assert content_digest({"a": 1}) != content_digest({"a": "1"})
+
+
+def test_where_a_store_has_the_artifact_a_damaged_copy_is_fetched_again(tmp_path: Path) -> None:
+    storage = Workspace(tmp_path, ObjectStore(f"memory://{uuid4().hex}", retry_s=5), "node")
+    store = ArtifactStore(tmp_path, storage)
+    folder = store.find_or_make(KEY, make_deep).folder
+    flip(folder / "deep" / "data")
+    assert store.find_or_make(KEY, never).reused
+    assert (folder / "deep" / "data").read_text() == "made"
+    flip(folder / "deep" / "data")
+    storage.store.upload(folder / "deep" / "data", f"artifacts/{KEY.stage}/{KEY.key}/deep/data")
+    assert not store.find_or_make(KEY, make_deep).reused
+    remove_folder(folder)
+    assert store.find_or_make(KEY, never).reused
