@@ -12,7 +12,6 @@ processes can each see a part of the text and their parts be added up.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from kasa.errors import SpectrumError, nearest
+from kasa.files import read_sealed_json
 from kasa.folders import TENSOR_FILE, write_tensor_folder
 from kasa.targets import Target
 from kasa.weighting import Weighting
@@ -119,9 +119,7 @@ class StoredCalibration:
     """The sums of all parts that `save_sums` wrote; a matrix is read when it is asked for, and not kept."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self._parts = [
-            (folder, json.loads((folder / CALIBRATION_JSON).read_text(encoding="utf-8"))) for folder in folders
-        ]
+        self._parts = [(folder, read_sealed_json(folder / CALIBRATION_JSON)) for folder in folders]
 
     def weighting(self, name: str) -> Weighting:
         """What all parts together say about a layer.

@@ -22,6 +22,10 @@ class AdapterFileError(KasaError):
     """An adapter folder is incomplete, damaged, or made for another base."""
 
 
+class DamagedFileError(KasaError):
+    """A file cannot be read, or is not what was written."""
+
+
 class InterchangeError(KasaError):
     """An adapter cannot be written in the wanted format or place, or a foreign folder cannot be taken over as it is."""
 

@@ -1,13 +1,12 @@
 """Tensor folders: `tensors.safetensors` + one JSON file. Spectra, adapters and training checkpoints are stored so.
 
 A folder appears complete or not at all: it is written beside its place and moved there by one rename, and its JSON
-carries the digest of the tensor file, so that a truncated file or a changed byte is noticed when it is read.
+carries the digest of the tensor file and one of itself, so that a truncated file or a changed byte is noticed when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 
-from kasa.errors import AdapterFileError
-from kasa.files import file_digest, replacing
+from kasa.errors import AdapterFileError, DamagedFileError
+from kasa.files import check_digests, file_digest, read_sealed_json, replacing, sealed_json
 
 TENSOR_FILE = "tensors.safetensors"
 
@@ -27,8 +26,8 @@ def write_tensor_folder(folder: Path, json_name: str, facts: dict[str, Any], ten
     with replacing(folder) as new:
         new.mkdir(parents=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / TENSOR_FILE)
-        sealed = {**facts, "tensors_sha256": file_digest(new / TENSOR_FILE)}
-        (new / json_name).write_text(json.dumps(sealed, indent=1, sort_keys=True), encoding="utf-8")
+        sealed = sealed_json({**facts, "tensors_sha256": file_digest(new / TENSOR_FILE)})
+        (new / json_name).write_text(sealed, encoding="utf-8")
 
 
 def read_tensor_folder(folder: Path, json_name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -38,14 +37,14 @@ def read_tensor_folder(folder: Path, json_name: str) -> tuple[dict[str, Any], di
         AdapterFileError: a file is missing or is not what was written.
     """
     try:
-        facts = json.loads((folder / json_name).read_text(encoding="utf-8"))
+        facts = read_sealed_json(folder / json_name)
         data = (folder / TENSOR_FILE).read_bytes()
     except FileNotFoundError as error:
         raise AdapterFileError(f"{folder} is not complete: {Path(error.filename).name} is missing") from None
-    except (OSError, ValueError) as error:
+    except DamagedFileError as error:
+        raise AdapterFileError(str(error)) from None
+    except OSError as error:
         raise AdapterFileError(f"{folder} cannot be read: {error}") from None
-    if not isinstance(facts, dict):
-        raise AdapterFileError(f"{folder / json_name} is damaged: it holds no JSON object")
     if hashlib.sha256(data).hexdigest() != facts.pop("tensors_sha256", None):
         raise AdapterFileError(
             f"{folder / TENSOR_FILE} is truncated or was changed: its digest is not the one in {json_name}"
@@ -54,3 +53,12 @@ def read_tensor_folder(folder: Path, json_name: str) -> tuple[dict[str, Any], di
         return facts, load_tensors(data)
     except SafetensorError as error:
         raise AdapterFileError(f"{folder / TENSOR_FILE} is damaged: {error}") from None
+
+
+def is_sound(folder: Path, json_name: str) -> bool:
+    """Whether the folder is complete and as it was written."""
+    try:
+        check_digests(folder, {TENSOR_FILE: read_sealed_json(folder / json_name)["tensors_sha256"]})
+    except (FileNotFoundError, DamagedFileError):
+        return False
+    return True

@@ -38,7 +38,7 @@ from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.shapes import meta_model
 from pipeline.run import graph as keys
-from pipeline.run.context import NestedRun, close_context, open_context, ready_workspace
+from pipeline.run.context import NestedRun, alone, close_context, open_context, ready_workspace
 from pipeline.run.report_facts import environment_tags
 from pipeline.run.stages.evaluate import results_of
 from pipeline.storage.artifacts import Artifact, ArtifactStore
@@ -93,6 +93,21 @@ def compare(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None =
     for method in methods:
         check_ranks(method.recipe, targets)
     storage.upload_input(base.folder, base.digest)
+    with alone(storage, f"compare-{plan.name}", f"the comparison {plan.name}"):
+        return _compare(plan, storage, base, sources, targets, methods, bars, side_by_side)
+
+
+def _compare(
+    plan: ComparisonPlan,
+    storage: Workspace,
+    base: BaseModel,
+    sources: DataSources,
+    targets: Sequence[Target],
+    methods: Sequence[ComparedMethod],
+    bars: ProgressBars,
+    side_by_side: int | None,
+) -> Compared:
+    recipe = plan.recipe
     tracking = Tracking(recipe.workspace, recipe.name)
     tags = {**environment_tags(), **code_tags(), "kasa.comparison": plan.name}
     run_id = tracking.start_run(f"compare {plan.name}", tags, origin=f"compare.{plan.name}")
@@ -206,7 +221,7 @@ class _ComparisonRunner:
         outcomes, missing = {}, []
         for one in trials:
             wanted = trial_keys(one, self.base.digest, self.sources.digest, self.targets)
-            there = made_already(store, wanted) if one.name in finished else {}
+            there = made_already(store.reuse, wanted) if one.name in finished else {}
             if len(there) == len(wanted):
                 outcomes[one.name] = _Outcome(there)
                 self.reused += 1

@@ -8,7 +8,7 @@ of one method with its evaluation, found in the workspace or made by the usual s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -232,9 +232,9 @@ def trial_keys(trial: Trial, base: str, sources: str, targets: Sequence[Target])
     return keys.stage_keys(trial_inputs(trial, base, sources, targets))
 
 
-def made_already(store: ArtifactStore, wanted: Mapping[str, StageKey]) -> dict[str, Artifact]:
-    """Those of the artifacts that are there."""
-    found = {stage: store.find(key) for stage, key in wanted.items()}
+def made_already(find: Callable[[StageKey], Artifact | None], wanted: Mapping[str, StageKey]) -> dict[str, Artifact]:
+    """Those of the artifacts that are there, as `ArtifactStore.find` or, to work with them, `ArtifactStore.reuse` says."""
+    found = {stage: find(key) for stage, key in wanted.items()}
     return {stage: artifact for stage, artifact in found.items() if artifact is not None}
 
 
@@ -360,7 +360,7 @@ def plan_trials(plan: ComparisonPlan) -> list[TrialPlan]:
 
     def planned(one: Trial, parameters: int | None) -> TrialPlan:
         wanted = trial_keys(one, base.digest, sources.digest, targets)
-        there = made_already(store, wanted)
+        there = made_already(store.find, wanted)
         return TrialPlan(one.name, parameters, tuple(there), tuple(stage for stage in wanted if stage not in there))
 
     trials = [planned(Trial(BASE, recipe), None)]

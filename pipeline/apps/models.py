@@ -24,6 +24,8 @@ from pipeline.registry.store import (
     history,
     open_registry,
 )
+from pipeline.run.context import one_change_at_a_time
+from pipeline.storage.workspace import Workspace
 
 _NO_REASON = "no reason given"
 
@@ -96,10 +98,16 @@ def promote(workspace: Path, uri: str, reason: str | None) -> Change:
     """Make a version the champion, whatever the gate decided.
 
     Raises:
-        ModelError: there is no such version.
+        ModelError: there is no such version, or its adapter is damaged.
     """
     registry = open_registry(workspace)
     version = registry.look_up(uri)
+    registry.check_adapter(version)
+    with one_change_at_a_time(Workspace(workspace), version.name):
+        return _promote(registry, version, reason)
+
+
+def _promote(registry: Registry, version: ModelVersion, reason: str | None) -> Change:
     finish_interrupted_change(registry, version.name)
     aliases = registry.aliases(version.name)
     moves = after_promotion(aliases, version.version)
@@ -123,6 +131,11 @@ def rollback(workspace: Path, name: str, reason: str | None) -> Change:
     """
     registry = open_registry(workspace)
     registry.check_name(name)
+    with one_change_at_a_time(Workspace(workspace), name):
+        return _rollback(registry, name, reason)
+
+
+def _rollback(registry: Registry, name: str, reason: str | None) -> Change:
     finish_interrupted_change(registry, name)
     aliases = registry.aliases(name)
     moves = after_rollback(aliases, name)

@@ -6,7 +6,6 @@ torch nor Ray nor MLflow (a test checks that), and files that have not changed a
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kasa.errors import DamagedFileError
+from kasa.files import read_sealed_json, sealed_json
 from pipeline.config.recipe import Recipe, recipe_values
 from pipeline.core.console import ProgressBars, console
-from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import atomic_write, content_digest, read_digests
 from pipeline.data.remote import look_for_newest
 from pipeline.data.sources import resolve_sources
@@ -139,19 +139,16 @@ def look(recipe: Recipe) -> Inputs:
 
 
 def read_finished(recipe: Recipe) -> Finished | None:
-    """The last retraining of this name that finished.
-
-    Raises:
-        WorkspaceError: its record is damaged.
-    """
+    """The last retraining of this name that finished; None if there is none, or its record is damaged."""
     file = _record(recipe)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_sealed_json(file)
         return Finished(**{**values, "inputs": Inputs(**values["inputs"])})
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        raise WorkspaceError(f"{file} is damaged; delete it, and the next retraining runs") from None
+    except DamagedFileError as error:
+        console.print(f"{error}; so it counts as not done", markup=False, soft_wrap=True)
+        return None
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -200,7 +197,7 @@ def _run(recipe: Recipe, storage: Workspace, inputs: Inputs, why: str, confirm: 
         reason=decision.reason,
     )
     file = _record(recipe)
-    atomic_write(file, json.dumps(asdict(finished), indent=1))
+    atomic_write(file, sealed_json(asdict(finished)))
     storage.save(file)
     return Outcome("retrained", why, finished, result)
 

@@ -10,7 +10,8 @@ the stages are computed from the bytes alone, never from this cache.
 
 A journal is an append-only file of JSON lines in which a worker records what it has done, for the driver and for a restart.
 One process writes it, any number of processes read it, also on shared storage. Readers ignore a torn last line (its writer
-was killed), and the next writer cuts it off. A writer that outlives its driver, while a new one has taken the journal over,
+was killed), and the next writer cuts it off. Each line ends with a check sum of itself: a damaged one counts as never written,
+and what it recorded is done again. A writer that outlives its driver, while a new one has taken the journal over,
 writes to a file that nobody reads any more (`JournalWriter`).
 """
 
@@ -21,7 +22,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,7 +152,7 @@ def read_journal(path: Path) -> list[Record]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+    return list(_records(data[: data.rfind(b"\n") + 1]))
 
 
 def rewrite_journal(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
@@ -210,8 +212,20 @@ class JournalTail:
             return []
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
+        return list(_records(complete))
 
 
 def _lines(records: list[Record]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+    return b"".join(_line(json.dumps(record).encode()) for record in records)
+
+
+def _line(record: bytes) -> bytes:
+    return b'%s, "check": "%08x"}\n' % (record[:-1], zlib.crc32(record))
+
+
+def _records(lines: bytes) -> Iterator[Record]:
+    """The records of the lines that are as they were written."""
+    for line in lines.splitlines(keepends=True):
+        record = line.rpartition(b', "check": ')[0] + b"}"
+        if _line(record) == line:
+            yield json.loads(record)

@@ -14,12 +14,13 @@ summary.json       counts; written last
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kasa.errors import DamagedFileError
+from kasa.files import read_json
 from pipeline.core.errors import WorkspaceError
 from pipeline.models.prompting import PAIR_SEPARATOR, Head, Message, Prompting
 
@@ -140,7 +141,7 @@ class PreparedDataset:
             return load_from_disk(str(self.folder / name))
         except (OSError, ValueError) as error:
             raise WorkspaceError(
-                f"{self.folder / name} is damaged ({error}); delete {self.folder} and run again"
+                f"{self.folder / name} is damaged ({error}); run the same command again, which makes it again"
             ) from None
 
 
@@ -150,8 +151,7 @@ def load_prepared(folder: Path) -> PreparedDataset:
     Raises:
         WorkspaceError: The folder is incomplete or damaged.
     """
-    path = folder / "summary.json"
     try:
-        return PreparedDataset(folder, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise WorkspaceError(f"{path} cannot be read ({error}); delete {folder} and run again") from None
+        return PreparedDataset(folder, read_json(folder / "summary.json"))
+    except (OSError, DamagedFileError) as error:
+        raise WorkspaceError(f"{error}; run the same command again, which makes it again") from None

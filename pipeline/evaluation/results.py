@@ -9,7 +9,6 @@ still chosen it.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
+from kasa.files import read_json
 from pipeline.config.settings import EvaluateSettings, HarnessSettings
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import RecipeError, WorkspaceError, one_line
 from pipeline.core.files import Record
 from pipeline.data.prepared import PreparedDataset
 from pipeline.metrics.intervals import Interval, mean_differences
@@ -166,10 +166,18 @@ def write_samples(path: Path, records: Sequence[Record]) -> None:
 
 
 def read_samples(path: Path) -> list[Record]:
-    """Read records back as they were written."""
+    """Read records back as they were written.
+
+    Raises:
+        WorkspaceError: the file is damaged.
+    """
+    import pyarrow as pa
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(path).to_pylist()
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise WorkspaceError(f"{path} is damaged: {one_line(error)}; run the same command again") from None
     return [{field: value for field, value in row.items() if value is not None} for row in rows]
 
 
@@ -211,7 +219,7 @@ class HarnessRow:
 def read_harness(folder: Path) -> list[HarnessResult]:
     """Read the harness results of an evaluation; empty where no task was run."""
     file = folder / HARNESS_JSON
-    return [HarnessResult(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+    return [HarnessResult(**row) for row in read_json(file, list)] if file.exists() else []
 
 
 def harness_rows(candidates: Mapping[str, Sequence[HarnessResult]]) -> list[HarnessRow]:

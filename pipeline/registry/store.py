@@ -19,9 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kasa.errors import nearest
+from kasa.errors import DamagedFileError, nearest
+from kasa.files import check_sealed_folder, remove_folder
 from pipeline.core.errors import ModelError, one_line
-from pipeline.core.files import make_once
+from pipeline.core.files import ADAPTER, make_once
 from pipeline.tracking.server import connect, has_store, tracking_uri
 
 SCHEME = "models:/"
@@ -30,6 +31,8 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _DESCRIPTION_LENGTH = 5000
 
 HISTORY = "kasa.history"
+# Tells the versions that this pipeline registered, and which artifact each of them is.
+KEY_TAG = "kasa.register_key"
 _INTENDED = "kasa.intended_move"
 # Alias -> version; None deletes the alias. In the order of writing, by which a crash in between always leaves a champion.
 AliasChanges = dict[str, str | None]
@@ -199,7 +202,11 @@ class Registry:
         return _as_version(made)
 
     def download(self, uri: str, folder: Path) -> Path:
-        """Download a registered model's files, or those below `URI/PATH`, to `folder`, unless it exists already."""
+        """Download a registered model's files, or those below `URI/PATH`, to `folder`, unless it exists already and is sound.
+
+        Raises:
+            ModelError: The files in the registry are damaged.
+        """
 
         def fetch(new: Path) -> None:
             # MLflow puts what it downloads into a subfolder named after the last part of the path, if there is one.
@@ -209,7 +216,30 @@ class Registry:
                 fetched = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(target))
                 os.replace(fetched, new)
 
-        return make_once(folder, fetch)
+        try:
+            check_sealed_folder(make_once(folder, fetch))
+        except DamagedFileError:
+            remove_folder(folder)
+            _check_whole(uri, make_once(folder, fetch))
+        return folder
+
+    def check_adapter(self, version: ModelVersion) -> None:
+        """Fetch the adapter of a version, and compare its files with what they were at its training.
+
+        Raises:
+            ModelError: It cannot be fetched, or it is damaged. A version that this pipeline did not register is not looked at.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if KEY_TAG not in version.tags:
+            return
+        with tempfile.TemporaryDirectory(prefix="kasa-model-") as folder:
+            uri = f"{version.uri}/artifacts/{ADAPTER}"
+            try:
+                files = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+            except (MlflowException, OSError) as error:
+                raise ModelError(f"{uri} cannot be fetched from {self.uri}: {one_line(error)}") from error
+            _check_whole(version.uri, Path(files))
 
     def fetch_files(self, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Download the files of a registered model into `folder`.
@@ -218,7 +248,7 @@ class Registry:
             The folder in which they lie, and the configuration that the model was registered with.
 
         Raises:
-            ModelError: There is no such model, or it cannot be downloaded.
+            ModelError: There is no such model, it cannot be downloaded, or its adapter is damaged.
         """
         from mlflow.exceptions import MlflowException
 
@@ -227,6 +257,7 @@ class Registry:
             flavors = self._mlflow.models.Model.load(str(files)).flavors
         except (MlflowException, OSError) as error:
             raise ModelError(f"{uri} cannot be fetched from {self.uri}: {one_line(error)}") from error
+        _check_whole(uri, files / "artifacts" / ADAPTER)
         return files, dict(flavors.get("python_function", {}).get("config") or {})
 
     def _search(self, wanted: str) -> list[ModelVersion]:
@@ -251,6 +282,13 @@ def open_registry(workspace: Path) -> Registry:
             "or the server with MLFLOW_TRACKING_URI"
         )
     return Registry(workspace)
+
+
+def _check_whole(uri: str, adapter: Path) -> None:
+    try:
+        check_sealed_folder(adapter)
+    except DamagedFileError as error:
+        raise ModelError(f"{uri} is damaged in the registry: {error}; use another version") from None
 
 
 def _as_version(found: Any) -> ModelVersion:

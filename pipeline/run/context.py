@@ -6,27 +6,29 @@ the same MLflow runs. The file is removed when the run is complete.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from kasa.errors import DamagedFileError
+from kasa.files import read_sealed_json, sealed_json
 from pipeline.cluster.workers import Resources, WorkerGroup, run_tasks, run_training_workers
 from pipeline.config.recipe import Recipe, recipe_values
-from pipeline.core.console import ProgressBars
+from pipeline.core.console import ProgressBars, console
 from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import ADAPTER, atomic_write, content_digest
 from pipeline.registry.store import Registry
 from pipeline.report.facts import StageFacts
-from pipeline.storage.artifacts import ArtifactStore
+from pipeline.storage.artifacts import ArtifactStore, locked
 from pipeline.storage.workspace import Workspace, open_workspace
 from pipeline.tracking.runs import Tracking
 
@@ -55,19 +57,22 @@ def ready_workspace(recipe: Recipe) -> Workspace:
 
 
 def read_state(storage: Workspace, recipe: Recipe) -> dict[str, Any]:
-    """What an interrupted run of the recipe has left; empty where there was none."""
+    """What an interrupted run of the recipe has left; empty where there was none, or it is damaged."""
     file = _state_file(storage.folder, recipe)
     storage.load(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return read_sealed_json(file)
+    except FileNotFoundError:
+        return {}
+    except DamagedFileError as error:
+        console.print(f"{error}; the run begins anew, with the artifacts that are there", markup=False, soft_wrap=True)
         return {}
 
 
 def write_state(storage: Workspace, recipe: Recipe, state: dict[str, Any]) -> None:
     """Keep what the same command has to know, should this process die."""
     file = _state_file(storage.folder, recipe)
-    atomic_write(file, json.dumps(state))
+    atomic_write(file, sealed_json(state))
     storage.save(file)
 
 
@@ -76,8 +81,34 @@ def discard_state(storage: Workspace, recipe: Recipe) -> None:
     storage.discard(_state_file(storage.folder, recipe))
 
 
+def recipe_digest(recipe: Recipe) -> str:
+    """What tells runs of one recipe from those of others in the workspace."""
+    return content_digest(recipe_values(recipe))[:16]
+
+
+@contextmanager
+def alone(storage: Workspace, name: str, what: str) -> Iterator[None]:
+    """During the block no other process, on any machine, does what `name` stands for in the workspace.
+
+    Waits as long as another one does; `what` says in words what that is.
+    """
+    place = storage.folder / "runs" / name
+
+    def say(holder: str) -> None:
+        console.print(f"{what} is at work in this workspace already ({holder}); waiting for it to end", soft_wrap=True)
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place.with_name(f"{name}.lock"), say), storage.leased(place, say):
+        yield
+
+
+def one_change_at_a_time(storage: Workspace, model: str) -> AbstractContextManager[None]:
+    """During the block no other command changes the aliases of a registered model from this workspace."""
+    return alone(storage, f"register-{model}", f"another change of the model {model}")
+
+
 def _state_file(workspace: Path, recipe: Recipe) -> Path:
-    return workspace / "runs" / f"{content_digest(recipe_values(recipe))[:16]}.json"
+    return workspace / "runs" / f"{recipe_digest(recipe)}.json"
 
 
 def _check_folder(workspace: Path) -> None:

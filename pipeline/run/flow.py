@@ -11,11 +11,12 @@ and are made beside the data. Training starts with a new adapter, or with the ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kasa.targets import Target
 from pipeline.cluster.connection import ray_cluster
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_tags
@@ -25,7 +26,15 @@ from pipeline.evaluation.results import check_harness
 from pipeline.methods.choice import check_ranks, check_registrable
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
-from pipeline.run.context import RunContext, close_context, open_context, ready_workspace, seed_tags
+from pipeline.run.context import (
+    RunContext,
+    alone,
+    close_context,
+    open_context,
+    ready_workspace,
+    recipe_digest,
+    seed_tags,
+)
 from pipeline.run.dependencies import REGISTER, KeyInputs
 from pipeline.run.graph import EVALUATE, STAGES, needed_resources
 from pipeline.run.report_facts import environment_tags, use_commands, write_report
@@ -75,9 +84,18 @@ def run(
     targets = base.targets(recipe.adapter.targets)
     check_ranks(recipe, targets)
 
-    storage.upload_input(base.folder, base.digest)
-    tags = {**environment_tags(), **code_tags(), **seed_tags(recipe)}
-    context = open_context(recipe, storage, bars, tags, recompute, confirm)
+    # Two at once would resume each other's MLflow runs; the second finds what the first has made.
+    with alone(storage, recipe_digest(recipe), "a run of this recipe"):
+        storage.upload_input(base.folder, base.digest)
+        tags = {**environment_tags(), **code_tags(), **seed_tags(recipe)}
+        context = open_context(recipe, storage, bars, tags, recompute, confirm)
+        return _run_stages(context, base, sources, targets, started)
+
+
+def _run_stages(
+    context: RunContext, base: BaseModel, sources: DataSources, targets: Sequence[Target], started: float
+) -> RunResult:
+    recipe, bars = context.recipe, context.bars
     inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.uri)
     with (
         context.tracking.open_run(context.parent_run),

@@ -5,7 +5,6 @@ The reasons are a pure comparison of ingredients.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kasa.errors import DamagedFileError
 from kasa.files import remove_folder
 from pipeline.registry.store import Registry
 from pipeline.run.graph import STAGE_OF_INPUT, STAGES
-from pipeline.storage.artifacts import ArtifactStore, StageKey
+from pipeline.storage.artifacts import ArtifactStore, StageKey, is_held, read_manifest
 from pipeline.storage.mirror import MANIFEST
 from pipeline.tracking.server import has_store
 
@@ -84,12 +84,12 @@ def _is_complete(manifest: Path) -> bool:
 
 def _read(manifest: Path) -> Stored | None:
     try:
-        values = json.loads(manifest.read_text(encoding="utf-8"))
+        values = read_manifest(manifest.parent)
         made = datetime.fromisoformat(values["made"])
         used = datetime.fromtimestamp(manifest.stat().st_mtime, UTC)
         folder = manifest.parent
         return Stored(folder.parent.name, folder.name, folder, made, used, values["ingredients"], values["facts"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, DamagedFileError):
         return None
 
 
@@ -188,7 +188,7 @@ def plan_pruning(workspace: Path, unused_days: float) -> list[Removal]:
 
 
 def prune(planned: Sequence[Removal]) -> list[Removal]:
-    """Remove what was planned, except what a run is using at this moment; returns what went."""
+    """Remove what was planned, except what a run at work has found, made, or is making; returns what went."""
     return [removal for removal in planned if _remove(removal)]
 
 
@@ -208,7 +208,10 @@ def unneeded_artifacts(stored: Sequence[Stored], protected: Collection[str], sin
 def _remove(removal: Removal) -> bool:
     folder = removal.folder
     try:
+        # Whoever begins to use it meanwhile needs this lock.
         with FileLock(folder.with_name(f"{removal.key}.lock"), timeout=0):
+            if is_held(folder):
+                return False
             shutil.rmtree(folder) if folder.suffix == ".old" else remove_folder(folder)
     except Timeout:
         return False

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from kasa.errors import KasaError
+from kasa.errors import InterchangeError
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_tags, package_versions
 from pipeline.core.files import ADAPTER
@@ -63,7 +63,11 @@ def write_report(
     evaluation: Evaluation,
     decision: Decision,
 ) -> str:
-    """Fill `lora/` and `evaluation/` of a folder; returns the LoRA's rank in words, or why there is none."""
+    """Fill `lora/` and `evaluation/` of a folder; returns the LoRA's rank in words, or why there is none.
+
+    Raises:
+        AdapterFileError: the adapter is damaged.
+    """
     report = folder / REPORT
     for left_behind in (report, folder / LORA):
         shutil.rmtree(left_behind, ignore_errors=True)
@@ -92,7 +96,7 @@ def write_report(
     name = base.name if not Path(base.name).expanduser().is_dir() else str(base.folder)
     try:
         return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=adapter / PROMPTING_FILE)}"
-    except KasaError as error:
+    except InterchangeError as error:
         return f"none: {error}"
 
 

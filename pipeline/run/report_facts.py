@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 import pynvml
 import yaml
 
+from kasa.files import read_json
 from pipeline.config.recipe import recipe_values
 from pipeline.core.code import package_versions
 from pipeline.core.files import read_journal
@@ -129,8 +129,8 @@ def _truncation(context: RunContext, audited: Artifact) -> TruncationFacts:
 
 
 def _layers(artifacts: Mapping[str, Artifact]) -> list[LayerFacts]:
-    layers = json.loads((artifacts["train"].folder / LAYERS).read_text(encoding="utf-8"))
-    shares = json.loads((artifacts["audit"].folder / AUDIT_JSON).read_text(encoding="utf-8"))["shares"]
+    layers = read_json(artifacts["train"].folder / LAYERS, list)
+    shares = read_json(artifacts["audit"].folder / AUDIT_JSON)["shares"]
     return [LayerFacts(**layer, output_share=shares.get(layer["name"], 0.0)) for layer in layers]
 
 

@@ -116,7 +116,7 @@ def start_tags(start: WarmStart | None) -> dict[str, str]:
 def start_adapter(context: RunContext, start: WarmStart) -> Path:
     """The folder of the adapter to start from, in the workspace; fetched from the registry where it is not there."""
     known = context.store.known(TRAIN, start.train_key)
-    if known and (trained := context.store.find(known)):
+    if known and (trained := context.store.reuse(known)):
         return (trained.folder / ADAPTER).resolve()
     return context.registered_adapter(start.uri, start.train_key).resolve()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kasa.adapter_file import ADAPTER_JSON
+from kasa.files import check_sealed_folder
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
 from pipeline.core.files import ADAPTER
@@ -57,12 +58,14 @@ def located_adapter(model: str, workspace: Path) -> Iterator[tuple[Path, Mapping
 
     Raises:
         ModelError: there is no such model, or it has no adapter.
+        DamagedFileError: a file of the adapter was changed.
     """
     if not model.startswith(SCHEME):
         if not is_adapter(Path(model)):
             raise ModelError(
                 f"{model} is neither a registry URI ({SCHEME}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
             )
+        check_sealed_folder(Path(model))
         yield Path(model), None
         return
     with tempfile.TemporaryDirectory(prefix="kasa-model-") as temporary:

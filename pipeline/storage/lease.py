@@ -24,7 +24,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.core import stopping
 from pipeline.core.errors import LeaseLostError, WorkspaceError
@@ -155,6 +157,11 @@ class ObjectLeaseStore:
         return self._store.replace(self._name, content or b"", unchanged)
 
 
+# Unix time, up to the year 9999.
+_Seconds = Annotated[float, Field(ge=0, le=253402300799)]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that holds a lease.
@@ -170,14 +177,17 @@ class Holder:
     id: str
     host: str
     machine: str
-    pid: int
-    started: int
-    since: float
-    expires: float
+    pid: _Count
+    started: _Count
+    since: _Seconds
+    expires: _Seconds
 
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return f"process {self.pid} on {self.host}, since {since}"
+
+
+_HOLDER = TypeAdapter(Holder)
 
 
 def decide(holder: Holder | None, pulse: Pulse, now: float) -> Verdict:
@@ -191,6 +201,9 @@ def decide(holder: Holder | None, pulse: Pulse, now: float) -> Verdict:
     if holder is None:
         return "free"
     if pulse == "gone":
+        return "take over"
+    # Neither a renewal nor clocks that agree give such a time: the record is damaged, or its writer's clock is wrong.
+    if pulse == "unknown" and holder.expires > now + DURATION_S + CLOCKS_APART_S:
         return "take over"
     # A live process on this machine that did not renew hangs or was stopped. No allowance: it has the same clock.
     allowance = 0.0 if pulse == "alive" else CLOCKS_APART_S
@@ -341,7 +354,10 @@ def _encoded(holder: Holder) -> bytes:
 
 
 def _decoded(entry: Entry) -> Holder | None:
+    """The recorded holder; None if there is none or the record is damaged."""
+    if not entry.content:
+        return None
     try:
-        return Holder(**json.loads(entry.content)) if entry.content else None
-    except (ValueError, TypeError):
+        return _HOLDER.validate_json(entry.content, strict=True)
+    except ValidationError:
         return None

@@ -8,7 +8,6 @@ one is appended to in place. JSON files come last, because they say that the fil
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -20,7 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from kasa.files import replacing
+from kasa.errors import DamagedFileError
+from kasa.files import read_sealed_json, replacing, sealed_json
 from pipeline.core.files import atomic_write
 from pipeline.core.machine import in_background
 from pipeline.storage.objects import ObjectStore
@@ -203,13 +203,13 @@ class Mirror:
 
     def _known(self) -> Known:
         try:
-            remembered = json.loads(self._state.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            remembered = read_sealed_json(self._state)
+        except (FileNotFoundError, DamagedFileError):
             return {}
-        return {name: (here, there) for name, (here, there) in remembered.items()}
+        return {name: (here, there) for name, (here, there) in remembered["known"].items()}
 
     def _remember(self, known: Known) -> None:
-        atomic_write(self._state, json.dumps(known))
+        atomic_write(self._state, sealed_json({"known": known}))
 
 
 def files_below(folder: Path) -> Iterator[Path]:

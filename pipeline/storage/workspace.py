@@ -76,7 +76,7 @@ def _at(location: Location) -> Workspace:
         with FileLock(folder / ".node.lock"):
             node = folder / _NODE
             if not node.exists():
-                node.write_text(uuid4().hex, encoding="ascii")
+                atomic_write(node, uuid4().hex)
     except OSError as error:
         raise WorkspaceError(
             f"{folder}, where this machine keeps its copy of {location}, cannot be written ({error.strerror}); "
@@ -144,7 +144,7 @@ class Workspace:
 
     @contextmanager
     def leased(self, folder: Path, on_wait: Callable[[str], None]) -> Iterator[Lease | None]:
-        """During the block no other run on any machine makes the artifact of this folder.
+        """During the block no other run on any machine makes the artifact of this folder, or whatever else has this name.
 
         Waits for the lease as long as another run holds it.
 
@@ -154,7 +154,7 @@ class Workspace:
         if self.store is None:
             yield None
             return
-        name = self._name(folder).replace(ARTIFACTS, "leases", 1)
+        name = f"leases/{self._name(folder).removeprefix(f'{ARTIFACTS}/')}"
         records, waited = ObjectLeaseStore(self.store, name), False
         while isinstance(lease := acquire(records), Holder):
             if not waited:

@@ -17,7 +17,7 @@ from pipeline.core import stopping
 from pipeline.core.code import user_name
 from pipeline.core.errors import TrackingAwayError
 from pipeline.core.files import Record
-from pipeline.tracking.server import connect, own_database, tracking_uri, unavailable_reason
+from pipeline.tracking.server import connect, own_database, own_files, tracking_uri, unavailable_reason
 
 _PARENT_TAG = "mlflow.parentRunId"
 _ORIGIN_TAG = "kasa.origin"
@@ -48,12 +48,19 @@ class Tracking:
         self._experiment_id = self._mlflow.retry(lambda: self._experiment(experiment, workspace))
 
     def _experiment(self, name: str, workspace: Path) -> str:
+        from mlflow.exceptions import MlflowException
+
         client = self._client_without_retries
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
-        own = self.uri == own_database(workspace)
-        place = (workspace.resolve() / "mlartifacts").as_uri() if own else None
-        return str(client.create_experiment(name, artifact_location=place))
+        place = own_files(workspace) if self.uri == own_database(workspace) else None
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException:
+            # Another driver may have created it in the same moment.
+            if found := client.get_experiment_by_name(name):
+                return str(found.experiment_id)
+            raise
 
     def retrying(self, registry: Target) -> Target:
         """A registry of the same store with its calls retried in the same way."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,11 +20,13 @@ from typing import Any, TypeVar, cast
 from pipeline.core import stopping
 from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError, WorkspaceError, one_line
+from pipeline.core.files import make_once
 from pipeline.core.machine import backoff_s
 
 Result = TypeVar("Result")
 Target = TypeVar("Target")
 
+DATABASE = "mlflow.db"
 RETRY_VARIABLE = "KASA_TRACKING_PATIENCE_S"
 DEFAULT_RETRY_S = 600.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
@@ -32,8 +35,20 @@ _SILENT_TRIES = 1
 
 _UNAVAILABLE_STATUS = {408, 429, 500, 502, 503, 504}
 _UNAVAILABLE_CODES = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
-# Marks of database errors that retrying does not help against.
+# Marks of database errors that retrying does not help against. Of SQLite's own errors, only that of a lock passes.
 _LASTING = ("disk is full", "disk i/o", "readonly", "unable to open", "no such table", "malformed", "not a database")
+_SQLITE_BUSY = ("locked", "busy")
+
+# How long SQLite waits for another process that is writing.
+_BUSY_S = 30.0
+# Where MLflow stores the places of files.
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 _WORDS = {
     "refused": "connection refused",
@@ -62,12 +77,17 @@ def tracking_uri(workspace: Path) -> str:
 
 def own_database(workspace: Path) -> str:
     """The URI of the SQLite database in the workspace."""
-    return f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
+    return f"sqlite:///{workspace.resolve() / DATABASE}"
+
+
+def own_files(workspace: Path) -> str:
+    """The URI of the folder in the workspace where the files of its runs and models lie."""
+    return (workspace.resolve() / "mlartifacts").as_uri()
 
 
 def has_store(workspace: Path) -> bool:
     """Whether there is a store to read: a server is named, or a run has created the workspace's database."""
-    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (workspace / "mlflow.db").exists()
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (workspace / DATABASE).exists()
 
 
 def ui_command(workspace: Path, mlflow: str) -> str:
@@ -127,18 +147,51 @@ def connect(workspace: Path) -> RetryingMlflow:
         logging.getLogger(name).setLevel(logging.ERROR)
     connected = RetryingMlflow(mlflow, uri, registry_uri, retry_limit_s())
     where = connected.where
+    is_own = uri == own_database(workspace)
     try:
-        # Creates the database if it is missing. Two first users at once would race in MLflow's migration, so the driver
-        # does this before any worker connects.
+        if is_own:
+            ready_database(workspace)
         connected.client_without_retries().search_experiments(max_results=1)
     except Exception as error:  # SQLAlchemy, requests and MLflow raise unrelated types
         why = unavailable_reason(error) or one_line(error)
-        raise WorkspaceError(
-            f"MLflow at {where} cannot be used: {why}; start the server, or correct or unset MLFLOW_TRACKING_URI"
-            if os.environ.get("MLFLOW_TRACKING_URI")
-            else f"MLflow at {where} cannot be used: {why}"
-        ) from error
+        remedy = "start the server, or correct or unset MLFLOW_TRACKING_URI"
+        if is_own:
+            remedy = (
+                "run again later"
+                if unavailable_reason(error)
+                else f"if it is broken, move {workspace / DATABASE} away and run again: the stages' artifacts stay"
+            )
+        raise WorkspaceError(f"MLflow at {where} cannot be used: {why}; {remedy}") from error
     return connected
+
+
+def ready_database(workspace: Path) -> None:
+    """Create the database of a workspace, whole or not at all, or let one that was moved or copied know where it is.
+
+    MLflow stores the absolute places of all files. After a move new versions would go to the old workspace.
+    """
+    file = make_once(workspace / DATABASE, _create_database)
+    place, suffix = own_files(workspace), f"/{Path(own_files(workspace)).name}"
+    # Most of the time nothing is to be written, which must be possible where nothing can be.
+    with closing(sqlite3.connect(file, timeout=_BUSY_S)) as database, database:
+        others = [
+            found
+            for (found,) in database.execute("SELECT DISTINCT artifact_location FROM experiments")
+            if found and found.endswith(suffix) and found != place
+        ]
+        for other in others:
+            for table, column in _PLACES:
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                    (place, len(other) + 1, other, len(other) + 1, f"{other}/"),
+                )
+
+
+def _create_database(file: Path) -> None:
+    """Create a database with MLflow's tables. It takes seconds, and of two processes that do it at once one fails."""
+    import mlflow
+
+    mlflow.MlflowClient(f"sqlite:///{file.resolve()}").search_experiments(max_results=1)
 
 
 def retry_limit_s() -> float:
@@ -218,7 +271,11 @@ def unavailable_reason(error: BaseException) -> str | None:
     if any(isinstance(link, requests.exceptions.SSLError | requests.exceptions.InvalidURL) for link in links):
         return None
     if any(type(link).__name__ == "OperationalError" for link in links):  # SQLAlchemy's, and the database driver's own
-        return None if any(mark in texts for mark in _LASTING) else "its database is busy or away"
+        is_sqlite = any(type(link).__module__ == "sqlite3" for link in links)
+        passes = (
+            any(mark in texts for mark in _SQLITE_BUSY) if is_sqlite else not any(mark in texts for mark in _LASTING)
+        )
+        return "its database is busy or away" if passes else None
     for link in links:
         if isinstance(link, requests.exceptions.HTTPError) and link.response is not None:
             status = link.response.status_code
@@ -242,7 +299,13 @@ class _Retrying:
 
         @wraps(value)
         def call(*arguments: Any, **options: Any) -> Any:
-            return retry(lambda: value(*arguments, **options), self._where, self._limit_s)
+            try:
+                return retry(lambda: value(*arguments, **options), self._where, self._limit_s)
+            except Exception as error:
+                if not name.startswith("set_") or "unique constraint" not in str(error).lower():
+                    raise
+                # Somebody else set the same for the first time in the same moment. Now it is there, and is set again.
+                return retry(lambda: value(*arguments, **options), self._where, self._limit_s)
 
         return call
 

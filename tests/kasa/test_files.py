@@ -21,7 +21,8 @@ from kasa import (
 from kasa.adapter import frozen_factors, trainable_parameters
 from kasa.adapter_file import SavedAdapter, check_base
 from kasa.checkpoint import weight_digest
-from kasa.errors import AdapterFileError, SpectrumError
+from kasa.errors import AdapterFileError, DamagedFileError, SpectrumError
+from kasa.files import check_sealed_folder, seal_folder, sealed_json
 from kasa.targets import Target
 from tests.kasa.shapes import Shapes
 
@@ -129,14 +130,48 @@ def test_a_damaged_json(adapter, tmp_path, text) -> None:
         read_adapter(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [('"rank": 6', '"rank": 5'), ('"alpha": 9', '"alpha": 8'), ('"a base"', '"no base"')]
+)
+def test_a_changed_fact(adapter, tmp_path, old, new) -> None:
+    save_adapter(tmp_path / "adapter", adapter)
+    file = tmp_path / "adapter" / "adapter.json"
+    assert folders.is_sound(tmp_path / "adapter", "adapter.json")
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    assert not folders.is_sound(tmp_path / "adapter", "adapter.json")
+    with pytest.raises(AdapterFileError, match=r"adapter\.json was changed"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_a_sealed_folder(tmp_path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    for name, text in (("a.json", "{}"), ("deep/b", "text")):
+        (folder / name).write_text(text)
+    check_sealed_folder(folder)  # never sealed
+    seal_folder(folder)
+    seal_folder(folder)
+    check_sealed_folder(folder)
+    for damage in ("a.json", "deep/b", "files.json"):
+        whole = (folder / damage).read_bytes()
+        (folder / damage).write_bytes(whole[:-1])
+        with pytest.raises(DamagedFileError, match=damage):
+            check_sealed_folder(folder)
+        (folder / damage).write_bytes(whole)
+    (folder / "deep" / "b").unlink()
+    with pytest.raises(DamagedFileError, match="deep/b cannot be read"):
+        check_sealed_folder(folder)
+
+
 def test_a_json_without_its_facts(adapter, tmp_path) -> None:
     save_adapter(tmp_path / "adapter", adapter)
     file = tmp_path / "adapter" / "adapter.json"
     facts = json.loads(file.read_text())
     for key, value in (("config", None), ("config", {"rnak": 8}), ("targets", None), ("base", None)):
-        changed = {k: v for k, v in facts.items() if k != key} | ({key: value} if value else {})
-        file.write_text(json.dumps(changed))
-        with pytest.raises(AdapterFileError):
+        changed = {k: v for k, v in facts.items() if k not in (key, "sha256")} | ({key: value} if value else {})
+        file.write_text(sealed_json(changed))
+        with pytest.raises(AdapterFileError, match="another version"):
             read_adapter(tmp_path / "adapter")
 
 

@@ -13,7 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kasa.errors import DamagedFileError
+from kasa.files import read_json
 from pipeline.cluster.workers import Resources, counting, run_journalled_tasks
+from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import ADAPTER, Record, atomic_write, read_journal
 from pipeline.data.prepared import load_prepared
 from pipeline.evaluation.results import (
@@ -163,6 +166,12 @@ def _measure(
     journals = _score(work, prepared, candidate, folder)
     _run_harness(work, candidate, folder)
     results = sorted((result for journal in journals for result in read_journal(journal)), key=lambda r: r["sample"])
+    rows = load_prepared(prepared.folder).summary["heldout_rows"]
+    if [result["sample"] for result in results] != list(range(rows)):
+        raise WorkspaceError(
+            f"{folder} has whole records of {len(results)} of {rows} samples; run the same command again, which evaluates "
+            "the others"
+        )
     asked = load_prepared(prepared.folder).heldout.select_columns(["source", "prompt"])
     write_samples(folder / RESULTS, [{**asked[result["sample"]], **result} for result in results])
     for journal in journals:
@@ -227,14 +236,21 @@ def _run_harness(work: Work, candidate: Candidate, folder: Path) -> None:
             out=place.resolve(),
         )
         for task, place in places.items()
-        if not place.exists()
+        if not _is_whole(place)
     ]
     count = counting(context.bars, f"harness {candidate.name}", len(places), "tasks")
     count([{}] * (len(places) - len(jobs)))
     context.run_tasks(run_harness, jobs, Resources(1, work.recipe.train.gpu), on_result=lambda job, result: count([{}]))
-    results = [row for place in places.values() for row in json.loads(place.read_text(encoding="utf-8"))]
+    results = [row for place in places.values() for row in read_json(place, list)]
     atomic_write(folder / HARNESS_JSON, json.dumps(results))
     shutil.rmtree(folder / "harness")
+
+
+def _is_whole(results: Path) -> bool:
+    try:
+        return isinstance(read_json(results, list), list)
+    except (FileNotFoundError, DamagedFileError):
+        return False
 
 
 def _whole_path(path: str | None) -> str | None:

@@ -15,6 +15,7 @@ from pipeline.core.errors import ModelError
 from pipeline.models.base import BaseModel
 from pipeline.registry.store import (
     CHAMPION,
+    KEY_TAG,
     PREVIOUS,
     ModelVersion,
     Registry,
@@ -25,6 +26,7 @@ from pipeline.registry.store import (
     finish_interrupted_change,
     history,
 )
+from pipeline.run.context import one_change_at_a_time
 from pipeline.run.dependencies import REGISTER
 from pipeline.run.model_package import (
     KEPT_OUT,
@@ -42,7 +44,6 @@ from pipeline.run.warm_start import adapter_tags, start_tags
 from pipeline.storage.artifacts import Artifact, StageKey
 
 GATE = "gate"
-KEY_TAG = "kasa.register_key"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ def register(work: Work, key: StageKey, adapter: Artifact, evaluation: Evaluatio
 
     def make(folder: Path) -> dict[str, Any]:
         context.confirm()
+        with one_change_at_a_time(context.storage, recipe.registered_name):
+            return register_and_decide(folder)
+
+    def register_and_decide(folder: Path) -> dict[str, Any]:
         finish_interrupted_change(registry, recipe.registered_name)
         made_before = {KEY_TAG: key.key}
         if REGISTER in context.recomputed:  # a new version is asked for; one of this very run, interrupted, is that
@@ -116,6 +121,8 @@ def _new_version(work: Work, key: StageKey, evaluation: Evaluation, folder: Path
     """A version of the adapter with the verdict on it, without aliases yet."""
     context, recipe, base = work.context, work.recipe, work.base
     name = recipe.registered_name
+    for artifact in work.made.values():  # hours may have passed since they were found or made
+        context.store.check(artifact)
     decision = decide(gate_of(recipe), evaluation.differences, evaluation.obstacle)
     _check_champion(context.registry, name, evaluation, decision)
     lora = write_report(folder, recipe, work.made, base, evaluation, decision)

@@ -111,10 +111,11 @@ def _pieces(work: Work, folder: Path, calibration: tuple[Path, ...]) -> list[Spe
 
 def _decompose(work: Work, pieces: Sequence[SpectrumTask]) -> None:
     """Make the spectra that an earlier run of this command has not finished."""
-    from kasa.spectra_file import SPECTRA_JSON  # torch
+    from kasa.folders import is_sound  # torch
+    from kasa.spectra_file import SPECTRA_JSON
     from pipeline.spectra.decomposition import decompose
 
-    missing = [piece for piece in pieces if not (piece.out / SPECTRA_JSON).exists()]
+    missing = [piece for piece in pieces if not is_sound(piece.out, SPECTRA_JSON)]
     count = counting(work.context.bars, "spectra", len(pieces), "weights")
     count([{}] * (len(pieces) - len(missing)))
     work.context.run_tasks(
@@ -129,6 +130,7 @@ def _decompose(work: Work, pieces: Sequence[SpectrumTask]) -> None:
 def _calibrate(work: Work, prepared: Artifact, folder: Path) -> tuple[Path, ...]:
     """Run the calibration text through the base, shared out over the training workers; the folders of their sums."""
     from kasa.calibration import CALIBRATION_JSON  # torch
+    from kasa.folders import is_sound
     from pipeline.spectra.calibration import CalibrationShard, calibrate_shard, first_rows
 
     context, recipe = work.context, work.recipe
@@ -148,7 +150,7 @@ def _calibrate(work: Work, prepared: Artifact, folder: Path) -> tuple[Path, ...]
             journal=part.with_suffix(".jsonl").resolve(),
         )
         for index, part in enumerate(parts)
-        if not (part / CALIBRATION_JSON).exists()
+        if not is_sound(part, CALIBRATION_JSON)
     ]
     samples = load_prepared(prepared.folder).calibration
     rows = samples[: len(first_rows(samples, recipe.spectra.calibration_tokens))]["input_ids"]

@@ -5,7 +5,6 @@ While the workers run, what their journals say is shown and delivered to MLflow.
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kasa.files import read_json, seal_folder
 from pipeline.cluster.workers import Resources, WorkerGroup
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config
 from pipeline.config.recipe import Recipe
@@ -172,7 +172,8 @@ def _finished(work: Work, job: TrainJob, prepared: Artifact, spectra: Artifact |
     Head.load(prepared.folder).save(folder / ADAPTER)
     if spectra and work.recipe.adapter.spec.components == "dropped":
         write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
-    attached = json.loads((folder / ATTACHED).read_text(encoding="utf-8"))
+    seal_folder(folder / ADAPTER)  # it will be copied to the registry and from there
+    attached = read_json(folder / ATTACHED)
     for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):
         shutil.rmtree(finished_with, ignore_errors=True)
     return _facts(read_journal(folder / JOURNAL)) | {

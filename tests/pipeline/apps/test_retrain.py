@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.apps.retrain import Inputs, look, read_finished, what_is_new
+from kasa.files import sealed_json
+from pipeline.apps.retrain import Finished, Inputs, look, read_finished, what_is_new
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import SETTLED_S, read_digests
 from pipeline.run import graph as keys
 
@@ -112,10 +111,14 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
     assert read_digests(tmp_path / "digests.json").known == {}
 
 
-def test_a_damaged_record_says_what_to_do(nightly: Recipe) -> None:
+def test_a_damaged_record_is_named_and_counts_for_nothing(nightly: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_finished(nightly) is None
     file = nightly.workspace / "retrain" / "nightly.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"at": "today"}))
-    with pytest.raises(WorkspaceError, match=r"nightly\.json is damaged; delete it"):
-        read_finished(nightly)
+    finished = Finished("today", BEFORE, "r" * 32, "models:/m/1", True, "better")
+    file.write_text(sealed_json(asdict(finished)))
+    assert read_finished(nightly) == finished
+    for damaged in (file.read_text().replace("models:/m/1", "models:/m/2"), '{"at": "today"}', "[1]", ""):
+        file.write_text(damaged)
+        assert read_finished(nightly) is None
+        assert "nightly.json" in capsys.readouterr().err.replace("\n", "")

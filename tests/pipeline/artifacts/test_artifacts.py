@@ -5,12 +5,16 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
+from kasa.files import remove_folder
 from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import content_digest
-from pipeline.storage.artifacts import ArtifactStore, StageKey
+from pipeline.storage.artifacts import Artifact, ArtifactStore, StageKey
+from pipeline.storage.objects import ObjectStore
+from pipeline.storage.workspace import Workspace
 
 KEY = StageKey("prepare", {"rows": 3, "nested": {"b": 1, "a": [1, 2]}})
 
@@ -71,12 +75,64 @@ def test_a_folder_without_manifest_is_no_artifact(store) -> None:
     assert store.find(KEY) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"stage": "prepare"}', "[1]", "null"])
-def test_a_damaged_manifest_says_what_to_delete(store, text) -> None:
-    artifact = store.find_or_make(KEY, make_file)
-    (artifact.folder / "manifest.json").write_text(text)
-    with pytest.raises(WorkspaceError, match=f"is damaged; delete .*{KEY.key} and run again"):
-        store.find(KEY)
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "a byte": lambda folder: flip(folder / "deep" / "data"),
+    "cut off": lambda folder: (folder / "deep" / "data").write_text("ma"),
+    "a file gone": lambda folder: (folder / "deep" / "data").unlink(),
+    "a fact": lambda folder: replace_text(folder / "manifest.json", '"rows": 3}', '"rows": 4}'),
+    "an ingredient": lambda folder: replace_text(folder / "manifest.json", '"b": 1', '"b": 2'),
+    "no JSON": lambda folder: (folder / "manifest.json").write_bytes(b"\xff{"),
+    "empty": lambda folder: (folder / "manifest.json").write_text(""),
+    "no object": lambda folder: (folder / "manifest.json").write_text("[1]"),
+    "no digests": lambda folder: (folder / "manifest.json").write_text('{"facts": {"rows": 3}}'),
+}
+
+
+def replace_text(file: Path, old: str, new: str) -> None:
+    text = "".join(file.read_text().split("\n"))
+    assert "".join(old.split()) in "".join(text.split())
+    file.write_text("".join(text.split()).replace("".join(old.split()), "".join(new.split())))
+
+
+def make_deep(folder: Path) -> dict:
+    (folder / "deep").mkdir(exist_ok=True)
+    (folder / "deep" / "data").write_text("made")
+    return {"rows": 3}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_damaged_is_named_and_made_again(store, damage, capsys) -> None:
+    folder = store.find_or_make(KEY, make_deep).folder
+    damage(folder)
+    with pytest.raises(WorkspaceError, match=f"{KEY.key}.*run the same command again"):
+        store.check(Artifact(KEY.stage, KEY.key, folder, {"rows": 3}, reused=True))
+    assert store.reuse(KEY) is None
+    said = "".join(capsys.readouterr().err.split())
+    assert "data" in said or "manifest.json" in said
+    again = store.find_or_make(KEY, make_deep)
+    assert (again.reused, again.facts) == (False, {"rows": 3})
+    assert (folder / "deep" / "data").read_text() == "made"
+    assert store.reuse(KEY) == replace(again, reused=True)
+
+
+def test_what_is_damaged_is_replaced_under_its_lock(store) -> None:
+    damaged = store.find_or_make(KEY, make_deep).folder
+    flip(damaged / "deep" / "data")
+    made = store.find_or_make(KEY, make_deep)
+    assert not made.reused
+    store.check(made)
+
+
+def test_files_that_were_added_later_do_no_harm(store) -> None:
+    folder = store.find_or_make(KEY, make_deep).folder
+    (folder / "cache-1.arrow").write_text("of a reader")
+    assert store.find_or_make(KEY, never).reused
 
 
 def test_removed_is_made_again(store) -> None:
@@ -120,3 +176,17 @@ def test_keys_depend_on_content_not_order() -> None:
     assert KEY.key != StageKey("prepare", {"nested": {"a": [2, 1], "b": 1}, "rows": 3}).key
     assert len(KEY.key) == 16
     assert content_digest({"a": 1}) != content_digest({"a": "1"})
+
+
+def test_where_a_store_has_the_artifact_a_damaged_copy_is_fetched_again(tmp_path: Path) -> None:
+    storage = Workspace(tmp_path, ObjectStore(f"memory://{uuid4().hex}", retry_s=5), "node")
+    store = ArtifactStore(tmp_path, storage)
+    folder = store.find_or_make(KEY, make_deep).folder
+    flip(folder / "deep" / "data")
+    assert store.find_or_make(KEY, never).reused
+    assert (folder / "deep" / "data").read_text() == "made"
+    flip(folder / "deep" / "data")
+    storage.store.upload(folder / "deep" / "data", f"artifacts/{KEY.stage}/{KEY.key}/deep/data")
+    assert not store.find_or_make(KEY, make_deep).reused
+    remove_folder(folder)
+    assert store.find_or_make(KEY, never).reused

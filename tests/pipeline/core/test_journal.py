@@ -1,5 +1,9 @@
 """Journals survive the death of their writer, and readers see each record once."""
 
+import json
+
+import pytest
+
 from pipeline.core.files import JournalTail, JournalWriter, append_journal, read_journal, rewrite_journal
 
 
@@ -31,13 +35,13 @@ def test_a_tail_gives_each_record_once_and_waits_for_whole_lines(tmp_path) -> No
     path = tmp_path / "journal.jsonl"
     tail = JournalTail(path)
     assert tail.new_records() == []
-    append_journal(path, records(1))
-    with path.open("ab") as file:
-        file.write(b'{"step"')
+    append_journal(path, records(1, 2))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
     assert tail.new_records() == records(1)
     assert tail.new_records() == []
     with path.open("ab") as file:
-        file.write(b": 2}\n")
+        file.write(whole[-10:])
     assert tail.new_records() == records(2)
 
 
@@ -65,3 +69,24 @@ def test_a_writer_that_was_replaced_reaches_no_reader(tmp_path) -> None:
     assert read_journal(path) == records(1, 2, 3)
     assert second.is_current()
     assert not first.is_current()
+
+
+@pytest.mark.parametrize(
+    "damage", [(b": 2", b": 7"), (b'"step": 2', b'"stop": 2'), (b'"}', b'"'), (b'"step"', b"\xff\n"), (b"{", b"")]
+)
+def test_a_damaged_record_counts_as_never_written(tmp_path, damage) -> None:
+    path = tmp_path / "journal.jsonl"
+    append_journal(path, records(1, 2, 3))
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    assert damage[0] in second
+    path.write_bytes(first + second.replace(*damage) + third)
+    assert read_journal(path) == records(1, 3)
+    assert JournalTail(path).new_records() == records(1, 3)
+    assert JournalWriter(path, keep=lambda record: True).kept == records(1, 3)
+    assert path.read_bytes() == first + third
+
+
+def test_a_line_is_json_for_other_programs(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    append_journal(path, records(1))
+    assert json.loads(path.read_text())["step"] == 1

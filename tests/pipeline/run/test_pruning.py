@@ -99,3 +99,14 @@ def test_half_removed_is_removed_next_time(workspace) -> None:
     assert [removal.folder.suffix for removal in planned] == ["", ".old", ".partial"]
     prune(planned)
     assert not list(workspace.rglob("*.old"))
+
+
+def test_what_a_run_at_work_has_found_or_made_is_kept(workspace) -> None:
+    running = ArtifactStore(workspace)
+    running.find_or_make(key(0), lambda folder: pytest.fail("made although it was there"))
+    running.find_or_make(key(2), lambda folder: {})
+    planned = plan_pruning(workspace, 0)
+    assert len(planned) == 4
+    assert [removal.key for removal in prune(planned)] == [key(1).key, "interrupted"]
+    del running  # as at the end of its process
+    assert {removal.key for removal in prune(plan_pruning(workspace, 0))} == {key(0).key, key(2).key}

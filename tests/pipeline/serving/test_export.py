@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from kasa import CheckpointWeights, KasaConfig, attach_saved, find_targets, read_adapter, save_adapter
 from kasa.adapter_file import SavedAdapter
 from kasa.checkpoint import weight_digest
+from kasa.files import seal_folder
 from kasa.spectra import bottom_triplets
 from pipeline.cli.main import main
+from pipeline.core.errors import ModelError
 from pipeline.models import base as base_folder
 from pipeline.models.prompting import Prompting
 from pipeline.registry.store import ModelPackage, Registry
@@ -191,7 +193,7 @@ def tracking(tmp_path: Path) -> Iterator[Tracking]:
         mlflow.set_registry_uri(None)
 
 
-def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter: Path) -> None:
+def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter: Path, tmp_path: Path) -> None:
     settings = {
         "head": "language-model",
         "base_name": "gone",
@@ -199,6 +201,7 @@ def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter:
         "precision": "fp32",
         "max_new_tokens": 1,
     }
+    seal_folder(adapter)
     code = Path(served_model.__file__)
     run, registry = tracking.start_run("register", {}), Registry(Path("work"))
     package = ModelPackage(code, (), {"adapter": adapter}, settings, (), "A prompt.")
@@ -211,6 +214,21 @@ def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter:
         assert kasa("export", uri, out, "--format", "merged", "--dtype", "fp32", "-w", "work")[0] == 0
         torch.testing.assert_close(_logits(_load(Path(out))), _adapted(base, adapter), rtol=0, atol=1e-5)
         assert Prompting.load(Path(out)) == Prompting.load(adapter)
+    champion = registry.champion("tiny")
+    copy = registry.download(f"{champion.uri}/artifacts/adapter", tmp_path / "champion")
+    (copy / "prompting.json").write_text("{}")
+    assert Prompting.load(registry.download(f"{champion.uri}/artifacts/adapter", copy)) == Prompting.load(adapter)
+    # One byte of what lies in the registry.
+    (stored,) = (tmp_path / "work" / "mlartifacts").rglob("adapter/prompting.json")
+    stored.write_text(stored.read_text().replace("t", "u", 1))
+    registry.client.delete_registered_model_alias("tiny", "champion")
+    for command in (["export", "models:/tiny/1", "more", "--format", "lora"], ["promote", "models:/tiny/1"]):
+        status, _, said = kasa(*command, "-w", "work")
+        assert (status, "prompting.json was changed" in " ".join(said.split())) == (2, True)
+    (copy / "prompting.json").write_text("{}")
+    with pytest.raises(ModelError, match="models:/tiny/1/artifacts/adapter is damaged in the registry"):
+        registry.download(f"{champion.uri}/artifacts/adapter", copy)
+    assert registry.champion("tiny") is None
     status, _, said = kasa("export", "models:/tiny/2", "more", "--format", "lora", "-w", "work")
     assert (status, "models:/tiny/2 cannot be fetched from sqlite" in said) == (2, True)
 

@@ -16,6 +16,7 @@ import pytest
 from pipeline.core.errors import LeaseLostError
 from pipeline.storage.lease import (
     CLOCKS_APART_S,
+    DURATION_S,
     FileLeaseStore,
     Holder,
     Lease,
@@ -46,10 +47,39 @@ def held_until(expires: float, **changes: object) -> Holder:
         (held_until(NOW - 1), "gone", "take over"),
         (held_until(NOW - 1), "unknown", "held"),
         (held_until(NOW - CLOCKS_APART_S - 1), "unknown", "take over"),
+        # No clock that agrees with this one can have written it.
+        (held_until(NOW + DURATION_S + CLOCKS_APART_S + 1), "unknown", "take over"),
+        (held_until(NOW + 10 * 365 * 86400), "unknown", "take over"),
+        (held_until(NOW + 10 * 365 * 86400), "alive", "held"),
     ],
 )
 def test_who_may_take_a_lease(holder, pulse, verdict) -> None:
     assert decide(holder, pulse, NOW) == verdict
+
+
+DAMAGED = {
+    "text": {"expires": "tomorrow"}, "none": {"expires": None}, "infinite": {"expires": float("inf")},
+    "no such year": {"since": 1e300, "expires": 1e300}, "pid": {"pid": "1"}, "process": {"pid": 2**70, "started": [1]},
+    "host": {"host": 3}, "machine": {"machine": None}, "more": {"more": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1]",
+        b"\xff",
+        b"{}",
+        b"null",
+        *(json.dumps(asdict(held_until(NOW)) | one).encode() for one in DAMAGED.values()),
+    ],
+)
+def test_a_damaged_record_is_taken_over(tmp_path: Path, content: bytes) -> None:
+    store = FileLeaseStore(tmp_path, "lease")
+    store.write(content, None)
+    lease = acquire(store)
+    assert isinstance(lease, Lease)
+    lease.release()
 
 
 def test_a_process_id_used_again_is_another_process() -> None:

@@ -120,6 +120,16 @@ def test_other_errors_mean_something_else(error: Exception) -> None:
     assert unavailable_reason(error) is None
 
 
+@pytest.mark.parametrize("says", ["duplicate column name: workspace", "table runs already exists", "no such column: x"])
+def test_a_broken_database_is_not_busy(says: str) -> None:
+    import sqlite3
+
+    from sqlalchemy.exc import OperationalError
+
+    broken = OperationalError("ALTER TABLE", {}, sqlite3.OperationalError(says))
+    assert unavailable_reason(broken) is None
+
+
 def test_an_error_met_while_handling_an_absence_is_itself() -> None:
     def call() -> None:
         try:
@@ -186,6 +196,23 @@ def test_other_errors_are_not_tried_again() -> None:
     with pytest.raises(TypeError):
         retry(lambda: store.add("1"), "there", 60)  # type: ignore[arg-type]
     assert store.calls == 1
+
+
+def test_what_somebody_else_set_in_the_same_moment_is_set_again() -> None:
+    class Client:
+        calls = 0
+
+        def set_tag(self, value: str) -> str:
+            self.calls += 1
+            if self.calls == 1:
+                raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: tags.key, tags.run_uuid")
+            return value
+
+        create_run = set_tag
+
+    assert retrying(Client(), "here", 0).set_tag("value") == "value"
+    with pytest.raises(MlflowException):
+        retrying(Client(), "here", 0).create_run("value")
 
 
 def test_an_object_whose_calls_are_retried_keeps_its_face() -> None:
