@@ -9,6 +9,7 @@ from kasa.targets import Target
 from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
+from pipeline.core.redaction import redacted
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.methods.choice import check_registrable
@@ -87,7 +88,7 @@ def _stages(
     store = ArtifactStore(recipe.workspace, look_into(recipe.location))
     known: dict[str, StageKey] = {}
     if base is not None and sources_digest is not None:
-        inputs = KeyInputs(recipe, base.digest, sources_digest, targets, tracking_uri(recipe.workspace))
+        inputs = KeyInputs(recipe, base.digest, sources_digest, targets, redacted(tracking_uri(recipe.workspace)))
         known = stage_keys(starting_from(inputs, _start(inputs), store, recompute))
     ingredients = ingredients_by_name(stored_artifacts(store))
     ingredients |= {f"{key.stage}/{key.key}": key.ingredients for key in known.values()}

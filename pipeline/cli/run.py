@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +20,7 @@ from pipeline.cli.shared import (
     duration_text,
     out,
     plain_table,
+    print_json,
     show,
     size_text,
     uncut,
@@ -64,7 +64,7 @@ def recipes(as_json: JsonOption = False) -> None:
     from pipeline.config.recipe import catalogue, recipes_json, show_recipes
 
     named = list(catalogue())
-    print(json.dumps(recipes_json(named))) if as_json else show_recipes(named)
+    print_json(recipes_json(named)) if as_json else show_recipes(named)
 
 
 def doctor(workspace: WorkspaceOption = Path("workspace"), as_json: JsonOption = False) -> None:
@@ -256,7 +256,7 @@ def retrain(
 
     outcome = retrain_if_new(resolved, wait)
     if as_json:
-        print(json.dumps(outcome_json(outcome) | (result_json(outcome.result) if outcome.result else {})))
+        print_json(outcome_json(outcome) | (result_json(outcome.result) if outcome.result else {}))
     elif outcome.result:
         show_result(outcome.result)
     else:
@@ -286,7 +286,7 @@ def submit(
 
     outcome = submit_and_follow(recipe, overrides or [], address, follow, again, env or [])
     if as_json:
-        print(json.dumps(outcome.as_json()))
+        print_json(outcome.as_json())
     raise typer.Exit(outcome.exit_code)
 
 

@@ -78,7 +78,7 @@ def run(
     storage.upload_input(base.folder, base.digest)
     tags = {**environment_tags(), **code_tags(), **seed_tags(recipe)}
     context = open_context(recipe, storage, bars, tags, recompute, confirm)
-    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.uri)
+    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.where)
     with (
         context.tracking.open_run(context.parent_run),
         ray_cluster(recipe.workspace, *needed_resources(recipe), on_connected=context.describe_cluster),

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError, WorkspaceError, one_line
 from pipeline.core.machine import backoff_s
+from pipeline.core.redaction import redacted, shell_command
 
 Result = TypeVar("Result")
 Target = TypeVar("Target")
@@ -31,6 +32,7 @@ _SILENT_TRIES = 1
 
 _UNAVAILABLE_STATUS = {408, 429, 500, 502, 503, 504}
 _UNAVAILABLE_CODES = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
+_REFUSALS = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
 # Marks of database errors that retrying does not help against.
 _LASTING = ("disk is full", "disk i/o", "readonly", "unable to open", "no such table", "malformed", "not a database")
 
@@ -70,21 +72,23 @@ def has_store(workspace: Path) -> bool:
 
 
 def ui_command(workspace: Path, mlflow: str) -> str:
-    """The shell command that opens MLflow's pages on this workspace; `mlflow` is how to call MLflow."""
+    """The shell command that opens MLflow's pages on this workspace; `mlflow` is the program."""
     uri = tracking_uri(workspace)
-    return f"{mlflow} ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri}"
+    if uri.startswith("sqlite:"):
+        return shell_command(mlflow, "ui", "--backend-store-uri", uri)
+    return shell_command("open", uri)
 
 
 class RetryingMlflow:
     """The `mlflow` module, except that the clients it makes retry their calls while the store is unavailable.
 
     Attributes:
-        where: The URI of the store, without a password.
+        where: The URI of the store, without a login.
     """
 
     def __init__(self, mlflow: Any, uri: str, registry_uri: str, limit_s: float) -> None:
         self._mlflow, self._uri, self._registry_uri, self._limit_s = mlflow, uri, registry_uri, limit_s
-        self.where = _without_password(uri)
+        self.where = redacted(uri)
 
     def MlflowClient(self) -> Any:  # noqa: N802, the name that the module has
         """A client whose calls are retried."""
@@ -131,8 +135,8 @@ def connect(workspace: Path) -> RetryingMlflow:
         # does this before any worker connects.
         connected.client_without_retries().search_experiments(max_results=1)
     except Exception as error:  # SQLAlchemy, requests and MLflow raise unrelated types
-        why = unavailable_reason(error) or one_line(error)
-        raise WorkspaceError(
+        why = unavailable_reason(error) or redacted(one_line(error))
+        raise refusal(error, where) or WorkspaceError(
             f"MLflow at {where} cannot be used: {why}; start the server, or correct or unset MLFLOW_TRACKING_URI"
             if os.environ.get("MLFLOW_TRACKING_URI")
             else f"MLflow at {where} cannot be used: {why}"
@@ -173,6 +177,7 @@ def retry(
 
     Raises:
         TrackingAwayError: The store was unavailable for longer. The message says what to do.
+        WorkspaceError: The server refuses the call: it wants a login, or another one.
     """
     began, said = clock(), False
     for tries, pause in enumerate(backoff_s(FIRST_PAUSE_S, LONGEST_PAUSE_S)):
@@ -181,6 +186,8 @@ def retry(
         except Exception as error:
             why = unavailable_reason(error)
             if why is None:
+                if refused := refusal(error, where):
+                    raise refused from error
                 raise
             waited = clock() - began
             if waited >= limit_s:
@@ -230,6 +237,34 @@ def unavailable_reason(error: BaseException) -> str | None:
     return f"it answers with {code}" if code in _UNAVAILABLE_CODES else None
 
 
+def if_there(call: Callable[[], Result]) -> Result | None:
+    """The result of a call that asks for one thing; None if the store says that it does not have it.
+
+    Every other error is raised: what a server refuses to show, or cannot show now, may well be there.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return call()
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def refusal(error: BaseException, where: str) -> WorkspaceError | None:
+    """The error to raise where the server at `where` refuses a call for want of rights; None for any other error."""
+    codes = {getattr(link, "error_code", None) for link in _chain(error)}
+    answers = (getattr(getattr(link, "response", None), "status_code", None) for link in _chain(error))
+    status = next((answer for answer in answers if answer in (401, 403)), None)
+    if status is None and not codes & _REFUSALS:
+        return None
+    return WorkspaceError(
+        f"MLflow at {where} refuses access ({redacted(one_line(error))}); set MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to a login that may read and write there"
+    )
+
+
 class _Retrying:
     def __init__(self, target: Any, where: str, limit_s: float) -> None:
         self._target, self._where, self._limit_s = target, where, limit_s
@@ -273,7 +308,3 @@ def _environment_kept() -> Iterator[None]:
     for name in names:
         os.environ.pop(name, None)
     os.environ.update(kept)
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", uri)
