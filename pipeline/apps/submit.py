@@ -24,6 +24,7 @@ from pipeline.config.recipe import Recipe, load_recipe, recipe_values
 from pipeline.core.console import console
 from pipeline.core.errors import ClusterError, ConnectionLostError, JobError
 from pipeline.core.redaction import redacted, shell_command
+from pipeline.run.preflight import check_before_work
 
 # Seconds that a dashboard may be away, and seconds between attempts to reach it.
 PATIENCE_S, PAUSE_S = 60.0, 2.0
@@ -194,6 +195,8 @@ def submit_and_follow(
     recipe = load_recipe(recipe_file, list(overrides))
     folder = Path.cwd()
     needed = check_inputs(recipe, recipe_file, folder)
+    for line in check_before_work(recipe, elsewhere=True).not_checked:
+        _say(f"not checked: {line}")
     environment = passed_environment(os.environ, variables)
     package = make_package(folder, needed, recipe.workspace)
     if address is None:

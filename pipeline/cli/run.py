@@ -12,6 +12,7 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
+from kasa.errors import KasaError
 from pipeline.cli.shared import (
     JsonOption,
     OverridesArgument,
@@ -83,6 +84,8 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
         "recipe": recipe_values(plan.recipe),
         "stages": [dataclasses.asdict(stage) for stage in plan.stages],
         "fetches": list(plan.fetches),
+        "refused": list(plan.refused),
+        "not_checked": list(plan.not_checked),
         "estimate": estimate_json(plan.estimate),
     }
 
@@ -115,6 +118,8 @@ def show_plan(plan: RunPlan) -> None:
         out.print(f"fetch first: {escape(name)}")
     out.print()
     show_estimate(plan.estimate)
+    for line in plan.not_checked:
+        out.print(f"not checked: {line}", markup=False)
     out.print("dry run: nothing was made")
 
 
@@ -235,7 +240,10 @@ def run(
         from pipeline.apps.dry_run import plan_run
         from pipeline.cli.run import plan_json, show_plan
 
-        show(plan_run(resolved, recompute), as_json, plan_json, show_plan)
+        planned = plan_run(resolved, recompute)
+        show(planned, as_json, plan_json, show_plan)
+        if planned.refused:
+            raise KasaError("\n".join(planned.refused))
         return
     from pipeline.run.flow import run as run_flow
 

@@ -21,18 +21,16 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_tags
 from pipeline.core.console import ProgressBars
 from pipeline.data.sources import DataSources, resolve_sources
-from pipeline.evaluation.results import check_harness
-from pipeline.methods.choice import check_ranks, check_registrable
-from pipeline.metrics.catalogue import check_measurable
+from pipeline.methods.choice import check_ranks
 from pipeline.models.base import BaseModel, find_base
 from pipeline.run.context import RunContext, close_context, open_context, ready_workspace, seed_tags
 from pipeline.run.dependencies import REGISTER, KeyInputs
 from pipeline.run.graph import EVALUATE, STAGES, needed_resources
+from pipeline.run.preflight import check_before_work
 from pipeline.run.report_facts import environment_tags, use_commands, write_report
 from pipeline.run.stage_runs import Work, run_stages
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.stages.register import Registration
-from pipeline.run.stages.train import deepspeed_settings
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
 
 
@@ -65,11 +63,8 @@ def run(
         KasaError: a mistake in the recipe, the data, the base or the environment; what was made so far is kept.
     """
     started = time.perf_counter()
-    check_registrable(recipe)
     # Mistakes in what later stages need should not wait for them.
-    deepspeed_settings(recipe)
-    check_measurable(recipe.evaluate.measured)
-    check_harness(recipe.evaluate, recipe.base.head)
+    check_before_work(recipe).require()
     storage = ready_workspace(recipe)
     base, sources = _find_inputs(recipe)
     targets = base.targets(recipe.adapter.targets)

@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pynvml
 import yaml
 
 from pipeline.config.recipe import recipe_values
 from pipeline.core.code import package_versions
 from pipeline.core.files import read_journal, workspace_option
+from pipeline.core.machine import gpu_names
 from pipeline.core.redaction import redacted, shell_command
 from pipeline.data.prepared import load_prepared
 from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts, TruncationFacts
@@ -155,21 +155,10 @@ def _machine() -> dict[str, str]:
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "gpus": ", ".join(_gpus()) or "none",
+        "gpus": ", ".join(gpu_names() or []) or "none",
         "system": platform.platform(terse=True),
         "python": sys.version.split()[0],
     }
-
-
-def _gpus() -> list[str]:
-    try:
-        pynvml.nvmlInit()
-        return [
-            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
-            for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-    except pynvml.NVMLError:  # no driver
-        return []
 
 
 def _processor() -> str:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError, WorkspaceError, one_line
-from pipeline.core.machine import backoff_s
+from pipeline.core.machine import TIMEOUT_S, Finding, answers, backoff_s
 from pipeline.core.redaction import redacted, shell_command
 
 Result = TypeVar("Result")
@@ -77,6 +77,36 @@ def ui_command(workspace: Path, mlflow: str) -> str:
     if uri.startswith("sqlite:"):
         return shell_command(mlflow, "ui", "--backend-store-uri", uri)
     return shell_command("open", uri)
+
+
+def check_store(uri: str | None, timeout_s: float = TIMEOUT_S) -> Finding:
+    """Check that the tracking server MLFLOW_TRACKING_URI answers, or that the folder of its database exists."""
+    if not uri:
+        return Finding("MLflow", "ok", "MLFLOW_TRACKING_URI not set: a database in the workspace")
+    shown = f"MLFLOW_TRACKING_URI={redacted(uri)}"
+    if uri.startswith(("http://", "https://")):
+        return _check_server(redacted(uri), shown, timeout_s)
+    if uri.startswith("sqlite:///"):
+        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
+        if folder.is_dir() and os.access(folder, os.W_OK):
+            return Finding("MLflow", "ok", shown)
+        remedy = shell_command("mkdir", "-p", folder)
+        return Finding("MLflow", "fail", f"{shown}: folder {folder} is missing or read-only", remedy)
+    if "://" not in uri or uri.startswith("file:"):
+        remedy = "set MLFLOW_TRACKING_URI to sqlite:///PATH or to a server, or unset it"
+        return Finding("MLflow", "fail", f"{shown} is a file store, which MLflow 3.17 refuses", remedy)
+    return Finding("MLflow", "warn", f"{shown} was not checked", "see that this store can be reached from all nodes")
+
+
+def _check_server(address: str, shown: str, timeout_s: float) -> Finding:
+    # A login is for the pages; whether the server is up can be asked without one.
+    status, reason = answers(f"{address.rstrip('/')}/health", timeout_s)
+    if status == 200:
+        return Finding("MLflow", "ok", f"{shown} is healthy")
+    said = f"HTTP {status} {reason}" if status else reason
+    remedy = "start the server (`mlflow server`), correct MLFLOW_TRACKING_URI, or unset it to use the workspace"
+    # A server behind a login may hide /health and still work.
+    return Finding("MLflow", "warn" if status in (401, 403, 404) else "fail", f"{shown} /health: {said}", remedy)
 
 
 class RetryingMlflow:
