@@ -16,7 +16,7 @@ from kasa.errors import nearest
 from kasa.targets import Target
 from kasa.truncation import Truncation
 from pipeline.config.methods import METHODS, REFERENCE
-from pipeline.config.recipe import Recipe, parse_recipe, recipe_values
+from pipeline.config.recipe import Recipe, parse_recipe, plain_values, recipe_values
 from pipeline.config.settings import HarnessSettings
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import content_digest
@@ -172,7 +172,7 @@ def recipe_for(recipe: Recipe, name: str, rank: int | None = None) -> Recipe:
     changes = {"method": REFERENCE, **_VARIANTS[name]} if name in _VARIANTS else {"method": name}
     if rank is not None:
         changes |= {"rank": rank, "alpha": recipe.adapter.alpha * rank / recipe.adapter.rank}
-    values = recipe_values(recipe)
+    values = plain_values(recipe)
     values["adapter"] |= changes
     return parse_recipe(values, f"the recipe for {name}")
 

@@ -9,49 +9,29 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from pipeline.cluster.connection import check_address
 from pipeline.core.machine import (
     GIB,
+    Finding,
     answers,
-    connects,
     cpu_cores,
     existing_parent,
-    host_and_port,
     memory_gib,
     package_index,
     side_by_side,
-    without_login,
 )
-
-Status = Literal["ok", "warn", "fail"]
+from pipeline.core.redaction import redacted, shell_command
+from pipeline.tracking.server import check_store
 
 _NETWORK_DEADLINE_S = 2.5
 _PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-_RAY_PORTS = {"": 6379, "ray": 10001, "http": 8265, "https": 443}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check.
-
-    Attributes:
-        name: what was checked.
-        status: `ok`, `warn`, or `fail` if a run cannot work.
-        detail: what was found.
-        remedy: what to do; empty where nothing is wrong.
-    """
-
-    name: str
-    status: Status
-    detail: str
-    remedy: str = ""
 
 
 def examine(workspace: Path) -> list[Finding]:
@@ -62,8 +42,8 @@ def examine(workspace: Path) -> list[Finding]:
     """
     environment = os.environ
     network = {
-        "Ray cluster": partial(check_ray, environment.get("RAY_ADDRESS")),
-        "MLflow": partial(check_mlflow, environment.get("MLFLOW_TRACKING_URI")),
+        "Ray cluster": partial(check_address, environment.get("RAY_ADDRESS")),
+        "MLflow": partial(check_store, environment.get("MLFLOW_TRACKING_URI")),
         "package index": partial(check_index, package_index()),
     }
     found = side_by_side(list(network.values()), _NETWORK_DEADLINE_S)
@@ -118,7 +98,7 @@ def check_packages(requirements: list[Requirement], versions: Mapping[str, str])
         # A version with a local part (2.13.0+cpu) satisfies its pin, and a pre-release may.
         if version is None or not pin.specifier.contains(version, prereleases=True):
             detail = f"{version or 'not installed'}, wanted {pin.specifier}"
-            wrong.append(Finding(pin.name, "fail", detail, f"pip install '{pin}'"))
+            wrong.append(Finding(pin.name, "fail", detail, shell_command("pip", "install", pin)))
     right = len(requirements) - len(wrong)
     exact = [
         f"{pin.name} {versions[pin.name]}"
@@ -200,54 +180,9 @@ def check_compiler(path: str | None) -> Finding:
     return Finding("C++ compiler", "ok", detail)
 
 
-def check_ray(address: str | None) -> Finding:
-    """Check that the cluster in RAY_ADDRESS accepts a connection."""
-    if not address or address == "local":
-        return Finding("Ray cluster", "ok", "RAY_ADDRESS not set: each run starts a Ray of its own on this machine")
-    if address == "auto":
-        return Finding("Ray cluster", "ok", "RAY_ADDRESS=auto: the Ray that already runs on this machine")
-    scheme = address.partition("://")[0] if "://" in address else ""
-    target = host_and_port(address, _RAY_PORTS.get(scheme, 6379))
-    if target is None:
-        return Finding("Ray cluster", "fail", f"RAY_ADDRESS={address} names no host", "write host:6379, or unset it")
-    problem = connects(*target)
-    if problem is None:
-        return Finding("Ray cluster", "ok", f"RAY_ADDRESS={address} takes connections")
-    remedy = "start that cluster (`ray start --head`), correct RAY_ADDRESS, or unset it to run on this machine"
-    return Finding("Ray cluster", "fail", f"RAY_ADDRESS={address}: {problem}", remedy)
-
-
-def check_mlflow(uri: str | None) -> Finding:
-    """Check that the tracking server answers, or that the folder of its database exists."""
-    if not uri:
-        return Finding("MLflow", "ok", "MLFLOW_TRACKING_URI not set: a database in the workspace")
-    shown = without_login(uri)
-    if uri.startswith(("http://", "https://")):
-        return _check_mlflow_server(uri, shown)
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
-        if folder.is_dir() and os.access(folder, os.W_OK):
-            return Finding("MLflow", "ok", shown)
-        return Finding("MLflow", "fail", f"{shown}: folder {folder} is missing or read-only", f"mkdir -p {folder}")
-    if "://" not in uri or uri.startswith("file:"):
-        remedy = "set MLFLOW_TRACKING_URI to sqlite:///PATH or to a server, or unset it"
-        return Finding("MLflow", "fail", f"{shown} is a file store, which MLflow 3.17 refuses", remedy)
-    return Finding("MLflow", "warn", f"{shown} was not checked", "see that this store can be reached from all nodes")
-
-
-def _check_mlflow_server(uri: str, shown: str) -> Finding:
-    status, reason = answers(f"{uri.rstrip('/')}/health")
-    if status == 200:
-        return Finding("MLflow", "ok", f"{shown} is healthy")
-    said = f"HTTP {status} {reason}" if status else reason
-    remedy = "start the server (`mlflow server`), correct MLFLOW_TRACKING_URI, or unset it to use the workspace"
-    # A server behind a login may hide /health and still work.
-    return Finding("MLflow", "warn" if status in (401, 403, 404) else "fail", f"{shown}/health: {said}", remedy)
-
-
 def check_index(url: str) -> Finding:
     """Check that pip's index answers, which only a first run with an `embedded:` model or data set needs."""
-    shown = without_login(url)
+    shown = redacted(url)
     if url.startswith("file:"):
         there = Path(url.removeprefix("file://")).exists()
         status, reason = (200, "") if there else (None, "no such folder")

@@ -9,15 +9,16 @@ from kasa.targets import Target
 from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
+from pipeline.core.redaction import redacted
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
-from pipeline.methods.choice import check_registrable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.shapes import meta_model, model_config
 from pipeline.registry.store import open_registry
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import PREPARE, STAGES, stage_keys
 from pipeline.run.lineage import Ingredients, ingredients_by_name, stored_artifacts, why_made
+from pipeline.run.preflight import check_before_work
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
 from pipeline.storage.artifacts import ArtifactStore, StageKey
 from pipeline.storage.workspace import look_into
@@ -43,12 +44,16 @@ class RunPlan:
 
     Attributes:
         fetches: what would be fetched first.
+        refused: why the run would end at once, here and now.
+        not_checked: what cannot be known before the run.
     """
 
     recipe: Recipe
     stages: tuple[StagePlan, ...]
     estimate: Estimate
     fetches: tuple[str, ...]
+    refused: tuple[str, ...]
+    not_checked: tuple[str, ...]
 
 
 def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
@@ -57,7 +62,7 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
     Raises:
         KasaError: what the run itself would refuse, as far as it can be seen from here.
     """
-    check_registrable(recipe)
+    found = check_before_work(recipe)
     sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
@@ -70,9 +75,11 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
         estimate=estimate(recipe, model, targets, data=_data_facts(recipe, stages)),
         fetches=tuple(
             name
-            for name, found in ((recipe.base.model, base), (", ".join(recipe.data.train), sources))
-            if found is None
+            for name, there in ((recipe.base.model, base), (", ".join(recipe.data.train), sources))
+            if there is None
         ),
+        refused=tuple(map(str, found.refused)),
+        not_checked=tuple(found.not_checked),
     )
 
 
@@ -87,7 +94,7 @@ def _stages(
     store = ArtifactStore(recipe.workspace, look_into(recipe.location))
     known: dict[str, StageKey] = {}
     if base is not None and sources_digest is not None:
-        inputs = KeyInputs(recipe, base.digest, sources_digest, targets, tracking_uri(recipe.workspace))
+        inputs = KeyInputs(recipe, base.digest, sources_digest, targets, redacted(tracking_uri(recipe.workspace)))
         known = stage_keys(starting_from(inputs, _start(inputs), store, recompute))
     ingredients = ingredients_by_name(stored_artifacts(store))
     ingredients |= {f"{key.stage}/{key.key}": key.ingredients for key in known.values()}

@@ -20,12 +20,11 @@ from pathspec import GitIgnoreSpec
 
 import pipeline
 from kasa.files import file_digest
-from pipeline.config.deepspeed import complete_config, config_names, load_deepspeed_config
+from pipeline.config.deepspeed import config_names
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import JobError, WorkspaceError
 from pipeline.data.forms import check_form
 from pipeline.data.sources import HUB, resolve_source
-from pipeline.methods.choice import check_registrable
 from pipeline.models.base import find_base
 from pipeline.models.embedded import PREFIX as EMBEDDED
 
@@ -64,9 +63,7 @@ def check_inputs(recipe: Recipe, recipe_file: Path, folder: Path) -> list[Path]:
         WorkspaceError: the workspace is a relative path.
     """
     _check_workspace(recipe.workspace)
-    check_registrable(recipe)
     check_form(recipe.data)
-    complete_config(load_deepspeed_config(recipe.train.deepspeed), recipe.train)
     found = [("the recipe", recipe_file)]
     for side in ("train", "heldout", "calibration"):
         for entry in getattr(recipe.data, side):

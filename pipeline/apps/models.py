@@ -10,6 +10,8 @@ from typing import Any
 
 from pipeline.core.code import user_name
 from pipeline.core.errors import ModelError
+from pipeline.core.files import workspace_option
+from pipeline.core.redaction import shell_command
 from pipeline.metrics.intervals import Interval
 from pipeline.registry.store import (
     CHAMPION,
@@ -68,6 +70,7 @@ class Change:
         before: the champion's version before the command.
         reason: the reason that was given.
         changed: False if the aliases were as wanted already.
+        undo: the command that goes back; empty where there is nothing to go back to.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Change:
     before: str | None
     reason: str
     changed: bool
+    undo: str = ""
 
 
 def list_models(workspace: Path, name: str | None) -> list[ModelRow]:
@@ -120,7 +124,7 @@ def _promote(registry: Registry, version: ModelVersion, reason: str | None) -> C
             event(replaced, "replaced", user_name(), f"version {version.version} was promoted by hand: {words}")
         )
     change_aliases(registry, version.name, moves, events)
-    return _change(registry, version.name, aliases.get(CHAMPION), words)
+    return _change(registry, workspace, version.name, aliases.get(CHAMPION), words)
 
 
 def rollback(workspace: Path, name: str, reason: str | None) -> Change:
@@ -148,12 +152,13 @@ def _rollback(registry: Registry, name: str, reason: str | None) -> Change:
     if champion := moves[PREVIOUS]:
         events.append(event(champion, "rolled back", user_name(), words))
     change_aliases(registry, name, moves, events)
-    return _change(registry, name, aliases.get(CHAMPION), words)
+    return _change(registry, workspace, name, aliases.get(CHAMPION), words)
 
 
-def _change(registry: Registry, name: str, before: str | None, reason: str) -> Change:
+def _change(registry: Registry, workspace: Path, name: str, before: str | None, reason: str) -> Change:
     now = registry.aliases(name)
-    return Change(name, now[CHAMPION], now.get(PREVIOUS), before, reason, changed=True)
+    undo = shell_command("kasa", "rollback", name, *workspace_option(workspace)) if PREVIOUS in now else ""
+    return Change(name, now[CHAMPION], now.get(PREVIOUS), before, reason, True, undo)
 
 
 def _row(version: ModelVersion, aliases: Mapping[str, str]) -> ModelRow:

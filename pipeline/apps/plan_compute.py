@@ -14,7 +14,7 @@ from kasa.targets import Target
 from kasa.truncation import CALIBRATED, Truncation
 from pipeline.apps.plan_memory import GIB, AdaptedModule, BlockShape
 from pipeline.config.deepspeed import config_names
-from pipeline.config.recipe import Recipe, parse_recipe, recipe_values
+from pipeline.config.recipe import Recipe, parse_recipe, plain_values
 from pipeline.core.errors import RecipeError
 
 # FLOPs per second in fp64 on one core, by the count below; 25e9 to 55e9 were measured on an AMD EPYC for sides of 1024 to 4096.
@@ -89,7 +89,7 @@ def find_accelerator(name: str) -> Accelerator:
 
 def _on_gpus(recipe: Recipe, gpus: int, nodes: int) -> Recipe:
     """The recipe with a worker for each GPU; a `cpu_...` configuration becomes its `gpu_...` counterpart."""
-    values = recipe_values(recipe)
+    values = plain_values(recipe)
     deepspeed = recipe.train.deepspeed
     counterpart = deepspeed.replace("cpu_", "gpu_", 1)
     values["train"] |= {

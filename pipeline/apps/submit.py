@@ -25,6 +25,8 @@ from pipeline.config.recipe import Recipe, load_recipe, recipe_values
 from pipeline.core import stopping
 from pipeline.core.console import console
 from pipeline.core.errors import ClusterError, ConnectionLostError, JobError
+from pipeline.core.redaction import redacted, shell_command
+from pipeline.run.preflight import check_before_work
 
 # Seconds that a dashboard may be away, and seconds between attempts to reach it.
 PATIENCE_S, PAUSE_S = 60.0, 2.0
@@ -195,6 +197,8 @@ def submit_and_follow(
     recipe = load_recipe(recipe_file, list(overrides))
     folder = Path.cwd()
     needed = check_inputs(recipe, recipe_file, folder)
+    for line in check_before_work(recipe, elsewhere=True).not_checked:
+        _say(f"not checked: {line}")
     environment = passed_environment(os.environ, variables)
     package = make_package(folder, needed, recipe.workspace)
     if address is None:
@@ -202,7 +206,7 @@ def submit_and_follow(
             "name the cluster's dashboard with --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS"
         )
     command = shlex.join(["python", "-m", "ray_jobs.run_pipeline", str(needed[0].relative_to(folder)), *overrides])
-    places = {name: environment[name] for name in _PLACES if name in environment}
+    places = {name: redacted(environment[name]) for name in _PLACES if name in environment}
     first = first_id(recipe.name, recipe_values(recipe), package.digest, places)
     try:
         dashboard = Dashboard(address)
@@ -241,10 +245,9 @@ def passed_environment(surroundings: Mapping[str, str], variables: Sequence[str]
 
 def how_to_follow(job: str, address: str) -> str:
     """Commands to follow or stop a job later."""
-    return (
-        f"follow it with `ray job logs --follow --address {address} {job}` or the same command again, stop it with "
-        f"`ray job stop --address {address} {job}`"
-    )
+    logs = shell_command("ray", "job", "logs", "--follow", "--address", address, job)
+    stop = shell_command("ray", "job", "stop", "--address", address, job)
+    return f"follow it with `{logs}` or the same command again, stop it with `{stop}`"
 
 
 def _send(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.cli.shared import (
     WorkspaceOption,
     out,
     plain_table,
+    print_json,
     show,
 )
 from pipeline.config.recipe import load_recipe
@@ -129,7 +129,7 @@ def compare(
     planned = plan_comparison(resolved, method_names(methods), seeds, seed_from, rates, against)
     if dry_run:
         trials = plan_trials(planned)
-        print(json.dumps(_planned_json(planned, trials))) if as_json else _show_planned(planned, trials)
+        print_json(_planned_json(planned, trials)) if as_json else _show_planned(planned, trials)
         return
     show(compare_methods(planned, ProgressBars(), side_by_side), as_json, _compared_json, show_compared)
 

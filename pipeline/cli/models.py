@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,10 +22,12 @@ from pipeline.cli.shared import (
     WorkspaceOption,
     out,
     plain_table,
+    print_json,
     show,
     size_text,
     uncut,
 )
+from pipeline.core.console import RedactingConsole
 from pipeline.core.errors import WorkspaceError
 from pipeline.run.lineage import Stored, ingredients_by_name, stored_artifacts, why_made
 from pipeline.storage.artifacts import ArtifactStore, StageKey
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from pipeline.serving.export import Exported
 
 artifacts_app = typer.Typer(no_args_is_help=True, help="List, explain and prune what the stages made.")
-_out = Console(highlight=False, soft_wrap=True)
+_out = RedactingConsole(highlight=False, soft_wrap=True)
 
 NewFolderArgument = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
 _DIGITS = 12  # of the data's digest
@@ -47,7 +48,7 @@ def list_(workspace: WorkspaceOption = Path("workspace"), as_json: JsonOption = 
     """Every artifact of the workspace: when it was made and last used, its size, and what it was made from."""
     stored = stored_artifacts(_store(workspace))
     if as_json:
-        print(json.dumps([_values(one) for one in stored]))
+        print_json([_values(one) for one in stored])
         return
     table = Table("artifact", "made", "used", "size", "made from", box=None, pad_edge=False, header_style="bold")
     for one in stored:
@@ -69,7 +70,7 @@ def explain(
     earlier = [other for other in stored if other.made <= one.made]
     reasons = why_made(StageKey(one.stage, dict(one.ingredients)), ingredients_by_name(earlier))
     if as_json:
-        print(json.dumps(_values(one) | {"reasons": reasons, "ingredients": one.ingredients}))
+        print_json(_values(one) | {"reasons": reasons, "ingredients": one.ingredients})
         return
     _out.print(
         f"{one.name}  made {one.made:%Y-%m-%d %H:%M} UTC, {_mib(one.size)}, MLflow run {one.facts['mlflow_run_id']}"
@@ -93,7 +94,7 @@ def prune(
     gone = pruning.prune(planned) if yes else planned
     names, size = [one.name for one in gone], sum(one.size for one in gone)
     if as_json:
-        print(json.dumps({"removed": yes, "artifacts": names, "bytes": size}))
+        print_json({"removed": yes, "artifacts": names, "bytes": size})
         return
     for name in names:
         _out.print(name)
@@ -298,8 +299,8 @@ def _show_change(change: Change) -> None:
         return
     before = f"; before it version {change.before}" if change.before else ""
     out.print(f"[green]{escape(change.name)}: version {change.champion} is the champion now[/]{before}")
-    if change.previous:
-        out.print(f"back again: kasa rollback {escape(change.name)}")
+    if change.undo:
+        out.print(f"back again: {change.undo}", markup=False)
 
 
 def _difference(row: ModelRow) -> str:

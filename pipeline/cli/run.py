@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
+from kasa.errors import KasaError
 from pipeline.cli.shared import (
     JsonOption,
     OverridesArgument,
@@ -21,6 +21,7 @@ from pipeline.cli.shared import (
     duration_text,
     out,
     plain_table,
+    print_json,
     show,
     size_text,
     uncut,
@@ -64,7 +65,7 @@ def recipes(as_json: JsonOption = False) -> None:
     from pipeline.config.recipe import catalogue, recipes_json, show_recipes
 
     named = list(catalogue())
-    print(json.dumps(recipes_json(named))) if as_json else show_recipes(named)
+    print_json(recipes_json(named)) if as_json else show_recipes(named)
 
 
 def doctor(workspace: WorkspaceOption = Path("workspace"), as_json: JsonOption = False) -> None:
@@ -83,6 +84,8 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
         "recipe": recipe_values(plan.recipe),
         "stages": [dataclasses.asdict(stage) for stage in plan.stages],
         "fetches": list(plan.fetches),
+        "refused": list(plan.refused),
+        "not_checked": list(plan.not_checked),
         "estimate": estimate_json(plan.estimate),
     }
 
@@ -115,6 +118,8 @@ def show_plan(plan: RunPlan) -> None:
         out.print(f"fetch first: {escape(name)}")
     out.print()
     show_estimate(plan.estimate)
+    for line in plan.not_checked:
+        out.print(f"not checked: {line}", markup=False)
     out.print("dry run: nothing was made")
 
 
@@ -235,7 +240,10 @@ def run(
         from pipeline.apps.dry_run import plan_run
         from pipeline.cli.run import plan_json, show_plan
 
-        show(plan_run(resolved, recompute), as_json, plan_json, show_plan)
+        planned = plan_run(resolved, recompute)
+        show(planned, as_json, plan_json, show_plan)
+        if planned.refused:
+            raise KasaError("\n".join(planned.refused))
         return
     from pipeline.run.flow import run as run_flow
 
@@ -256,7 +264,7 @@ def retrain(
 
     outcome = retrain_if_new(resolved, wait)
     if as_json:
-        print(json.dumps(outcome_json(outcome) | (result_json(outcome.result) if outcome.result else {})))
+        print_json(outcome_json(outcome) | (result_json(outcome.result) if outcome.result else {}))
     elif outcome.result:
         show_result(outcome.result)
     else:
@@ -286,7 +294,7 @@ def submit(
 
     outcome = submit_and_follow(recipe, overrides or [], address, follow, again, env or [])
     if as_json:
-        print(json.dumps(outcome.as_json()))
+        print_json(outcome.as_json())
     raise typer.Exit(outcome.exit_code)
 
 

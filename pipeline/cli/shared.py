@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from pipeline.core.console import RedactingConsole
 from pipeline.core.files import local_folder
+from pipeline.core.redaction import redacted_values
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; docs/recipe.md lists its keys.")
@@ -27,7 +28,7 @@ WorkspaceOption = Annotated[
 ]
 ReasonOption = Annotated[str | None, typer.Option(help="Why; recorded on the version.")]
 
-out = Console(highlight=False, soft_wrap=True)
+out = RedactingConsole(highlight=False, soft_wrap=True)
 
 Result = TypeVar("Result")
 
@@ -35,9 +36,14 @@ Result = TypeVar("Result")
 def show(result: Result, as_json: bool, values: Callable[[Result], object], print_: Callable[[Result], None]) -> None:
     """Print a result: as one JSON object of its `values`, or for people with `print_`."""
     if as_json:
-        print(json.dumps(values(result)))
+        print_json(values(result))
     else:
         print_(result)
+
+
+def print_json(values: object) -> None:
+    """Print one JSON object, without secrets."""
+    print(json.dumps(redacted_values(values)))
 
 
 def plain_table(*columns: str) -> Table:

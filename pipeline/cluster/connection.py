@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +21,9 @@ from typing import Any
 
 from pipeline.core import stopping
 from pipeline.core.errors import ClusterError, cause_line
-from pipeline.core.machine import GIB
+from pipeline.core.files import make_once
+from pipeline.core.machine import GIB, TIMEOUT_S, Finding, connects, host_and_port
+from pipeline.core.redaction import redacted
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +50,65 @@ _STARTS = 3
 
 # A head that refuses so many connections in a row is dead.
 _HEAD_CHECK_S, _HEAD_MISSES = 1.0, 3
+
+# The default port of each kind of address.
+_RAY_PORTS = {"": 6379, "ray": 10001}
+# How long a cluster's head may take to say a word.
+_ANSWER_S = 10.0
+
+# A Ray of the run's own, its dashboard's agent, gloo and NCCL listen on loopback alone. Ray decides by the node's address,
+# which it takes from the network card unless this variable, made for other systems, forbids clusters.
+_LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+
+# The longest path of a socket, and what Ray appends to its temporary folder for one.
+_SOCKET_BYTES = 107
+_SOCKET_NAME = "/ray/session_2026-11-29_18-31-54_123456_4194304/sockets/plasma_store.10"
+
+
+def cluster_address() -> str | None:
+    """The cluster that RAY_ADDRESS names; None where a run starts a Ray of its own on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def check_address(address: str | None, timeout_s: float = TIMEOUT_S) -> Finding:
+    """Check that a Ray takes connections at the address RAY_ADDRESS.
+
+    A head that does not answer would be waited for without end. What answers and is no Ray (a dashboard, another service)
+    is found out by gRPC, which Ray speaks.
+    """
+    if not address or address == "local":
+        return Finding("Ray cluster", "ok", "RAY_ADDRESS not set: each run starts a Ray of its own on this machine")
+    if address == "auto":
+        return Finding("Ray cluster", "ok", "RAY_ADDRESS=auto: the Ray that already runs on this machine")
+    shown = f"RAY_ADDRESS={redacted(address)}"
+    scheme = address.partition("://")[0] if "://" in address else ""
+    if scheme not in _RAY_PORTS:
+        remedy = "write HEAD:6379 (`kasa submit --address` takes the http:// address of a dashboard), or unset it"
+        return Finding("Ray cluster", "fail", f"{shown} is no address of a Ray head", remedy)
+    target = host_and_port(address, _RAY_PORTS[scheme])
+    if target is None:
+        return Finding("Ray cluster", "fail", f"{shown} names no host", "write HEAD:6379, or unset it")
+    problem = connects(*target, timeout_s) or _speaks_no_grpc(*target, timeout_s)
+    if problem is None:
+        return Finding("Ray cluster", "ok", f"{shown} takes connections")
+    remedy = "start that cluster (`ray start --head`), correct RAY_ADDRESS, or unset it to run on this machine"
+    return Finding("Ray cluster", "fail", f"{shown}: {problem}", remedy)
+
+
+def _speaks_no_grpc(host: str, port: int, timeout_s: float) -> str | None:
+    """Why nothing at this port can be a Ray; None if it may be one."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return None  # it wants a certificate before it says a word
+    import grpc
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=timeout_s)
+        except grpc.FutureTimeoutError:
+            return "something answers there that is no Ray"
+    return None
 
 
 @contextmanager
@@ -144,32 +205,37 @@ _connections: list[_Connection] = []
 
 @contextmanager
 def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
-    os.environ.update({name: value for name, value in _DRIVER_ENVIRONMENT.items() if name not in os.environ})
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
+    address = cluster_address()
+    _set_environment(_DRIVER_ENVIRONMENT | ({} if address else _LOCAL_ENVIRONMENT))
+    if address:
+        answer = check_address(address, _ANSWER_S)
+        if answer.status == "fail":
+            raise ClusterError(f"{answer.detail}; {answer.remedy}")
+        options: dict[str, Any] = {"runtime_env": {"env_vars": _WORKER_ENVIRONMENT}}
+    else:
         # A Ray that is started here demands a token, and by default keeps it in the home folder, where every later cluster of
         # this user would demand it too.
-        token = workspace.resolve() / ".ray" / "auth_token"
-        token.parent.mkdir(parents=True, exist_ok=True)
-        if not token.exists():
-            token.write_text(uuid.uuid4().hex, encoding="utf-8")
-            token.chmod(0o600)
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_own_token(workspace))
+        options = {
+            "num_cpus": max(os.cpu_count() or 1, int(cpus + 0.999)),
+            "include_dashboard": False,
+            "runtime_env": {"env_vars": _WORKER_ENVIRONMENT | _loopback()},
+            **_short_folder(),
+        }
     import ray
 
-    options: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, int(cpus + 0.999)), "include_dashboard": False}
     try:
         ray.init(
             address=address or "local",
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": _WORKER_ENVIRONMENT},
             job_config=_job_config(),
-            **({} if address else options),
+            **options,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"cannot use the Ray cluster at {address or 'this machine'}: {cause_line(error)}") from error
+        where = redacted(address) if address else "this machine"
+        raise ClusterError(f"cannot use the Ray cluster at {where}: {cause_line(error)}") from error
     except Exception as error:  # Ray has no type of its own for a slow start
         if "timed out during startup" not in str(error):
             raise
@@ -178,7 +244,7 @@ def _connected(workspace: Path, cpus: float, gpus: int) -> Iterator[None]:
     if not address:
         _end_with_head(ray.get_runtime_context().gcs_address, done)
     try:
-        _check_size(ray.cluster_resources(), cpus, gpus)
+        check_size(ray.cluster_resources(), cpus, gpus)
         yield
     finally:
         done.set()
@@ -203,13 +269,40 @@ def _job_config() -> Any:
     return OwnPath()
 
 
+def _set_environment(variables: dict[str, str]) -> None:
+    """Set the variables that the user has not set."""
+    os.environ.update({name: value for name, value in variables.items() if name not in os.environ})
+
+
+def _loopback() -> dict[str, str]:
+    """Variables by which process groups keep to this machine's loopback interface."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {variable: names[0] for variable in _INTERFACES if names and variable not in os.environ}
+
+
+def _own_token(workspace: Path) -> Path:
+    """The file with the token of every Ray that is started for this workspace; nobody else may read it at any time."""
+
+    def make(new: Path) -> None:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(uuid.uuid4().hex)
+
+    return make_once(workspace.resolve() / ".ray" / "auth_token", make)
+
+
+def _short_folder() -> dict[str, str]:
+    """Another temporary folder for Ray where its sockets would have too long a name in the usual one."""
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return {"_temp_dir": "/tmp/ray"} if len(os.fsencode(usual + _SOCKET_NAME)) > _SOCKET_BYTES else {}
+
+
 def _facts() -> dict[str, str]:
     """Facts about the connected cluster: `address`, `nodes`, `cpus`, `gpus`, `memory_gib`, `ray` (its version)."""
     import ray
 
     resources = ray.cluster_resources()
     return {
-        "address": os.environ.get("RAY_ADDRESS") or "local",
+        "address": redacted(cluster_address() or "local"),
         "nodes": str(sum(node["Alive"] for node in ray.nodes())),
         "cpus": f"{resources.get('CPU', 0):g}",
         "gpus": f"{resources.get('GPU', 0):g}",
@@ -242,7 +335,12 @@ def _end_with_head(address: str, done: threading.Event) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _check_size(available: dict[str, float], cpus: float, gpus: int) -> None:
+def check_size(available: Mapping[str, float], cpus: float, gpus: int) -> None:
+    """Refuse a run that needs more CPU cores or GPUs at once than there are.
+
+    Raises:
+        ClusterError: naming both numbers.
+    """
     if available.get("CPU", 0) < cpus:
         raise ClusterError(
             f"the run needs {cpus:g} CPU cores at once, the cluster has {available.get('CPU', 0):g}; "

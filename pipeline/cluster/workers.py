@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from kasa.errors import KasaError
-from pipeline.cluster.connection import ensure_connected
+from pipeline.cluster.connection import cluster_address, ensure_connected
 from pipeline.core import stopping
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import WorkerError, cause_line
@@ -150,7 +150,6 @@ def _trainer(
     scratch: Path,
     interruptions: Path,
 ) -> Any:
-    from ray.train.torch import TorchConfig
     from ray.train.v2.api.callback import UserCallback
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -170,7 +169,7 @@ def _trainer(
     return TorchTrainer(
         lambda config: run_here(config, _node_leaves),
         train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=int(workers.timeout_s)),
+        torch_config=_process_group("nccl" if resources.gpu else "gloo", int(workers.timeout_s), scratch.resolve()),
         scaling_config=ScalingConfig(
             num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),
             use_gpu=resources.gpu,
@@ -184,6 +183,42 @@ def _trainer(
             callbacks=[Interruptions()],
         ),
     )
+
+
+def _process_group(backend: str, timeout_s: int, scratch: Path) -> Any:
+    """How the workers find each other: on a cluster as Ray has it, on this machine through a file.
+
+    torch's TCP store, which Ray sets up, listens on all interfaces and takes writes from anyone.
+    """
+    import ray
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import (  # no public names
+        _set_torch_distributed_env_vars,
+        _setup_torch_process_group,
+        _TorchBackend,
+    )
+
+    if cluster_address():
+        return TorchConfig(backend=backend, timeout_s=timeout_s)
+
+    class MeetInFile(_TorchBackend):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            store = scratch / f"store-{uuid.uuid4().hex}"  # a new one for each start: a store remembers who was there
+            store.parent.mkdir(parents=True, exist_ok=True)
+            worker_group.execute(_set_torch_distributed_env_vars)
+            size = len(worker_group)
+            group = {"backend": backend, "world_size": size, "init_method": store.as_uri(), "timeout_s": timeout_s}
+            ray.get(
+                [
+                    worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **group)
+                    for rank in range(size)
+                ]
+            )
+
+    class OnThisMachine(TorchConfig):  # type: ignore[misc]
+        backend_cls = MeetInFile
+
+    return OnThisMachine(backend=backend, timeout_s=timeout_s)
 
 
 def _here(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -35,6 +35,7 @@ from pipeline.config.settings import (
 )
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import local_folder
+from pipeline.core.redaction import redacted_values
 
 _out = Console(highlight=False, soft_wrap=True)
 
@@ -349,7 +350,12 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as YAML-ready values, in the form that is stored with every run."""
+    """The resolved recipe as YAML-ready values, in the form that is shown and stored with every run: without secrets."""
+    return redacted_values(plain_values(recipe))
+
+
+def plain_values(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as values to make another recipe from (`parse_recipe`), logins in its addresses included."""
     return recipe.model_dump(mode="json", by_alias=True)
 
 

@@ -25,6 +25,7 @@ _PACKAGES = ("kasa", "pipeline")
 CANNOT_MATTER: Mapping[str, str] = {
     "kasa.errors": "texts of errors; whoever meets one has no result",
     "pipeline.core.errors": "texts of errors; whoever meets one has no result",
+    "pipeline.core.redaction": "hides secrets in what is shown and stored; nothing is computed from it",
     "pipeline.core.code": "makes the keys, no results: with another digest a key differs anyway",
     "pipeline.config.settings": "checks the recipe; its values, derived ones included, are in the keys",
     "pipeline.data.sources": "finds and fetches files, which are in the keys by their bytes",

@@ -6,12 +6,23 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False)
+from pipeline.core.redaction import redacted
+
+
+class RedactingConsole(Console):
+    """A console that prints no secrets, whoever wrote the text (`pipeline.core.redaction`)."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does. Tables are printed as they are: who fills one redacts its cells."""
+        super().print(*(redacted(one) if isinstance(one, str) else one for one in objects), **options)
+
+
+console = RedactingConsole(stderr=True, highlight=False)
 
 # Without a terminal (CI, logs of a Ray job) a line at most this often replaces the bars.
 PLAIN_INTERVAL_S = 15.0

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa.files import file_digest, replacing
+from pipeline.core.redaction import redacted
 
 # Names within a workspace. Unfinished work lies beside its final folder, under a name that ends in `PARTIAL`.
 ARTIFACTS, INPUTS = "artifacts", "inputs"
@@ -58,10 +59,15 @@ def local_folder(location: Path | str) -> Path:
     """
     if not is_remote(location):
         return Path(str(location).removeprefix(_FILE))
-    url = str(location).rstrip("/")
+    url = redacted(str(location)).rstrip("/")
     cache = Path(os.environ.get("KASA_CACHE") or Path.home() / ".cache" / "kasa").expanduser().resolve()
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[-40:].strip("-")
     return cache / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+def workspace_option(location: Path | str) -> list[str]:
+    """The words that name a workspace on the command line of a command that is printed; none for the default."""
+    return [] if str(location) == "workspace" else ["--workspace", str(location)]
 
 
 def atomic_write(file: Path, content: str | bytes) -> None:

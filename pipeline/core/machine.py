@@ -17,16 +17,35 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 Result = TypeVar("Result")
+Status = Literal["ok", "warn", "fail"]
 
 TIMEOUT_S = 1.0
 _PYPI = "https://pypi.org/simple"
 GIB = 2**30
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        name: what was checked.
+        status: `ok`, `warn`, or `fail` if a run cannot work.
+        detail: what was found.
+        remedy: what to do; empty where nothing is wrong.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
 
 
 @contextmanager
@@ -119,15 +138,6 @@ def package_index() -> str:
     return parser.get("global", "index-url", fallback=_PYPI)
 
 
-def without_login(url: str) -> str:
-    """A URL that is safe to display: scheme, host, port and path, without user, password and query."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "(a malformed URL)"
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
 def cpu_cores(cgroup_root: Path = _CGROUP_ROOT) -> int:
     """How many cores this process may use: its affinity, limited by the cgroup quota (rounded down, at least 1)."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,6 +155,22 @@ def memory_gib(cgroup_root: Path = _CGROUP_ROOT, meminfo: Path = Path("/proc/mem
     if limit is not None and limit < total:
         total, available = limit, min(available, max(0, limit - (used or 0)))
     return total / GIB, available / GIB
+
+
+def gpu_names() -> list[str] | None:
+    """The names of the NVIDIA GPUs that this process may use; None where there may be GPUs of another make."""
+    import pynvml
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        names = [str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))) for index in range(count)]
+    except pynvml.NVMLError:  # no driver
+        return None if Path("/dev/kfd").exists() else []
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return names[: len(chosen)] if chosen != [""] else names
 
 
 def fast_precision(gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:

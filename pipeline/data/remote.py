@@ -23,6 +23,8 @@ from pipeline.config.settings import DataSettings
 from pipeline.core.console import console
 from pipeline.core.errors import DataError, WorkspaceError, one_line
 from pipeline.core.files import atomic_write, make_once
+from pipeline.core.machine import host_and_port
+from pipeline.core.redaction import redacted
 
 PREFIXES = ("https://", "http://")
 PREFIX = "hub:"
@@ -42,16 +44,19 @@ def web_file(address: str, key: str, workspace: Path, fetch: bool) -> Path | Non
         fetch: Whether it may be fetched. If not, a missing file gives None.
 
     Raises:
-        DataError: It cannot be fetched.
+        DataError: It cannot be fetched, or it is no address.
         WorkspaceError: It cannot be stored.
     """
+    shown = redacted(address)  # with another login or signature it is the same file
+    if host_and_port(address, 443) is None:
+        raise DataError(f"{key}: {shown} names no host")
     name = PurePosixPath(unquote(urlparse(address).path)).name
     if not name:
-        raise DataError(f"{key}: {address} names no file")
-    file = workspace / "sources" / "web" / hashlib.sha256(address.encode()).hexdigest()[:16] / name
+        raise DataError(f"{key}: {shown} names no file")
+    file = workspace / "sources" / "web" / hashlib.sha256(shown.encode()).hexdigest()[:16] / name
     if not fetch:
         return file if file.exists() else None
-    return _stored(file, address, address, lambda new: _download(address, key, new))
+    return _stored(file, shown, shown, lambda new: _download(address, key, new))
 
 
 @dataclass(frozen=True)
@@ -154,10 +159,10 @@ def _download(address: str, key: str, file: Path) -> None:
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(
-            f"{key}: {address} cannot be fetched ({reason}); check the address and the network, or name a local copy"
+            f"{key}: {redacted(address)} cannot be fetched ({reason}); check the address and the network, or name a local copy"
         ) from None
     if missing:
-        raise DataError(f"{key}: {address} broke off {missing} bytes before its end; run again")
+        raise DataError(f"{key}: {redacted(address)} broke off {missing} bytes before its end; run again")
 
 
 def _following(settings: DataSettings) -> dict[str, set[HubSplit]]:

@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 _CODE = ("pipeline.models.shapes",)
 # Models that number positions from behind the padding token.
 _COUNTING_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
+# A tokenizer has at least one of these.
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
 # The files that decide what the model computes and how text becomes tokens.
 _CONTENT = (
     "*.safetensors",
@@ -160,7 +169,15 @@ def _find(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
 
 def _from_hub(settings: BaseSettings, fetch: bool) -> Path | None:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(settings.model)
+    except HFValidationError as error:
+        raise BaseModelError(
+            f"base.model {settings.model} is no folder here and can be no hub id: {one_line(error)}"
+        ) from None
     patterns = [*_CONTENT, "*.index.json"]
     try:
         return Path(
@@ -188,6 +205,10 @@ def _check_folder(folder: Path, name: str) -> None:
         raise BaseModelError(f"base.model {name}: {folder / 'config.json'} is damaged: {error}") from None
     if not list(folder.glob("*.safetensors")):
         raise BaseModelError(f"base.model {name}: {folder} has no .safetensors weights; convert the checkpoint first")
+    if not any((folder / file).is_file() for file in _TOKENIZERS):
+        raise BaseModelError(
+            f"base.model {name}: {folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save the base's own there"
+        )
 
 
 def _read_outline(file: Path) -> Outline | None:

@@ -23,7 +23,7 @@ from kasa.errors import DamagedFileError, nearest
 from kasa.files import check_sealed_folder, remove_folder
 from pipeline.core.errors import ModelError, one_line
 from pipeline.core.files import ADAPTER, make_once
-from pipeline.tracking.server import connect, has_store, tracking_uri
+from pipeline.tracking.server import connect, has_store, if_there
 
 SCHEME = "models:/"
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
@@ -76,7 +76,11 @@ class ModelPackage:
 
 
 class Registry:
-    """A connection to the registry of one workspace."""
+    """A connection to the registry of one workspace.
+
+    Attributes:
+        where: The URI of its store, without a login.
+    """
 
     def __init__(self, workspace: Path) -> None:
         """Connect to the registry.
@@ -84,8 +88,8 @@ class Registry:
         Raises:
             WorkspaceError: The store cannot be reached or written.
         """
-        self.uri = tracking_uri(workspace)
         self._mlflow = connect(workspace)
+        self.where = self._mlflow.where
         self.client = self._mlflow.MlflowClient()
 
     def names(self) -> list[str]:
@@ -103,12 +107,7 @@ class Registry:
 
     def registered_model(self, name: str) -> Any | None:
         """MLflow's record of a registered model; None if there is no such model."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self.client.get_registered_model(name)
-        except MlflowException:
-            return None
+        return if_there(lambda: self.client.get_registered_model(name))
 
     def aliased_versions(self) -> list[ModelVersion]:
         """The versions of all models that carry an alias."""
@@ -121,12 +120,8 @@ class Registry:
 
     def version(self, name: str, version: str) -> ModelVersion | None:
         """The version of this number; None if there is none."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return _as_version(self.client.get_model_version(name, version))
-        except MlflowException:
-            return None
+        found = if_there(lambda: self.client.get_model_version(name, version))
+        return None if found is None else _as_version(found)
 
     def champion(self, name: str) -> ModelVersion | None:
         """The version that carries the alias `champion`; None if there is none."""
@@ -165,7 +160,7 @@ class Registry:
         names = self.names()
         if name not in names:
             hint = nearest(name, names) or (f"; there is {', '.join(names[:10])}" if names else "; it is empty")
-            raise ModelError(f"the registry at {self.uri} has no model {name}{hint}")
+            raise ModelError(f"the registry at {self.where} has no model {name}{hint}")
 
     def tag_version(self, model: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags of a version."""
@@ -256,7 +251,7 @@ class Registry:
             files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
             flavors = self._mlflow.models.Model.load(str(files)).flavors
         except (MlflowException, OSError) as error:
-            raise ModelError(f"{uri} cannot be fetched from {self.uri}: {one_line(error)}") from error
+            raise ModelError(f"{uri} cannot be fetched from {self.where}: {one_line(error)}") from error
         _check_whole(uri, files / "artifacts" / ADAPTER)
         return files, dict(flavors.get("python_function", {}).get("config") or {})
 

@@ -22,9 +22,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_tags
 from pipeline.core.console import ProgressBars
 from pipeline.data.sources import DataSources, resolve_sources
-from pipeline.evaluation.results import check_harness
-from pipeline.methods.choice import check_ranks, check_registrable
-from pipeline.metrics.catalogue import check_measurable
+from pipeline.methods.choice import check_ranks
 from pipeline.models.base import BaseModel, find_base
 from pipeline.run.context import (
     RunContext,
@@ -37,11 +35,11 @@ from pipeline.run.context import (
 )
 from pipeline.run.dependencies import REGISTER, KeyInputs
 from pipeline.run.graph import EVALUATE, STAGES, needed_resources
+from pipeline.run.preflight import check_before_work
 from pipeline.run.report_facts import environment_tags, use_commands, write_report
 from pipeline.run.stage_runs import Work, run_stages
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.stages.register import Registration
-from pipeline.run.stages.train import deepspeed_settings
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
 
 
@@ -74,11 +72,8 @@ def run(
         KasaError: a mistake in the recipe, the data, the base or the environment; what was made so far is kept.
     """
     started = time.perf_counter()
-    check_registrable(recipe)
     # Mistakes in what later stages need should not wait for them.
-    deepspeed_settings(recipe)
-    check_measurable(recipe.evaluate.measured)
-    check_harness(recipe.evaluate, recipe.base.head)
+    check_before_work(recipe).require()
     storage = ready_workspace(recipe)
     base, sources = _find_inputs(recipe)
     targets = base.targets(recipe.adapter.targets)
@@ -96,7 +91,7 @@ def _run_stages(
     context: RunContext, base: BaseModel, sources: DataSources, targets: Sequence[Target], started: float
 ) -> RunResult:
     recipe, bars = context.recipe, context.bars
-    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.uri)
+    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.where)
     with (
         context.tracking.open_run(context.parent_run),
         ray_cluster(recipe.workspace, *needed_resources(recipe), on_connected=context.describe_cluster),

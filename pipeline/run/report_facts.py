@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pynvml
 import yaml
 
 from kasa.files import read_json
 from pipeline.config.recipe import recipe_values
 from pipeline.core.code import package_versions
-from pipeline.core.files import read_journal
+from pipeline.core.files import read_journal, workspace_option
+from pipeline.core.machine import gpu_names
+from pipeline.core.redaction import redacted, shell_command
 from pipeline.data.prepared import load_prepared
 from pipeline.report.facts import LayerFacts, ReportFacts, SampleFacts, TruncationFacts
 from pipeline.report.render import render_report
@@ -58,10 +59,10 @@ def environment_tags() -> dict[str, str]:
 
 def use_commands(context: RunContext, registration: Registration) -> dict[str, str]:
     """What to type next, by caption."""
-    where = "" if context.workspace == Path("workspace") else f" --workspace {context.recipe.location}"
+    where = workspace_option(context.recipe.location)
     example = load_prepared_prompt(context)
     return {
-        "Ask the model": f'{_program("kasa")} generate {registration.uri}{where} "{example}"',
+        "Ask the model": shell_command(_program("kasa"), "generate", registration.uri, *where, example),
         "See the runs": ui_command(context.workspace, _program("mlflow")),
     }
 
@@ -75,10 +76,10 @@ def _program(name: str) -> str:
 
 
 def load_prepared_prompt(context: RunContext) -> str:
-    """A short example prompt of the kind the model was trained on, fit for a shell."""
+    """A short example prompt of the kind the model was trained on, in one line."""
     prepared = next(facts for facts in context.finished if facts.name == "prepare")
     heldout = load_prepared(context.workspace / "artifacts" / "prepare" / prepared.key).heldout
-    fitting = [prompt for prompt in heldout["prompt"][:200] if not set(prompt) & set('"$`\\!\n')]
+    fitting = [prompt for prompt in heldout["prompt"][:200] if prompt.isprintable() and not prompt.startswith("-")]
     return min(fitting, key=lambda prompt: abs(len(prompt) - 60), default="Hello")
 
 
@@ -104,7 +105,10 @@ def _facts(
         layers=_layers(artifacts),
         samples=_samples(prepared.heldout, evaluation),
         stages=context.finished,
-        dataset={"sources": ", ".join(context.recipe.data.train + context.recipe.data.heldout), **prepared.summary},
+        dataset={
+            "sources": redacted(", ".join(context.recipe.data.train + context.recipe.data.heldout)),
+            **prepared.summary,
+        },
         rejected_rows=prepared.summary["rejected_first"],
         interruptions=artifacts["train"].facts["interruptions"],
         recipe_yaml=yaml.safe_dump(recipe_values(context.recipe), sort_keys=False),
@@ -151,21 +155,10 @@ def _machine() -> dict[str, str]:
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "gpus": ", ".join(_gpus()) or "none",
+        "gpus": ", ".join(gpu_names() or []) or "none",
         "system": platform.platform(terse=True),
         "python": sys.version.split()[0],
     }
-
-
-def _gpus() -> list[str]:
-    try:
-        pynvml.nvmlInit()
-        return [
-            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
-            for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-    except pynvml.NVMLError:  # no driver
-        return []
 
 
 def _processor() -> str:

@@ -251,7 +251,7 @@ class Workspace:
 
         Nothing is uploaded if Ray runs on this machine only.
         """
-        if self.store is None or not os.environ.get("RAY_ADDRESS"):
+        if self.store is None or os.environ.get("RAY_ADDRESS", "") in ("", "local"):
             return
         path, name = path.resolve(), f"{INPUTS}/{digest[:32]}"
         self._inputs[path] = name if path.is_dir() else f"{name}/{path.name}"

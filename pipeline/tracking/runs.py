@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 
 from pipeline.core import stopping
 from pipeline.core.code import user_name
+from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError
 from pipeline.core.files import Record
-from pipeline.tracking.server import connect, own_database, own_files, tracking_uri, unavailable_reason
+from pipeline.core.redaction import redacted, redacted_values
+from pipeline.tracking.server import connect, if_there, own_database, own_files, tracking_uri, unavailable_reason
 
 _PARENT_TAG = "mlflow.parentRunId"
 _ORIGIN_TAG = "kasa.origin"
@@ -52,6 +54,9 @@ class Tracking:
 
         client = self._client_without_retries
         if found := client.get_experiment_by_name(name):
+            if found.lifecycle_stage == "deleted":  # its name stays taken, and it takes no runs
+                client.restore_experiment(found.experiment_id)
+                console.print(f"the MLflow experiment {name} had been deleted; it is restored", markup=False)
             return str(found.experiment_id)
         place = own_files(workspace) if self.uri == own_database(workspace) else None
         try:
@@ -76,7 +81,12 @@ class Tracking:
             origin: A text that is unique to what this run is for. If a run with this origin exists, created by a call whose
                 reply was lost or by a process that died, its id is returned and no second run is created.
         """
-        own = {**tags, "mlflow.runName": name, "mlflow.source.name": "kasa", "mlflow.user": user_name()}
+        own = {
+            **redacted_values(dict(tags)),
+            "mlflow.runName": name,
+            "mlflow.source.name": "kasa",
+            "mlflow.user": user_name(),
+        }
         if parent:
             own[_PARENT_TAG] = parent
         if origin is None:
@@ -92,13 +102,11 @@ class Tracking:
         return str(made.info.run_id)
 
     def resume_run(self, run_id: str) -> bool:
-        """Set an interrupted run to RUNNING again. Returns False if the store no longer has it."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.client.update_run(run_id, status="RUNNING")
-        except MlflowException:
+        """Set an interrupted run to RUNNING again. Returns False if the store no longer has it, or somebody deleted it."""
+        found = if_there(lambda: self.client.get_run(run_id))
+        if found is None or found.info.lifecycle_stage == "deleted":
             return False
+        self.client.update_run(run_id, status="RUNNING")
         return True
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
@@ -107,22 +115,17 @@ class Tracking:
 
     def page(self, run_id: str) -> str | None:
         """The link from any of MLflow's pages to that of a run; None if the store does not have the run."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            found = self.client.get_run(run_id)
-        except MlflowException:
-            return None
-        return f"#/experiments/{found.info.experiment_id}/runs/{run_id}"
+        found = if_there(lambda: self.client.get_run(run_id))
+        return f"#/experiments/{found.info.experiment_id}/runs/{run_id}" if found else None
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
         for key, value in tags.items():
-            self.client.set_tag(run_id, key, value)
+            self.client.set_tag(run_id, key, redacted(value))
 
     def describe(self, run_id: str, text: str) -> None:
         """Set the description on a run's page, in Markdown."""
-        self.client.set_tag(run_id, "mlflow.note.content", text)
+        self.client.set_tag(run_id, "mlflow.note.content", redacted(text))
 
     def log_parameters(self, run_id: str, values: Mapping[str, Any]) -> None:
         """Log nested settings as flat, searchable parameters such as `train.learning_rate`. Known ones are skipped."""
@@ -184,7 +187,7 @@ class Tracking:
             name=name,
             digest=digest[:_DIGEST_LENGTH],
             source_type="local",
-            source=json.dumps({"uri": source}),
+            source=json.dumps({"uri": redacted(source)}),
             profile=json.dumps({"num_rows": rows, "sha256": digest}),
         )
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
@@ -246,5 +249,5 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _shortened(value: Any) -> str:
-    text = str(value)
+    text = redacted(str(value))
     return text if len(text) <= _PARAMETER_LENGTH else text[: _PARAMETER_LENGTH - 1] + "…"

@@ -21,7 +21,8 @@ from pipeline.core import stopping
 from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError, WorkspaceError, one_line
 from pipeline.core.files import make_once
-from pipeline.core.machine import backoff_s
+from pipeline.core.machine import TIMEOUT_S, Finding, answers, backoff_s
+from pipeline.core.redaction import redacted, shell_command
 
 Result = TypeVar("Result")
 Target = TypeVar("Target")
@@ -35,6 +36,7 @@ _SILENT_TRIES = 1
 
 _UNAVAILABLE_STATUS = {408, 429, 500, 502, 503, 504}
 _UNAVAILABLE_CODES = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
+_REFUSALS = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
 # Marks of database errors that retrying does not help against. Of SQLite's own errors, only that of a lock passes.
 _LASTING = ("disk is full", "disk i/o", "readonly", "unable to open", "no such table", "malformed", "not a database")
 _SQLITE_BUSY = ("locked", "busy")
@@ -91,21 +93,53 @@ def has_store(workspace: Path) -> bool:
 
 
 def ui_command(workspace: Path, mlflow: str) -> str:
-    """The shell command that opens MLflow's pages on this workspace; `mlflow` is how to call MLflow."""
+    """The shell command that opens MLflow's pages on this workspace; `mlflow` is the program."""
     uri = tracking_uri(workspace)
-    return f"{mlflow} ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri}"
+    if uri.startswith("sqlite:"):
+        return shell_command(mlflow, "ui", "--backend-store-uri", uri)
+    return shell_command("open", uri)
+
+
+def check_store(uri: str | None, timeout_s: float = TIMEOUT_S) -> Finding:
+    """Check that the tracking server MLFLOW_TRACKING_URI answers, or that the folder of its database exists."""
+    if not uri:
+        return Finding("MLflow", "ok", "MLFLOW_TRACKING_URI not set: a database in the workspace")
+    shown = f"MLFLOW_TRACKING_URI={redacted(uri)}"
+    if uri.startswith(("http://", "https://")):
+        return _check_server(redacted(uri), shown, timeout_s)
+    if uri.startswith("sqlite:///"):
+        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
+        if folder.is_dir() and os.access(folder, os.W_OK):
+            return Finding("MLflow", "ok", shown)
+        remedy = shell_command("mkdir", "-p", folder)
+        return Finding("MLflow", "fail", f"{shown}: folder {folder} is missing or read-only", remedy)
+    if "://" not in uri or uri.startswith("file:"):
+        remedy = "set MLFLOW_TRACKING_URI to sqlite:///PATH or to a server, or unset it"
+        return Finding("MLflow", "fail", f"{shown} is a file store, which MLflow 3.17 refuses", remedy)
+    return Finding("MLflow", "warn", f"{shown} was not checked", "see that this store can be reached from all nodes")
+
+
+def _check_server(address: str, shown: str, timeout_s: float) -> Finding:
+    # A login is for the pages; whether the server is up can be asked without one.
+    status, reason = answers(f"{address.rstrip('/')}/health", timeout_s)
+    if status == 200:
+        return Finding("MLflow", "ok", f"{shown} is healthy")
+    said = f"HTTP {status} {reason}" if status else reason
+    remedy = "start the server (`mlflow server`), correct MLFLOW_TRACKING_URI, or unset it to use the workspace"
+    # A server behind a login may hide /health and still work.
+    return Finding("MLflow", "warn" if status in (401, 403, 404) else "fail", f"{shown} /health: {said}", remedy)
 
 
 class RetryingMlflow:
     """The `mlflow` module, except that the clients it makes retry their calls while the store is unavailable.
 
     Attributes:
-        where: The URI of the store, without a password.
+        where: The URI of the store, without a login.
     """
 
     def __init__(self, mlflow: Any, uri: str, registry_uri: str, limit_s: float) -> None:
         self._mlflow, self._uri, self._registry_uri, self._limit_s = mlflow, uri, registry_uri, limit_s
-        self.where = _without_password(uri)
+        self.where = redacted(uri)
 
     def MlflowClient(self) -> Any:  # noqa: N802, the name that the module has
         """A client whose calls are retried."""
@@ -153,7 +187,7 @@ def connect(workspace: Path) -> RetryingMlflow:
             ready_database(workspace)
         connected.client_without_retries().search_experiments(max_results=1)
     except Exception as error:  # SQLAlchemy, requests and MLflow raise unrelated types
-        why = unavailable_reason(error) or one_line(error)
+        why = unavailable_reason(error) or redacted(one_line(error))
         remedy = "start the server, or correct or unset MLFLOW_TRACKING_URI"
         if is_own:
             remedy = (
@@ -161,7 +195,8 @@ def connect(workspace: Path) -> RetryingMlflow:
                 if unavailable_reason(error)
                 else f"if it is broken, move {workspace / DATABASE} away and run again: the stages' artifacts stay"
             )
-        raise WorkspaceError(f"MLflow at {where} cannot be used: {why}; {remedy}") from error
+        refused = None if is_own else refusal(error, where)
+        raise refused or WorkspaceError(f"MLflow at {where} cannot be used: {why}; {remedy}") from error
     return connected
 
 
@@ -227,6 +262,7 @@ def retry(
 
     Raises:
         TrackingAwayError: The store was unavailable for longer. The message says what to do.
+        WorkspaceError: The server refuses the call: it wants a login, or another one.
     """
     began, said = clock(), False
     for tries, pause in enumerate(backoff_s(FIRST_PAUSE_S, LONGEST_PAUSE_S)):
@@ -235,6 +271,8 @@ def retry(
         except Exception as error:
             why = unavailable_reason(error)
             if why is None:
+                if refused := refusal(error, where):
+                    raise refused from error
                 raise
             waited = clock() - began
             if waited >= limit_s:
@@ -288,6 +326,34 @@ def unavailable_reason(error: BaseException) -> str | None:
     return f"it answers with {code}" if code in _UNAVAILABLE_CODES else None
 
 
+def if_there(call: Callable[[], Result]) -> Result | None:
+    """The result of a call that asks for one thing; None if the store says that it does not have it.
+
+    Every other error is raised: what a server refuses to show, or cannot show now, may well be there.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return call()
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def refusal(error: BaseException, where: str) -> WorkspaceError | None:
+    """The error to raise where the server at `where` refuses a call for want of rights; None for any other error."""
+    codes = {getattr(link, "error_code", None) for link in _chain(error)}
+    answers = (getattr(getattr(link, "response", None), "status_code", None) for link in _chain(error))
+    status = next((answer for answer in answers if answer in (401, 403)), None)
+    if status is None and not codes & _REFUSALS:
+        return None
+    return WorkspaceError(
+        f"MLflow at {where} refuses access ({redacted(one_line(error))}); set MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to a login that may read and write there"
+    )
+
+
 class _Retrying:
     def __init__(self, target: Any, where: str, limit_s: float) -> None:
         self._target, self._where, self._limit_s = target, where, limit_s
@@ -337,7 +403,3 @@ def _environment_kept() -> Iterator[None]:
     for name in names:
         os.environ.pop(name, None)
     os.environ.update(kept)
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", uri)

@@ -7,8 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 from packaging.requirements import Requirement
 
@@ -20,16 +22,15 @@ from pipeline.apps.doctor import (
     check_gpus,
     check_index,
     check_memory,
-    check_mlflow,
     check_packages,
     check_python,
-    check_ray,
     check_shared_memory,
     check_workspace,
     examine,
     installed_versions,
     pins,
 )
+from pipeline.cluster.connection import check_address
 from pipeline.core import machine as reach
 from pipeline.core.machine import (
     answers,
@@ -38,8 +39,8 @@ from pipeline.core.machine import (
     host_and_port,
     package_index,
     side_by_side,
-    without_login,
 )
+from pipeline.tracking.server import check_store
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
@@ -186,33 +187,39 @@ def test_compiler_is_optional() -> None:
 
 
 def test_ray_address(closed_port: int, server: str) -> None:
-    for address in (None, "", "local", "auto", server.removeprefix("http://"), server):
-        assert check_ray(address).status == "ok", address
-    closed = check_ray(f"127.0.0.1:{closed_port}")
+    head = grpc.server(ThreadPoolExecutor(1))
+    port = head.add_insecure_port("127.0.0.1:0")
+    head.start()
+    for address in (None, "", "local", "auto", f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        assert check_address(address).status == "ok", address
+    head.stop(None)
+    for no_ray in (server, server.removeprefix("http://")):
+        assert check_address(no_ray).status == "fail", no_ray
+    closed = check_address(f"127.0.0.1:{closed_port}")
     assert closed.status == "fail"
     assert str(closed_port) in closed.detail
-    assert check_ray("ray://").status == "fail"
-    assert check_ray("127.0.0.1:port").status == "fail"
+    assert check_address("ray://").status == "fail"
+    assert check_address("127.0.0.1:port").status == "fail"
 
 
 def test_mlflow_server(server: str, closed_port: int) -> None:
-    assert check_mlflow(server).status == "ok"
-    assert check_mlflow(f"{server}/").status == "ok"
-    assert check_mlflow(f"{server}/closed").status == "warn"
-    broken = check_mlflow(f"{server}/broken")
+    assert check_store(server).status == "ok"
+    assert check_store(f"{server}/").status == "ok"
+    assert check_store(f"{server}/closed").status == "warn"
+    broken = check_store(f"{server}/broken")
     assert broken.status == "fail"
     assert "HTTP 500" in broken.detail
-    assert check_mlflow(f"http://127.0.0.1:{closed_port}").status == "fail"
+    assert check_store(f"http://127.0.0.1:{closed_port}").status == "fail"
 
 
 def test_mlflow_stores(tmp_path: Path) -> None:
-    assert check_mlflow(None).status == "ok"
-    assert check_mlflow(f"sqlite:///{tmp_path}/mlflow.db").status == "ok"
-    missing = check_mlflow(f"sqlite:///{tmp_path}/no/mlflow.db")
+    assert check_store(None).status == "ok"
+    assert check_store(f"sqlite:///{tmp_path}/mlflow.db").status == "ok"
+    missing = check_store(f"sqlite:///{tmp_path}/no/mlflow.db")
     assert (missing.status, missing.remedy) == ("fail", f"mkdir -p {tmp_path}/no")
-    assert check_mlflow("./mlruns").status == "fail"
-    assert check_mlflow(f"file://{tmp_path}").status == "fail"
-    other = check_mlflow("postgresql://me:secret@db/x")
+    assert check_store("./mlruns").status == "fail"
+    assert check_store(f"file://{tmp_path}").status == "fail"
+    other = check_store("postgresql://me:secret@db/x")
     assert other.status == "warn"
     assert "secret" not in other.detail
 
@@ -292,8 +299,3 @@ def test_side_by_side_takes_as_long_as_the_slowest() -> None:
     start = time.monotonic()
     assert side_by_side([lambda: time.sleep(0.2) or 1, lambda: time.sleep(0.2) or 2], 5) == [1, 2]
     assert time.monotonic() - start < 0.39
-
-
-def test_logins_are_not_shown() -> None:
-    assert without_login("https://me:pw@host:1/simple?token=x") == "https://host:1/simple"
-    assert without_login("http://[broken") == "(a malformed URL)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.core.errors import TrackingAwayError, WorkspaceError
-from pipeline.tracking.server import RETRY_VARIABLE, retry, retry_limit_s, retrying, unavailable_reason
+from pipeline.tracking.server import RETRY_VARIABLE, if_there, retry, retry_limit_s, retrying, unavailable_reason
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
     """Answers every request with `status`; 0 answers too late, -1 hangs up."""
 
     status = 200
+    code = "RESOURCE_DOES_NOT_EXIST"
 
     def do_GET(self) -> None:
         if self.status == 0:
@@ -29,7 +31,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(self.status)
         self.end_headers()
-        self.wfile.write(b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "so it is"}')
+        self.wfile.write(json.dumps({"error_code": self.code, "message": "so it is"}).encode() if self.code else b"no")
 
     do_POST = do_PUT = do_GET
 
@@ -87,6 +89,44 @@ def test_an_artifact_that_is_not_taken(
     (tmp_path / "file").write_text("content")
     store = MlflowArtifactsRepository("mlflow-artifacts:/1/2/artifacts", tracking_uri=server)
     assert unavailable_reason(error_of(lambda: store.log_artifact(str(tmp_path / "file")))) == why
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "is_absence"),
+    [
+        (404, "RESOURCE_DOES_NOT_EXIST", True),
+        (404, "", False),
+        (403, "PERMISSION_DENIED", False),
+        (401, "", False),
+        (400, "INVALID_PARAMETER_VALUE", False),
+        (500, "INTERNAL_ERROR", False),
+    ],
+)
+def test_absence_is_one_answer_among_others(
+    server: str, status: int, code: str, is_absence: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answer, "status", status)
+    monkeypatch.setattr(Answer, "code", code)
+
+    def ask() -> object:
+        return if_there(lambda: MlflowClient(server).get_registered_model("m"))
+
+    if is_absence:
+        assert ask() is None
+    else:
+        error_of(ask)
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "PERMISSION_DENIED"), (401, ""), (403, "")])
+def test_a_server_that_refuses_is_the_users_to_mend(
+    server: str, status: int, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answer, "status", status)
+    monkeypatch.setattr(Answer, "code", code)
+    address = server.replace("http://", "http://alice:PW@")
+    with pytest.raises(WorkspaceError, match=r"refuses access .*MLFLOW_TRACKING_USERNAME") as refused:
+        retry(lambda: MlflowClient(address).get_registered_model("m"), "there", 60)
+    assert "PW" not in str(refused.value)
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:

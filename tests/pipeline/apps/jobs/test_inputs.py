@@ -13,6 +13,7 @@ from pipeline.apps.submit import passed_environment
 from pipeline.cli.main import app
 from pipeline.config.recipe import load_recipe
 from pipeline.core.errors import JobError
+from pipeline.run.preflight import check_before_work
 from tests.support.tiny_inputs import write_tiny_inputs
 
 
@@ -32,6 +33,7 @@ def _there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(tiny: Path, *overrides: str) -> list[str]:
     recipe = load_recipe(Path("recipe.yaml"), ["workspace=/shared/kasa", *overrides])
+    check_before_work(recipe, elsewhere=True)
     return [path.relative_to(tiny).as_posix() for path in check_inputs(recipe, Path("recipe.yaml"), tiny)]
 
 

@@ -1,0 +1,167 @@
+"""What is refused before anything is made: the same for a run, a dry run and a job."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kasa.errors import KasaError
+from pipeline.cli.main import app
+from pipeline.config.recipe import load_recipe
+from pipeline.run import preflight
+from pipeline.run.preflight import Preflight, check_before_work
+
+
+@pytest.fixture(autouse=True)
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe with rows and a base as far as its files' names go."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (base / name).write_bytes(b"{}")
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "recipe.yaml").write_text(
+        "name: tiny\nbase: {model: ./base}\ndata: {train: rows.jsonl}\n"
+        "train: {workers: 2, deepspeed: cpu_zero2, precision: fp32}\nevaluate: {kind: text}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Answers every GET with 404, as a server does that is something else."""
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def look(*overrides: str, elsewhere: bool = False) -> Preflight:
+    return check_before_work(load_recipe(Path("recipe.yaml"), list(overrides)), elsewhere=elsewhere)
+
+
+def test_a_sound_recipe_passes_and_nothing_is_made(tiny: Path) -> None:
+    before = sorted(tiny.rglob("*"))
+    assert look() == Preflight([], [])
+    assert sorted(tiny.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "has no .safetensors weights"),
+        ("tokenizer.json", r"has no tokenizer \(tokenizer.json,"),
+    ],
+)
+def test_a_base_that_lacks_a_part(tiny: Path, removed: str, message: str) -> None:
+    (tiny / "base" / removed).unlink()
+    for elsewhere in (False, True):
+        with pytest.raises(KasaError, match=message):
+            look(elsewhere=elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("base.model=owner/na me", "can be no hub id"),
+        ("base.model=owner/name.git", "can be no hub id"),
+        ("base.model=owner/-name", "can be no hub id"),
+        ("base.model=https://host/owner/name", "neither a folder nor a hub id"),
+        ("data.train=https:///rows.jsonl", "names no host"),
+        ("data.train=https://host:port/rows.jsonl", "names no host"),
+        ("data.train=http://[host/rows.jsonl", "names no host"),
+        ("data.train=https://host/", "names no file"),
+        ("data.heldout=hub:owner/name/a/b/c", "must have the form hub:"),
+        ("data.train=row.jsonl", "did you mean rows.jsonl"),
+        ("train.deepspeed=cpu_zero9", "is no name in deepspeed_configs"),
+        ("adapter.method=lora", "kasa compare"),
+    ],
+)
+def test_names_that_cannot_be(override: str, message: str) -> None:
+    for elsewhere in (False, True):
+        with pytest.raises(KasaError, match=message):
+            look(override, elsewhere=elsewhere)
+
+
+def refused(*overrides: str) -> str:
+    return "\n".join(map(str, look(*overrides).refused))
+
+
+def test_what_this_machine_lacks_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "gpu_names", lambda: [])
+    monkeypatch.setattr(preflight, "version", lambda package: "2.13.0+cu130")
+    said = refused(
+        "evaluate.metrics=[meteor]", "evaluate.harness.tasks=[arc_easy]", "train.gpu=true", "train.deepspeed=gpu_zero2"
+    )
+    for part in ("Java", "lm-evaluation-harness", "needs 2 GPUs at once, the cluster has 0"):
+        assert part in said
+    assert "needs 5000 CPU cores" in refused("train.workers=5000", "train.batch_size=5000")
+    with pytest.raises(KasaError, match="Java"):
+        look("evaluate.metrics=[meteor]").require()
+    job = look("evaluate.metrics=[meteor]", "train.gpu=true", "train.deepspeed=gpu_zero2", elsewhere=True)
+    assert not job.refused
+    assert any("Java" in line for line in job.not_checked)
+
+
+def test_services_that_do_not_answer(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_CONNECTION_S", 1.0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+        for variable, value, message in (
+            ("RAY_ADDRESS", nobody, f"RAY_ADDRESS={nobody}: "),
+            ("RAY_ADDRESS", f"ray://{nobody}", f"RAY_ADDRESS=ray://{nobody}: "),
+            ("RAY_ADDRESS", server, "something answers there that is no Ray"),
+            ("RAY_ADDRESS", f"http://{server}", "is no address of a Ray head"),
+            ("MLFLOW_TRACKING_URI", f"http://alice:PW@{nobody}", f"MLFLOW_TRACKING_URI=http://{nobody} /health: "),
+            ("MLFLOW_TRACKING_URI", "./mlruns", "is a file store"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setenv(variable, value)
+                said = refused()
+                assert message in said, value
+                assert "PW" not in said
+
+
+def test_a_service_that_takes_its_time_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_SERVICES_S", 0.2)
+    monkeypatch.setattr(preflight, "check_address", lambda address, timeout_s: threading.Event().wait(60))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert "RAY_ADDRESS=head:6379: no answer within" in refused()
+
+
+def test_what_is_not_here_yet_is_listed() -> None:
+    found = look("data.train=https://me:PW@host/rows.jsonl", "base.model=embedded:smollm2-135m-instruct")
+    assert not found.refused
+    assert found.not_checked == [
+        "data.train https://host/rows.jsonl: it is fetched when the run begins",
+        "base.model embedded:smollm2-135m-instruct: it is fetched when the run begins",
+    ]
+
+
+def test_a_dry_run_shows_the_plan_and_then_refuses(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (tiny / "base" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4})
+    )
+    done: Any = CliRunner().invoke(app, ["run", "recipe.yaml", "evaluate.metrics=[meteor]", "--dry-run", "--json"])
+    assert isinstance(done.exception, KasaError)
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert "Java" in plan["refused"][0]
+    assert plan["estimate"]["memory"] is not None
