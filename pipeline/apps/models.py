@@ -108,10 +108,10 @@ def promote(workspace: Path, uri: str, reason: str | None) -> Change:
     version = registry.look_up(uri)
     registry.check_adapter(version)
     with one_change_at_a_time(Workspace(workspace), version.name):
-        return _promote(registry, version, reason)
+        return _promote(registry, workspace, version, reason)
 
 
-def _promote(registry: Registry, version: ModelVersion, reason: str | None) -> Change:
+def _promote(registry: Registry, workspace: Path, version: ModelVersion, reason: str | None) -> Change:
     finish_interrupted_change(registry, version.name)
     aliases = registry.aliases(version.name)
     moves = after_promotion(aliases, version.version)
@@ -136,10 +136,10 @@ def rollback(workspace: Path, name: str, reason: str | None) -> Change:
     registry = open_registry(workspace)
     registry.check_name(name)
     with one_change_at_a_time(Workspace(workspace), name):
-        return _rollback(registry, name, reason)
+        return _rollback(registry, workspace, name, reason)
 
 
-def _rollback(registry: Registry, name: str, reason: str | None) -> Change:
+def _rollback(registry: Registry, workspace: Path, name: str, reason: str | None) -> Change:
     finish_interrupted_change(registry, name)
     aliases = registry.aliases(name)
     moves = after_rollback(aliases, name)

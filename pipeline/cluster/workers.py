@@ -201,7 +201,7 @@ def _process_group(backend: str, timeout_s: int, scratch: Path) -> Any:
     if cluster_address():
         return TorchConfig(backend=backend, timeout_s=timeout_s)
 
-    class MeetInFile(_TorchBackend):  # type: ignore[misc]
+    class MeetInFile(_TorchBackend):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             store = scratch / f"store-{uuid.uuid4().hex}"  # a new one for each start: a store remembers who was there
             store.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def _process_group(backend: str, timeout_s: int, scratch: Path) -> Any:
                 ]
             )
 
-    class OnThisMachine(TorchConfig):  # type: ignore[misc]
+    class OnThisMachine(TorchConfig):
         backend_cls = MeetInFile
 
     return OnThisMachine(backend=backend, timeout_s=timeout_s)

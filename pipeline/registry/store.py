@@ -233,7 +233,7 @@ class Registry:
             try:
                 files = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
             except (MlflowException, OSError) as error:
-                raise ModelError(f"{uri} cannot be fetched from {self.uri}: {one_line(error)}") from error
+                raise ModelError(f"{uri} cannot be fetched from {self.where}: {one_line(error)}") from error
             _check_whole(version.uri, Path(files))
 
     def fetch_files(self, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:

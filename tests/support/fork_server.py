@@ -92,7 +92,7 @@ class _WorkersAreForked:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "ray._private.ray_constants":
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         assert spec is not None
         execute = spec.loader.exec_module  # type: ignore[union-attr]
@@ -191,7 +191,7 @@ def _become(request: Mapping[str, Any], added: Mapping[str, str], own_path: Sequ
     first = {"-m": os.getcwd(), "-c": ""}.get(kind, os.path.dirname(kind))
     given = os.environ.get("PYTHONPATH", "")
     sys.path[:] = [first, *filter(None, given.split(os.pathsep)), *own_path]
-    sys.meta_path.insert(0, _WorkersAreForked())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _WorkersAreForked())
     tempfile.tempdir = None
     np.random.seed()  # Python's own generator sees to itself
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
