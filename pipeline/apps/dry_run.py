@@ -9,6 +9,7 @@ from kasa.targets import Target
 from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
+from pipeline.data.forms import check_first_rows
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.methods.choice import check_registrable
@@ -59,6 +60,8 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
     """
     check_registrable(recipe)
     sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
+    if sources is not None:
+        check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
     model = meta_model(config, recipe.base.head) if config is not None else None
