@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,8 +175,7 @@ def check_first_rows(settings: DataSettings, sides: Iterable[Sequence[Path]], la
     settings = settings_for_head(settings, labelled)
     for side in sides:
         for path in side:
-            with closing(read_rows(path, settings.separator)) as rows:
-                first = next(rows)
+            first = next(read_rows(path, settings.separator))
             form = decide_form(settings, first.values, first.location)
             check_head(form, labelled)
             settings = settings.model_copy(update={"form": form})
