@@ -32,6 +32,7 @@ from pipeline.core.code import code_tags
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import TrainingError
 from pipeline.core.files import append_journal, read_journal
+from pipeline.data.forms import check_first_rows
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
 from pipeline.metrics.catalogue import check_measurable
@@ -85,8 +86,9 @@ def compare(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None =
     check_measurable(recipe.evaluate.measured)
     storage = ready_workspace(recipe)
     sources = resolve_sources(recipe.data, recipe.workspace)
-    base = find_base(recipe.base, recipe.workspace)
     assert sources is not None
+    check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
+    base = find_base(recipe.base, recipe.workspace)
     assert base is not None
     targets = base.targets(recipe.adapter.targets)
     methods = compared_methods(recipe, plan.methods, targets, meta_model(base.config, recipe.base.head))

@@ -10,6 +10,7 @@ from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
 from pipeline.core.redaction import redacted
+from pipeline.data.forms import check_first_rows
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import BaseModel, find_base
@@ -64,6 +65,8 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
     """
     found = check_before_work(recipe)
     sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
+    if sources is not None:
+        check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
     model = meta_model(config, recipe.base.head) if config is not None else None

@@ -123,7 +123,9 @@ class DataSettings(Section):
         "loss is that of one of them, chosen by hash. In training each reference stays a sample of its own.",
     )
     separator: str | None = Field(
-        None, description="Text files only: splits each line into prompt and completion at its first occurrence."
+        None,
+        min_length=1,
+        description="Text files only: splits each line into prompt and completion at its first occurrence.",
     )
     prompt_template: str = Field(
         "{prompt}",
@@ -149,7 +151,12 @@ class DataSettings(Section):
         0.1, gt=0, lt=1, description="Share of the distinct prompts held out, if no source is named."
     )
     train_rows: int | None = Field(None, ge=1, description="Use at most this many training samples (after the split).")
-    heldout_rows: int | None = Field(None, ge=1, description="Use at most this many held-out samples.")
+    heldout_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Hold out at most this many samples instead of a share, whole prompts and at most half of them; all others "
+        "are trained on. Of a named `heldout` source use at most this many.",
+    )
     validation_rows: int | None = Field(
         None,
         ge=1,

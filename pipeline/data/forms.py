@@ -2,22 +2,35 @@
 
 A form is one entry of `FORMS` and the function that reads a row. A row with several references gives a sample for each; the
 held-out ones are joined again (`pipeline.data.split`). What is wrong with the data as a whole (no form fits its columns) is an
-error that stops the run. What is wrong with one row is a `Rejection`, to be counted and named.
+error that stops the run. What is wrong with one row is a `Rejection`, to be counted and named. Columns that no sample comes
+from are named as not used.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kasa.errors import nearest
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError, RecipeError
+from pipeline.data.choices import choices_of, labels_in, place_of
+from pipeline.data.conversations import (
+    HISTORY,
+    MESSAGES,
+    SYSTEM,
+    chat_turns,
+    history_turns,
+    refuse_tools,
+    unread_keys,
+    with_system,
+)
+from pipeline.data.fields import RowError, given_fields, is_given, printable, text_of, texts_of
 from pipeline.data.prepared import Rejection, Sample
-from pipeline.data.readers import RawRow
+from pipeline.data.readers import RawRow, read_rows
 from pipeline.models.prompting import PAIR_SEPARATOR, Message
 
 # The form that the columns of the first row decide.
@@ -47,8 +60,6 @@ QUESTIONS_AND_ANSWERS = (
     ("question", "answerKey"),
     ("question_stem", "answerKey"),
 )
-_ANSWER_FORMAT = re.compile(r"^Answer format:[ \t]*(\S.*)$", re.MULTILINE)
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
 
 class _Conversation(NamedTuple):
@@ -65,7 +76,7 @@ class Form:
 
     Attributes:
         name: as `data.form` has it.
-        read: the fields of a row -> its conversations. It raises `_RowError` for a row that cannot be used.
+        read: the fields of a row -> its conversations. It raises `RowError` for a row that cannot be used.
         required: the sets of fields of which a row must have one.
         optional: fields that it may have as well.
         recognises: whether a row with the required fields has this form; `auto` asks it, for columns alone may not tell.
@@ -81,15 +92,18 @@ class Form:
         """Whether the required fields are among those present."""
         return any(present.issuperset(fields) for fields in self.required)
 
+    def unread(self, values: Mapping[str, Any]) -> Iterator[str]:
+        """The columns of a row that say something and that no sample comes from."""
+        read = {*given_fields(values, self.required), *self.optional}
+        yield from (column for column, value in values.items() if column not in read and is_given(value))
+        if read & set(MESSAGES):
+            yield from unread_keys(values)
+
     @property
     def fields(self) -> str:
         """All fields, in words."""
         required = " or ".join(" + ".join(fields) for fields in self.required)
         return required + "".join(f" (+ {field})" for field in self.optional)
-
-
-class _RowError(Exception):
-    """The reason why one row is rejected."""
 
 
 def form_names() -> tuple[str, ...]:
@@ -118,7 +132,7 @@ def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str)
     Raises:
         DataError: no form fits the columns, or `data.columns` names a field or column that does not exist.
     """
-    found = list(first)
+    found = [printable(column) for column in first]
     for field, column in settings.columns.items():
         if column not in found:
             raise DataError(
@@ -126,9 +140,9 @@ def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str)
                 f"{nearest(column, found)}"
             )
     values = _renamed(first, settings)
-    fitting = {name: form for name, form in FORMS.items() if form.fits(set(values))}
-    if settings.form == AUTO:
-        fitting = {name: form for name, form in fitting.items() if form.recognises(values)}
+    # Parquet fills the columns that a row lacks with null; a null of the row's own must not hide its form either.
+    given = {field for field, value in values.items() if is_given(value)}
+    fitting = _fitting(values, given, settings) or _fitting(values, set(values), settings)
     chosen = next(iter(fitting), "") if settings.form == AUTO else settings.form
     if chosen not in fitting:
         wanted = "; ".join(f"{name}: {form.fields}" for name, form in FORMS.items() if chosen in ("", name))
@@ -147,17 +161,86 @@ def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str)
     return chosen
 
 
-def read_samples(rows: Iterable[RawRow], settings: DataSettings, form: str) -> Iterator[Sample | Rejection]:
-    """Samples and rejections in the order of the rows; `form` is what `decide_form` returned."""
-    read = FORMS[form].read
+def check_first_rows(settings: DataSettings, sides: Iterable[Sequence[Path]], labelled: bool) -> None:
+    """Refuse what the first row of each file shows to be wrong with the data; nothing more of the files is read.
+
+    Args:
+        sides: the files of each side, those to train on first.
+        labelled: whether the samples are for a new head.
+
+    Raises:
+        DataError: what reading all of it would raise: an empty or damaged file, columns that no form fits, or
+            `data.columns` that map to nothing.
+    """
+    settings = settings_for_head(settings, labelled)
+    for side in sides:
+        for path in side:
+            first = next(read_rows(path, settings.separator))
+            form = decide_form(settings, first.values, first.location)
+            check_head(form, labelled)
+            settings = settings.model_copy(update={"form": form})
+
+
+def settings_for_head(settings: DataSettings, labelled: bool) -> DataSettings:
+    """The settings with the form that a new head asks for."""
+    return settings.model_copy(update={"form": "labelled"}) if labelled else settings
+
+
+def check_head(form: str, labelled: bool) -> None:
+    """Refuse texts with a label where there is no head to learn them.
+
+    Raises:
+        DataError: that is so.
+    """
+    if form == "labelled" and not labelled:
+        raise DataError("texts with a label need a head to learn it; set base.head: classification or regression")
+
+
+def read_samples(
+    rows: Iterable[RawRow], settings: DataSettings, form: str, unread: dict[str, str] | None = None
+) -> Iterator[Sample | Rejection]:
+    """Samples and rejections in the order of the rows.
+
+    Args:
+        form: what `decide_form` returned.
+        unread: takes in the columns that say something and are not used, with the place of the first such row.
+    """
+    read = FORMS[form]
+    mapped = set(settings.columns.values())
     for row in rows:
         try:
             if row.defect:
-                raise _RowError(row.defect)
-            for conversation in read(_renamed(row.values, settings)):
+                raise RowError(row.defect)
+            values = _renamed(row.values, settings)
+            for conversation in _conversations(read, values):
+                if settings.train_on_prompt and not all(turn.learned for turn in conversation.turns):
+                    raise RowError("weight 0 contradicts data.train_on_prompt: true")
                 yield Sample(location=row.location, **conversation._asdict())
-        except _RowError as error:
+        except RowError as error:
             yield Rejection(row.location, str(error))
+            continue
+        if unread is not None:
+            for column in read.unread(values):
+                if column not in mapped:
+                    unread.setdefault(printable(column), row.location)
+
+
+def _conversations(form: Form, values: dict[str, Any]) -> list[_Conversation]:
+    """What the form reads, with the row's system prompt where the form has one."""
+    conversations = form.read(values)
+    if SYSTEM not in form.optional:
+        return conversations
+    refuse_tools(values)
+    return [each._replace(turns=with_system(each.turns, values)) for each in conversations]
+
+
+def _fitting(values: Mapping[str, Any], present: set[str], settings: DataSettings) -> dict[str, Form]:
+    """The forms that the columns allow; for `auto` those that recognise the row."""
+    return {
+        name: form
+        for name, form in FORMS.items()
+        if form.fits(present) and (settings.form != AUTO or form.recognises(values))
+    }
 
 
 def _renamed(values: Mapping[str, Any], settings: DataSettings) -> dict[str, Any]:
@@ -169,140 +252,75 @@ def _listed(columns: list[str]) -> str:
     return ", ".join(columns) or "(none)"
 
 
-def _texts(values: dict[str, Any], field: str) -> list[str]:
-    """A list of texts, at least one."""
-    items = values.get(field)
-    if items is None:
-        raise _RowError(f"{field} is missing")
-    if not isinstance(items, list) or not items:
-        raise _RowError(f"{field} is not a list with something in it")
-    return [_checked(item, f"one of {field}") for item in items]
-
-
-def _text(values: dict[str, Any], field: str) -> str:
-    return _checked(values.get(field), field)
-
-
-def _checked(value: Any, field: str) -> str:
-    if value is None:
-        raise _RowError(f"{field} is missing")
-    if not isinstance(value, str):
-        raise _RowError(f"{field} is not text but {type(value).__name__}")
-    if not value.strip():
-        raise _RowError(f"{field} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _RowError(f"{field} is not valid Unicode (half of a surrogate pair)")
-    return value
-
-
 def _pair(prompt: str, answer: str) -> tuple[Message, ...]:
     return Message("user", prompt), Message("assistant", answer)
 
 
 def _prompt_completion(values: dict[str, Any]) -> list[_Conversation]:
-    asked, answered = next(
-        (pair for pair in ASKED_AND_ANSWERED if all(field in values for field in pair)), ASKED_AND_ANSWERED[0]
-    )
-    prompt = _text(values, asked)
+    asked, answered = given_fields(values, FORMS["prompt-completion"].required)
+    if answered == "references":
+        answered = "completion"
+    prompt = text_of(values, asked)
     answers = []
-    if values.get(answered) is not None or "references" not in values:
-        answers.append(_text(values, answered))
+    if is_given(values.get(answered)) or not is_given(values.get("references")):
+        answers.append(text_of(values, answered))
     # Data sets often have the column in all splits, with an empty list in the training rows.
     if values.get("references") or not answers:
-        answers += _texts(values, "references")
+        answers += texts_of(values, "references")
     return [_Conversation(_pair(prompt, answer)) for answer in dict.fromkeys(answers)]
 
 
 def _multiple_choice(values: dict[str, Any]) -> list[_Conversation]:
-    """The choices are a list of texts, or, as in the hub's ARC and OpenBookQA, an object of the lists `text` and `label`."""
-    question = next((field for field in ("prompt", "question", "question_stem") if field in values), "question")
-    given, names = values.get("choices"), []
-    if isinstance(given, Mapping):
-        names = _texts({"choices.label": given.get("label")}, "choices.label")
-        given = given.get("text")
-    choices = tuple(choice.strip() for choice in _texts({"choices": given}, "choices"))
-    if len(choices) < 2:
-        raise _RowError("choices has one entry only")
-    if names and len(names) != len(choices):
-        raise _RowError("choices has more or fewer labels than texts")
-    answer = values.get("answer" if "answer" in values else "answerKey")
-    right = choices[_place(answer, choices, names)]
-    return [_Conversation(_pair(_text(values, question), right), choices, choices)]
-
-
-def _place(answer: Any, choices: tuple[str, ...], names: list[str]) -> int:
-    """The index of the choice that the answer names by its label, its text, its index from 0, or its letter."""
-    if isinstance(answer, str):
-        said = answer.strip()
-        for known in (names, choices):
-            if said in known:
-                return known.index(said)
-        if not names and len(said) == 1 and said.isascii() and said.isalpha():
-            answer = ord(said.upper()) - ord("A")
-        elif not names and said.isdecimal():
-            answer = int(said)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
-    raise _RowError("answer is none of the choices")
+    question, _, answer = given_fields(values, FORMS["multiple-choice"].required)
+    choices, names = choices_of(values)
+    right = choices[place_of(values.get(answer), choices, names)]
+    return [_Conversation(_pair(text_of(values, question), right), choices, choices)]
 
 
 def _llm_adapters(values: dict[str, Any]) -> list[_Conversation]:
     """Rows of LLM-Adapters' commonsense tasks. Each choice is the output with one of the answers in it."""
     (row,) = _alpaca(values)
-    labels, answer, output = _labels_in(row.turns[0].content), _text(values, "answer").strip(), row.turns[1].content
+    *_, asked, answered = row.turns
+    labels, answer, output = labels_in(asked.content), text_of(values, "answer").strip(), answered.content
     if not labels:
-        raise _RowError("instruction has no line `Answer format: a/b/...`")
+        raise RowError("instruction has no `Answer format: a/b/...`")
     if answer not in labels:
-        raise _RowError("answer is none of the instruction's answer format")
+        raise RowError("answer is none of the instruction's answer format")
     before, found, after = output.rpartition(answer)
     if not found:
-        raise _RowError("output does not contain the answer")
+        raise RowError("output does not contain the answer")
     return [row._replace(choices=tuple(f"{before}{label}{after}" for label in labels), labels=labels)]
 
 
 def _has_answer_format(values: Mapping[str, Any]) -> bool:
-    """Alpaca rows may have a column `answer` as well; what tells LLM-Adapters' rows is the line with the answers."""
-    return bool(_labels_in(str(values.get("instruction"))))
-
-
-def _labels_in(instruction: str) -> tuple[str, ...]:
-    """`answer1/answer2` of the last line `Answer format: answer1/answer2`; empty where there is none."""
-    formats = _ANSWER_FORMAT.findall(instruction)
-    labels = tuple(label.strip() for label in formats[-1].split("/")) if formats else ()
-    return labels if len(labels) > 1 and all(labels) else ()
+    """Alpaca rows may have a column `answer` as well; what tells LLM-Adapters' rows is the list of the answers."""
+    instruction = values.get("instruction")
+    return isinstance(instruction, str) and bool(labels_in(instruction))
 
 
 def _alpaca(values: dict[str, Any]) -> list[_Conversation]:
-    instruction = _text(values, "instruction")
+    """`history` has earlier exchanges, as LLaMA-Factory writes them."""
+    instruction = text_of(values, "instruction")
     if values.get("input") not in (None, ""):
-        instruction += "\n\n" + _text(values, "input")
-    return [_Conversation(_pair(instruction, _text(values, "output")))]
+        instruction += "\n\n" + text_of(values, "input")
+    return [_Conversation((*history_turns(values), *_pair(instruction, text_of(values, "output"))))]
 
 
 def _completion(values: dict[str, Any]) -> list[_Conversation]:
-    return [_Conversation((Message("assistant", _text(values, "text")),))]
+    return [_Conversation((Message("assistant", text_of(values, "text")),))]
 
 
 def _chat(values: dict[str, Any]) -> list[_Conversation]:
-    field = "messages" if values.get("messages") is not None else "conversations"
-    items = values.get(field)
-    if items is None:
-        raise _RowError("messages is missing")
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise _RowError(f"{field} is not a list of objects")
-    role_key, text_key = ("role", "content") if all("role" in item for item in items) else ("from", "value")
-    turns = tuple(Message(_role(item, role_key), _text(item, text_key)) for item in items)
-    _check_order([turn.role for turn in turns])
-    return [_Conversation(turns)]
+    return [_Conversation(chat_turns(values))]
 
 
 def _labelled(values: dict[str, Any]) -> list[_Conversation]:
-    fields = next((texts for texts in LABELLED_TEXTS if all(field in values for field in texts)), LABELLED_TEXTS[0])
-    if fields == ("text",) and values.get("text_pair") is not None:
+    fields = given_fields(values, LABELLED_TEXTS)
+    if fields == ("text",) and is_given(values.get("text_pair")):
         fields = ("text", "text_pair")
-    texts = [_text(values, field) for field in fields]
+    texts = [text_of(values, field) for field in fields]
     if len(texts) == 2 and PAIR_SEPARATOR in texts[0]:
-        raise _RowError(f"{fields[0]} contains {PAIR_SEPARATOR!r}, which parts the texts of a pair")
+        raise RowError(f"{fields[0]} contains {PAIR_SEPARATOR!r}, which parts the texts of a pair")
     label = Message("assistant", _label(values))
     return [_Conversation((*map(Message, ("user", "pair"), texts), label))]
 
@@ -316,21 +334,7 @@ def _label(values: dict[str, Any]) -> str:
         return str(int(value))
     if isinstance(value, int | float):
         return str(value)
-    return _text(values, LABEL).strip()
-
-
-def _role(item: dict[str, Any], key: str) -> str:
-    role = item.get(key)
-    if not isinstance(role, str) or role not in _ROLES:
-        raise _RowError(f"role {role!r} is none of {', '.join(_ROLES)}")
-    return _ROLES[role]
-
-
-def _check_order(roles: list[str]) -> None:
-    if not roles or roles[-1] != "assistant":
-        raise _RowError("the conversation does not end with an assistant turn")
-    if "user" not in roles[: roles.index("assistant")]:
-        raise _RowError("the conversation has no user turn before its first answer")
+    return text_of(values, LABEL).strip()
 
 
 # In the order in which `auto` tries them: data sets often repeat a sample in a further `text` or `messages` column.
@@ -341,11 +345,23 @@ FORMS = {
             "multiple-choice",
             _multiple_choice,
             tuple((question, "choices", answer) for question, answer in QUESTIONS_AND_ANSWERS),
+            (SYSTEM,),
         ),
-        Form("prompt-completion", _prompt_completion, (*ASKED_AND_ANSWERED, ("prompt", "references")), ("references",)),
-        Form("llm-adapters", _llm_adapters, (("instruction", "output", "answer"),), ("input",), _has_answer_format),
-        Form("alpaca", _alpaca, (("instruction", "output"),), ("input",)),
-        Form("chat", _chat, (("messages",), ("conversations",))),
+        Form(
+            "prompt-completion",
+            _prompt_completion,
+            (*ASKED_AND_ANSWERED, ("prompt", "references")),
+            ("references", SYSTEM),
+        ),
+        Form(
+            "llm-adapters",
+            _llm_adapters,
+            (("instruction", "output", "answer"),),
+            ("input", SYSTEM, HISTORY),
+            _has_answer_format,
+        ),
+        Form("alpaca", _alpaca, (("instruction", "output"),), ("input", SYSTEM, HISTORY)),
+        Form("chat", _chat, tuple((field,) for field in MESSAGES), (SYSTEM,)),
         Form("completion", _completion, (("text",),)),
         Form("labelled", _labelled, tuple((*texts, LABEL) for texts in LABELLED_TEXTS), ("text_pair",)),
     )

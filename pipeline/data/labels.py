@@ -22,6 +22,8 @@ from pipeline.models.prompting import Head, Message
 # The label of rows whose true label a benchmark does not publish.
 UNLABELLED = "-1"
 _CLASSES_SHOWN = 5
+# Digits of the number of a class; Python refuses to read numbers of thousands of them.
+_LONGEST_NUMBER = 10
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Labels:
             return sample, classes.index(label)
         if label == UNLABELLED:
             return Rejection(sample.location, "label is -1: the row is not labelled")
-        if self.named and label.isdecimal() and int(label) < len(classes):
+        if self.named and label.isdecimal() and len(label) < _LONGEST_NUMBER and int(label) < len(classes):
             answer = Message("assistant", classes[int(label)])
             return dataclasses.replace(sample, turns=(*sample.turns[:-1], answer)), int(label)
         known = "data.labels" if self.named else "the training and held-out labels"

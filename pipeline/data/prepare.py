@@ -21,13 +21,21 @@ import numpy.typing as npt
 
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import DataError, WorkspaceError
-from pipeline.data.forms import decide_form, read_samples
+from pipeline.data.forms import check_head, decide_form, read_samples, settings_for_head
 from pipeline.data.labels import Labels, check_sides, find_labels, label_summary
 from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS, Rejection, Sample
 from pipeline.data.readers import read_rows
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.data.split import Split, split_samples
-from pipeline.models.prompting import Message, Prompting, TemplateError, Tokenizer, encode_texts, load_tokenizer
+from pipeline.models.prompting import (
+    IGNORED,
+    Message,
+    Prompting,
+    TemplateError,
+    Tokenizer,
+    encode_texts,
+    load_tokenizer,
+)
 
 PROGRESS_EVERY_ROWS = 256
 # One Arrow array of lists holds at most 2**31 tokens, so the rows are written in batches.
@@ -140,28 +148,34 @@ def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Token
 
 @dataclass
 class _Rows:
-    """What was read from the sources: the usable rows of each side, the rejected ones, and how many rows there were."""
+    """What was read from the sources.
+
+    Attributes:
+        train, heldout, calibration: The usable rows of each side.
+        rejected: The others.
+        count: How many rows there were.
+        unread: Columns that say something and are not used, each with the first place where that is so.
+    """
 
     train: list[Sample]
     heldout: list[Sample]
     calibration: list[Sample]
     rejected: list[Rejection]
     count: int
+    unread: dict[str, str]
 
 
 def _read_sides(settings: DataSettings, sources: DataSources, labelled: bool) -> tuple[_Rows, DataSettings]:
     """The rows of all sides, and the settings with the form that they have."""
-    if labelled:
-        settings = settings.model_copy(update={"form": "labelled"})
-    form, train, rejected = _read(sources.train, settings)
-    if form == "labelled" and not labelled:
-        raise DataError("texts with a label need a head to learn it; set base.head: classification or regression")
+    unread: dict[str, str] = {}
+    form, train, rejected = _read(sources.train, settings_for_head(settings, labelled), unread)
+    check_head(form, labelled)
     settings = settings.model_copy(update={"form": form})
-    _, heldout, heldout_rejected = _read(sources.heldout, settings)
-    _, calibration, calibration_rejected = _read(sources.calibration, settings)
+    _, heldout, heldout_rejected = _read(sources.heldout, settings, unread)
+    _, calibration, calibration_rejected = _read(sources.calibration, settings, unread)
     rejected += heldout_rejected + calibration_rejected
     count = len({item.location for item in itertools.chain[Sample | Rejection](train, heldout, calibration, rejected)})
-    return _Rows(train, heldout, calibration, rejected, count), settings
+    return _Rows(train, heldout, calibration, rejected, count, unread), settings
 
 
 def _tokenise_sides(
@@ -183,15 +197,17 @@ def _tokenise_sides(
     return sides
 
 
-def _read(files: Sequence[SourceFile], settings: DataSettings) -> tuple[str, list[Sample], list[Rejection]]:
+def _read(
+    files: Sequence[SourceFile], settings: DataSettings, unread: dict[str, str]
+) -> tuple[str, list[Sample], list[Rejection]]:
     samples: list[Sample] = []
     rejected: list[Rejection] = []
     for file in files:
-        rows = read_rows(file.path, settings.separator)
+        rows = read_rows(file.path, settings.separator, file.sha256)
         head = [next(rows)]
         form = decide_form(settings, head[0].values, head[0].location)
         settings = settings.model_copy(update={"form": form})  # the first file decides for all
-        for item in read_samples(itertools.chain(head, rows), settings, form):
+        for item in read_samples(itertools.chain(head, rows), settings, form, unread):
             if isinstance(item, Sample):
                 samples.append(item)
             else:
@@ -214,7 +230,10 @@ def _label_summary(labels: Labels, split: Split[Tokenised]) -> dict[str, Any]:
 
 
 def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
-    turns = [Message(role, prompting.wrap(text) if role == "user" else text) for role, text in sample.turns]
+    sample = _without_eos(sample, tokenizer.eos_token)
+    if not sample.turns[-1].content.strip():
+        return Rejection(sample.location, "the answer is nothing but the end-of-sequence token")
+    turns = prompting.wrapped(sample.turns)
     try:
         encoded = prompting.encode(tokenizer, turns)
         # Evaluation scores every choice after the prompt, so all of them have to fit.
@@ -228,7 +247,22 @@ def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_to
     if max(len(each.input_ids) for each in (encoded, *others)) > max_tokens:
         return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
     ids, labels, prompt_tokens = encoded
+    # The first token is predicted by nothing.
+    if all(label == IGNORED for label in labels[1:]):
+        return Rejection(sample.location, "no token of it can be learned")
     return Tokenised(sample, np.array(ids, np.int32), np.array(labels, np.int32), prompt_tokens)
+
+
+def _without_eos(sample: Sample, eos: str) -> Sample:
+    """The sample without the end-of-sequence token that data may spell out after an answer; each answer gets one anyway."""
+
+    def cut(text: str) -> str:
+        return text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
+
+    turns = tuple(
+        turn._replace(content=cut(turn.content)) if turn.role == "assistant" else turn for turn in sample.turns
+    )
+    return replace(sample, turns=turns, choices=tuple(map(cut, sample.choices)), labels=tuple(map(cut, sample.labels)))
 
 
 def _tokenise_labelled(labels: Labels, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
@@ -239,6 +273,8 @@ def _tokenise_labelled(labels: Labels, sample: Sample, tokenizer: Tokenizer, max
     ids, types = (np.array(encoded.get(name, ()), np.int32) for name in ("input_ids", "token_type_ids"))
     if len(ids) > max_tokens:
         return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
+    if not len(ids):
+        return Rejection(sample.location, "the tokenizer has no token for the text")
     sample, label = read
     return Tokenised(sample, ids, ids[:0], token_type_ids=types, label=label)
 
@@ -268,6 +304,7 @@ def _summary(split: Split[Tokenised], rows: _Rows, form: str) -> dict[str, Any]:
         "rows_rejected": len(rejected),
         "rejected": dict(Counter(row.reason for row in rejected).most_common()),
         "rejected_first": [f"{row.location}: {row.reason}" for row in rejected[:LOCATIONS_SHOWN]],
+        "unread": dict(sorted(rows.unread.items())),
         "duplicates_removed": split.duplicates,
         "leaked_removed": split.leaked,
         "rows_kept": len(both),

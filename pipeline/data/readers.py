@@ -1,4 +1,4 @@
-"""Readers of rows from files: jsonl, json (a list of objects), csv, parquet, txt.
+"""Readers of rows from files: jsonl, json (a list of objects), csv, parquet, txt; all but parquet also packed by gzip.
 
 A damaged file (not UTF-8, broken JSON, a csv cell that never ends) is an error that names the file and line. A row that is
 well-formed but unusable is returned with its defect, to be counted.
@@ -7,15 +7,25 @@ well-formed but unusable is returned with its defect, to be counted.
 from __future__ import annotations
 
 import csv
+import gzip
+import hashlib
+import io
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, one_line
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+GZIP = ".gz"
+_BUFFER_BYTES = 1 << 20
+# What pyarrow raises for a value that Python's types cannot hold.
+_NO_PYTHON_VALUE = (ValueError, ArithmeticError, ImportError)
 
 
 class RawRow(NamedTuple):
@@ -32,49 +42,102 @@ class RawRow(NamedTuple):
     defect: str = ""
 
 
-def read_rows(path: Path, separator: str | None = None) -> Iterator[RawRow]:
+def file_format(path: Path) -> str:
+    """What a file is read as, one of `FORMATS`, by its name; empty if it cannot be read. `rows.csv.gz` is `.csv`."""
+    suffix = path.suffix.lower()
+    if suffix == GZIP:
+        suffix = path.with_suffix("").suffix.lower()
+        return suffix if suffix != ".parquet" and suffix in FORMATS else ""
+    return suffix if suffix in FORMATS else ""
+
+
+def read_rows(path: Path, separator: str | None = None, sha256: str | None = None) -> Iterator[RawRow]:
     """The rows of one file, in the order of the file.
 
     Args:
-        path: A file with one of `SUFFIXES`.
+        path: A file of one of `FORMATS`.
         separator: For txt only: splits a line into `prompt` and `completion`. Without it a line is `{"text": line}`.
+        sha256: The digest that the bytes read must have (hexadecimal); None where only the first rows are wanted.
 
     Raises:
-        DataError: The file is empty, damaged or cannot be read, or a separator is given for another format than txt.
+        DataError: The file is empty, damaged or cannot be read, a separator is given for another format than txt, or, after
+            the last row, the bytes that were read had another digest.
     """
-    suffix = path.suffix.lower()
-    if separator is not None and suffix != ".txt":
-        raise DataError(f"data.separator {separator!r} is for .txt files, but {path} is none; remove it")
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path}: rows can be read from {', '.join(SUFFIXES)} files, not from {suffix or 'this one'}")
-    found = False
+    name, kind = shown(path), file_format(path)
+    if separator is not None and kind != ".txt":
+        raise DataError(f"data.separator {separator!r} is for .txt files, but {name} is none; remove it")
+    if not kind:
+        raise DataError(
+            f"{name}: rows can be read from {', '.join(FORMATS)} files, not from {path.suffix or 'this one'}"
+        )
+    found, digest = False, hashlib.sha256()
     try:
-        for row in _read_txt(path, separator) if suffix == ".txt" else _READERS[suffix](path):
-            found = True
-            yield row
+        with _opened(path, digest if sha256 else None) as file:
+            for row in _read_txt(name, file, separator) if kind == ".txt" else _READERS[kind](name, file):
+                found = True
+                yield row
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name} is damaged gzip: {one_line(error)}; copy it again") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{name} cannot be read: {error.strerror or error}") from None
+    if sha256 and digest.hexdigest() != sha256:
+        raise DataError(f"{name} was changed after this run had looked at it; run again when it is complete")
     if not found:
-        raise DataError(f"{path} holds no rows; remove it from the recipe or fill it")
+        raise DataError(f"{name} holds no rows; remove it from the recipe or fill it")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def shown(path: Path) -> str:
+    """A path in words that any terminal and file can take; bytes of a name that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+class _Digesting(io.RawIOBase):
+    """A file whose bytes go into a digest as they are read, once and in order."""
+
+    def __init__(self, file: io.FileIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+
+@contextmanager
+def _opened(path: Path, digest: Any) -> Iterator[IO[bytes]]:
+    """The content of a file, unpacked. The bytes of the file itself go into the digest, if there is one."""
+    with io.FileIO(path) as raw:
+        file: Any = raw
+        if digest is not None:
+            file = _Digesting(raw, digest)
+            # Parquet is read from several places, so all of it is taken before.
+            file = (
+                io.BytesIO(file.read()) if file_format(path) == ".parquet" else io.BufferedReader(file, _BUFFER_BYTES)
+            )
+        if path.suffix.lower() == GZIP:
+            file = gzip.GzipFile(fileobj=io.BufferedReader(file) if file is raw else file)
+        yield file if file is not raw else io.BufferedReader(raw)
+
+
+def _lines(name: str, file: IO[bytes]) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends. Only line feeds separate them, because JSON strings may hold other separators."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8 (0x{raw[error.start]:02x}); "
-                    f"convert the file, e.g. `iconv -f latin1 -t utf-8 {path.name}`"
-                ) from None
-            yield number, line.removeprefix("\ufeff") if number == 1 else line
+    for number, raw in enumerate(file, 1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name}:{number}: byte {error.start + 1} of the line is not UTF-8 (0x{raw[error.start]:02x}); "
+                "convert the file, e.g. with `iconv -f latin1 -t utf-8`"
+            ) from None
+        yield number, line.removeprefix("\ufeff") if number == 1 else line
 
 
-def _read_txt(path: Path, separator: str | None) -> Iterator[RawRow]:
-    for number, line in _lines(path):
-        text, location = line.strip(), f"{path}:{number}"
+def _read_txt(name: str, file: IO[bytes], separator: str | None) -> Iterator[RawRow]:
+    for number, line in _lines(name, file):
+        text, location = line.strip(), f"{name}:{number}"
         if not text:
             continue
         if separator is None:
@@ -85,47 +148,53 @@ def _read_txt(path: Path, separator: str | None) -> Iterator[RawRow]:
         yield RawRow(location, values, "" if found else f"separator {separator!r} is absent")
 
 
-def _read_jsonl(path: Path) -> Iterator[RawRow]:
-    for number, line in _lines(path):
+def _read_jsonl(name: str, file: IO[bytes]) -> Iterator[RawRow]:
+    for number, line in _lines(name, file):
         if not line.strip():
             continue
-        location = f"{path}:{number}"
+        location = f"{name}:{number}"
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            values = json.loads(line, object_pairs_hook=_distinct)
+        except json.JSONDecodeError as error:
             raise DataError(f"{location}: broken JSON: {_reason(error)}; each line must be one object") from None
-        yield RawRow(location, _object(values, location))
+        except (ValueError, RecursionError) as error:
+            yield RawRow(location, {}, _reason(error))
+        else:
+            yield RawRow(location, _object(values, location))
 
 
-def _read_json(path: Path) -> Iterator[RawRow]:
-    text = "".join(line for _, line in _lines(path))
+def _read_json(name: str, file: IO[bytes]) -> Iterator[RawRow]:
+    text = "".join(line for _, line in _lines(name, file))
     position = _skip_space(text, 0)
     if text[position : position + 1] != "[":
         if position < len(text):
-            raise DataError(f"{path}:1: not a list of objects; for one object per line name the file .jsonl")
+            raise DataError(
+                f"{name}:1: not a list of objects; if it has one object per line name the file .jsonl, and if it is no data "
+                "name the data files themselves"
+            )
         return
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    decoder, line, counted = json.JSONDecoder(object_pairs_hook=_distinct), 1, 0
     position = _skip_space(text, position + 1)
     while text[position : position + 1] != "]":
         line += text.count("\n", counted, position)
-        counted, location = position, f"{path}:{line}"
+        counted, location = position, f"{name}:{line}"
         try:
             values, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{getattr(error, 'lineno', line)}: broken JSON: {_reason(error)}") from None
+            raise DataError(f"{name}:{getattr(error, 'lineno', line)}: broken JSON: {_reason(error)}") from None
         yield RawRow(location, _object(values, location))
-        position = _next_item(text, position, path)
+        position = _next_item(text, position, name)
     if _skip_space(text, position + 1) != len(text):
-        raise DataError(f"{path}: broken JSON: something follows the list; a file must be one list of objects")
+        raise DataError(f"{name}: broken JSON: something follows the list; a file must be one list of objects")
 
 
-def _next_item(text: str, position: int, path: Path) -> int:
+def _next_item(text: str, position: int, name: str) -> int:
     position = _skip_space(text, position)
     if text[position : position + 1] == ",":
         return _skip_space(text, position + 1)
     if text[position : position + 1] != "]":
         line = text.count("\n", 0, position) + 1
-        raise DataError(f"{path}:{line}: broken JSON: a comma or the end of the list is missing")
+        raise DataError(f"{name}:{line}: broken JSON: a comma or the end of the list is missing")
     return position
 
 
@@ -135,8 +204,19 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return values
+
+
 def _reason(error: Exception) -> str:
-    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "objects or lists are nested too deeply"
+    return "a number has too many digits" if "digits" in str(error) else str(error)
 
 
 def _object(values: Any, location: str) -> dict[str, Any]:
@@ -145,51 +225,71 @@ def _object(values: Any, location: str) -> dict[str, Any]:
     return values
 
 
-def _read_csv(path: Path) -> Iterator[RawRow]:
+def _read_csv(name: str, file: IO[bytes]) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB would end the run at one long document
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    reader = csv.reader((line for _, line in _lines(name, file)), strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{path}:{line}: broken csv: {error}; check the quotes of this row") from None
+            raise DataError(f"{name}:{line}: broken csv: {error}; check the quotes of this row") from None
         if cells is None:
             return
         if header is None:
             header = [cell.strip() for cell in cells]
-            _check_header(header, path)
+            _check_header(header, f"{name}:1")
         elif cells:
             differs = len(cells) != len(header)
             defect = "cells and header differ in number" if differs else ""
-            yield RawRow(f"{path}:{line}", dict(zip(header, cells, strict=False)), defect)
+            yield RawRow(f"{name}:{line}", dict(zip(header, cells, strict=False)), defect)
 
 
-def _check_header(header: list[str], path: Path) -> None:
+def _check_header(header: Sequence[str], location: str) -> None:
     double = sorted({name for name in header if header.count(name) > 1})
     if double:
-        raise DataError(f"{path}:1: column {double[0]!r} occurs twice in the header; rename one")
+        raise DataError(f"{location}: column {double[0]!r} occurs twice in the header; rename one")
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
+def _read_parquet(name: str, file: IO[bytes]) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
-    if not path.stat().st_size:
+    if not file.seek(0, os.SEEK_END):
         return
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+        with pyarrow.parquet.ParquetFile(file) as table:
+            _check_header(table.schema_arrow.names, name)
+            for batch in table.iter_batches(batch_size=1024):
+                for values, defect in _batch_rows(batch):
                     number += 1
-                    yield RawRow(f"{path}:row {number}", values)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: damaged parquet after row {number}: {' '.join(str(error).split())}") from None
+                    yield RawRow(f"{name}:row {number}", values, defect)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: damaged parquet after row {number}: {one_line(error)}") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a batch of Arrow, each with why it is unusable: Python has no value for some, such as dates after 9999."""
+    try:
+        rows = batch.to_pylist()
+    except _NO_PYTHON_VALUE:
+        pass
+    else:
+        yield from ((values, "") for values in rows)
+        return
+    for row in range(batch.num_rows):
+        values, defect = {}, ""
+        for column, cells in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                values[column] = cells[row].as_py()
+            except _NO_PYTHON_VALUE as error:
+                defect = f"column {column} cannot be read: {one_line(error)}"
+        yield values, defect
+
+
+_READERS: dict[str, Callable[[str, IO[bytes]], Iterator[RawRow]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -1,6 +1,9 @@
 """Data files from elsewhere, fetched once into the workspace: `https://...` and
 `hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]`.
 
+A web file comes from the host that the recipe names: a redirect to another one is refused, for it would have the last word on
+what is trained on. Its size and the time that it may take are limited.
+
 A run depends on the bytes that were fetched, not on what the address or the hub has later. To fetch a web file again,
 delete it. Each revision of a split of a hub data set is stored as a parquet file of its own, so an old revision is never
 taken for a new one. Without a revision a run takes the newest one that is known in the workspace, and `look_for_newest`
@@ -10,14 +13,18 @@ asks the hub for it. A revision that is named is fetched once: a branch or a tag
 from __future__ import annotations
 
 import hashlib
+import http.client
 import re
 import shutil
+import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlparse
+from typing import IO, Any
+from urllib.parse import unquote, urljoin, urlparse
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.console import console
@@ -30,6 +37,10 @@ PREFIXES = ("https://", "http://")
 PREFIX = "hub:"
 
 _DOWNLOAD_TIMEOUT_S = 30.0
+_CHUNK_BYTES = 1 << 20
+# An answer that does not say how long it is may be endless, and so may one that comes drop by drop.
+_LONGEST_UNANNOUNCED_BYTES = 2 << 30
+_SLOWEST_BYTES_PER_S, _SLOW_START_S = 1024, 60.0
 _HUB_TIMEOUT_S = 20.0
 _FORM = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]*))?"
@@ -153,16 +164,76 @@ def _stored(file: Path, name: str, subject: str, make: Callable[[Path], None]) -
 
 def _download(address: str, key: str, file: Path) -> None:
     try:
-        with urllib.request.urlopen(address, timeout=_DOWNLOAD_TIMEOUT_S) as answer, file.open("wb") as out:
-            shutil.copyfileobj(answer, out)
-            missing = answer.length
-    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+        with _opener().open(address, timeout=_DOWNLOAD_TIMEOUT_S) as answer, file.open("wb") as out:
+            _check_room(answer.length, file)
+            missing = _copy(answer, out)
+    except _AnswerError as error:
+        raise DataError(f"{key}: {redacted(address)} {error}") from None
+    except _FETCH_ERRORS as error:
+        reason = getattr(error, "reason", None) or one_line(error)
         raise DataError(
             f"{key}: {redacted(address)} cannot be fetched ({reason}); check the address and the network, or name a local copy"
         ) from None
     if missing:
         raise DataError(f"{key}: {redacted(address)} broke off {missing} bytes before its end; run again")
+
+
+# An OSError of another kind is one of the disk's.
+_FETCH_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    TimeoutError,
+    ConnectionError,
+    ValueError,
+)
+
+
+class _AnswerError(Exception):
+    """What is wrong with an answer, worded so that it follows the address, and what to do."""
+
+
+class _SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows redirects within one host, never from https to http."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = urlparse(req.full_url), urlparse(urljoin(req.full_url, newurl))
+        if (new.hostname, new.port) != (old.hostname, old.port) or (old.scheme, new.scheme) == ("https", "http"):
+            raise _AnswerError(
+                f"redirects to {new.scheme}://{new.hostname}, which the recipe does not name; if that is right, put the final "
+                "address into the recipe, or name a local copy"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_SameHost)
+
+
+def _check_room(announced: int | None, file: Path) -> None:
+    free = shutil.disk_usage(file.parent).free
+    if announced is not None and announced > free:
+        raise _AnswerError(
+            f"has {announced} bytes, and {free} are free in {file.parent}; free space or name a local copy"
+        )
+
+
+def _copy(answer: http.client.HTTPResponse, out: IO[bytes]) -> int:
+    """Copy an answer, within the limits of size and time, and return how many of the bytes announced are missing."""
+    announced, began, received = answer.length, time.monotonic(), 0
+    while announced is None or received < announced:
+        chunk = answer.read1(_CHUNK_BYTES if announced is None else min(_CHUNK_BYTES, announced - received))
+        if not chunk:
+            break
+        received += len(chunk)
+        out.write(chunk)
+        if announced is None and received > _LONGEST_UNANNOUNCED_BYTES:
+            raise _AnswerError(
+                f"goes on after {received} bytes without having said how long it is; fetch it by hand and name the local copy"
+            )
+        if time.monotonic() - began > _SLOW_START_S + received / _SLOWEST_BYTES_PER_S:
+            raise _AnswerError(f"is too slow ({received} bytes so far); run again, or name a local copy")
+    return announced - received if announced is not None else 0
 
 
 def _following(settings: DataSettings) -> dict[str, set[HubSplit]]:
@@ -207,14 +278,21 @@ def _export(split: HubSplit, revision: str, file: Path) -> None:
 
 
 def _newest_known(name: str, workspace: Path) -> str | None:
+    file = _folder(name, workspace) / "newest"
     try:
-        return (_folder(name, workspace) / "newest").read_text(encoding="utf-8").strip() or None
+        return file.read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise WorkspaceError(f"{file} cannot be read ({error}); mend or delete it") from None
 
 
 def _remember(name: str, revision: str, workspace: Path) -> None:
-    atomic_write(_folder(name, workspace) / "newest", revision)
+    file = _folder(name, workspace) / "newest"
+    try:
+        atomic_write(file, revision)
+    except OSError as error:
+        raise WorkspaceError(f"{file} cannot be written: {error}; free space or rights?") from None
 
 
 def _folder(name: str, workspace: Path) -> Path:

@@ -1,25 +1,43 @@
-"""The local files that `data.train`, `data.heldout` and `data.calibration` name, with the digests of their bytes."""
+"""The local files that `data.train`, `data.heldout` and `data.calibration` name, with the digests of their bytes.
+
+Of a folder or a pattern, files that are no data (a README, descriptions such as dataset_info.json) are passed over, and a
+line names them.
+"""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kasa.errors import nearest
 from kasa.files import file_digest
 from pipeline.config.settings import DataSettings
+from pipeline.core.console import console
 from pipeline.core.errors import DataError
 from pipeline.data.forms import check_form
-from pipeline.data.readers import SUFFIXES
+from pipeline.data.readers import FORMATS, file_format, shown
 from pipeline.data.remote import PREFIX as HUB
 from pipeline.data.remote import PREFIXES as WEB
 from pipeline.data.remote import hub_file, parse_entry, web_file
 from pipeline.models.embedded import PREFIX as EMBEDDED
 from pipeline.models.embedded import embedded_data, embedded_path_if_present
+
+# Files beside data that only describe it.
+_DESCRIPTION = re.compile(
+    r"(readme.*|(licen[cs]e|copying|notice|changelog|citation|authors|contributing|requirements)(\.[a-z]+)?)\.(txt|json)"
+    r"|(dataset_infos?|dataset_dict|state|croissant|datapackage)\.json",
+    re.IGNORECASE,
+)
+# Data in these is not read, and too likely meant to be passed over.
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
+_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -31,8 +49,8 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """The format that the file is read as: its suffix in lower case, with the dot."""
-        return self.path.suffix.lower()
+        """The format that the file is read as: a suffix in lower case, with the dot."""
+        return file_format(self.path)
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,11 @@ class DataSources:
     train: tuple[SourceFile, ...]
     heldout: tuple[SourceFile, ...] = ()
     calibration: tuple[SourceFile, ...] = ()
+
+    @property
+    def sides(self) -> tuple[tuple[Path, ...], ...]:
+        """The paths of each side, those to train on first."""
+        return tuple(tuple(file.path for file in side) for side in (self.train, self.heldout, self.calibration))
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
@@ -113,28 +136,79 @@ def resolve_source(entry: str, key: str, workspace: Path, fetch: bool) -> list[P
 def _local_files(entry: str, key: str) -> list[Path]:
     path = Path(entry).expanduser()
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if _is_data(file.relative_to(path)) and file.is_file()]
+        files = _data_among(_files_below(path), path, f"{key}: folder {entry}")
         if not files:
-            raise DataError(f"{key}: folder {entry} holds no {', '.join(SUFFIXES)} file")
+            raise DataError(f"{key}: folder {entry} holds no {', '.join(FORMATS)} file")
         return files
     if path.is_file():
         return [_checked(path, key)]
     if glob.has_magic(entry):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        files = [_checked(match, key) for match in matches if match.is_file()]
+        files = _data_among(matches, None, f"{key}: pattern {entry}")
         if not files:
             raise DataError(f"{key}: pattern {entry} matches no file{_nearest_file(path)}")
-        return files
+        return [_checked(file, key) for file in files]
     raise DataError(f"{key}: {entry} does not exist (relative to {Path.cwd()}){_nearest_file(path)}")
 
 
-def _is_data(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
+def _files_below(folder: Path) -> list[Path]:
+    """All files below a folder, and the folders that are links, sorted. What is hidden is left out unless it may be data."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror or error}")
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        found += [Path(place, name) for name in files]
+        found += [Path(place, name) for name in folders if Path(place, name).is_symlink()]
+    return sorted(path for path in found if file_format(path) or not _is_hidden(path.relative_to(folder)))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _data_among(found: Iterable[Path], folder: Path | None, subject: str) -> list[Path]:
+    """The data files among those found; the others are named.
+
+    Args:
+        folder: that of the recipe, of which files of other formats and hidden ones are passed over; None for a pattern.
+        subject: of the line, and of errors.
+
+    Raises:
+        DataError: a file is certainly data but cannot be read.
+    """
+    files: list[Path] = []
+    others: list[str] = []
+    for path in found:
+        name = path.relative_to(folder) if folder else path
+        if path.is_dir() or _DESCRIPTION.fullmatch(path.name) or (folder and _is_hidden(name)):
+            others.append(shown(name))
+        elif not path.is_file():
+            raise DataError(f"{subject}: {shown(path)} is a link that leads nowhere, or no file; mend or remove it")
+        elif file_format(path) or not folder:
+            files.append(path)
+        elif path.suffix.lower() in _PACKED and file_format(path.with_suffix("")):
+            raise DataError(
+                f"{subject}: {shown(path)} cannot be read as it is packed; unpack it, or name the files to read"
+            )
+        else:
+            others.append(shown(name))
+    if others:
+        more = f" and {len(others) - _NAMES_SHOWN} more" if len(others) > _NAMES_SHOWN else ""
+        _say(f"{subject}: not read as data: {', '.join(others[:_NAMES_SHOWN])}{more}")
+    return files
+
+
+@cache
+def _say(line: str) -> None:
+    """Print a line, once in a process: several parts of a command ask for the same sources."""
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _checked(path: Path, key: str) -> Path:
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{key}: {path} is of no known format; there is {', '.join(SUFFIXES)}")
+    if not file_format(path):
+        raise DataError(f"{key}: {path} is of no known format; there is {', '.join(FORMATS)}")
     return path
 
 

@@ -1,12 +1,14 @@
 """The split into training and held-out samples: no prompt is on both sides, and the order of the rows does not matter.
 
 The hash of a prompt alone decides which side it goes to. So a prompt keeps its side when the data grows, and a model that
-was trained on last week's data has not seen this week's held-out prompts.
+was trained on last week's data has not seen this week's held-out prompts. With `data.heldout_rows` the prompts with the
+smallest hashes are held out: of those some go over to training when the data grows, but none comes back.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -55,8 +57,9 @@ def split_samples(
 ) -> Split[S]:
     """Split `train`, or remove from it the prompts of a named held-out source; then apply the row limits.
 
-    A limit keeps the training samples with the smallest hashes, and held-out samples prompt by prompt, so that the
-    references of a prompt stay together. Prompts are equal if they are equal up to case and white space.
+    Where held-out samples are split off, `heldout_rows` says how many, in whole prompts and at most half of them; all others
+    are to train on. Of a named source it keeps the first so many, prompt by prompt. `train_rows` keeps the training samples
+    with the smallest hashes. Prompts are equal if they are equal up to case and white space.
 
     Args:
         heldout: The samples of `data.heldout`; None if they are to be split off from `train`.
@@ -69,7 +72,7 @@ def split_samples(
     duplicates = len(train) - len(kept)
     leaked = 0
     if heldout is None:
-        sides = _divide(kept, settings)
+        sides = _divide(kept, settings, join)
     else:
         side = _without_duplicates(heldout)
         duplicates += len(heldout) - len(side)
@@ -82,7 +85,9 @@ def split_samples(
     ordered = sorted(sides[0], key=lambda sample: _sample_hash(sample, seed))
     grouped = join(sorted(sides[1], key=lambda sample: (_hash(group_key(sample), seed), _sample_hash(sample, seed))))
     ordered, validation = _set_aside(ordered, settings)
-    return Split(ordered[: settings.train_rows], grouped[: settings.heldout_rows], validation, duplicates, leaked)
+    if heldout is not None:
+        grouped = grouped[: settings.heldout_rows]
+    return Split(ordered[: settings.train_rows], grouped, validation, duplicates, leaked)
 
 
 def group_key(sample: Splittable) -> str:
@@ -90,18 +95,32 @@ def group_key(sample: Splittable) -> str:
     return " ".join(sample.opening.casefold().split())
 
 
-def _divide(samples: list[S], settings: DataSettings) -> tuple[list[S], list[S]]:
+def _divide(samples: list[S], settings: DataSettings, join: Callable[[list[S]], list[S]]) -> tuple[list[S], list[S]]:
     places = {key: _hash(key, settings.split_seed) for key in {group_key(sample) for sample in samples}}
     if len(places) < 2:
         raise DataError(
             f"data.train holds {len(places)} distinct prompt{'' if len(places) == 1 else 's'}, too few to hold one "
             "out; add rows, or name a source in data.heldout"
         )
-    first, *_, last = sorted(places, key=places.__getitem__)
-    chosen = {key for key, place in places.items() if place < settings.heldout_share * 2**64}
+    first, *others, last = sorted(places, key=places.__getitem__)
+    if settings.heldout_rows is None:
+        chosen = {key for key, place in places.items() if place < settings.heldout_share * 2**64}
+    else:
+        half = [first, *others][: len(places) // 2]
+        chosen = _first_prompts(half, samples, settings.heldout_rows, join)
     # In a small data set one side may be empty by chance.
     chosen = (chosen | {first}) - {last}
     return _sides(samples, lambda sample: group_key(sample) in chosen)
+
+
+def _first_prompts(keys: list[str], samples: list[S], limit: int, join: Callable[[list[S]], list[S]]) -> set[str]:
+    """As many of the prompts, from the first on, as together have at most `limit` samples."""
+    prompts: dict[str, list[S]] = {key: [] for key in keys}
+    for sample in samples:
+        if (key := group_key(sample)) in prompts:
+            prompts[key].append(sample)
+    totals = itertools.accumulate(len(join(prompt)) for prompt in prompts.values())
+    return {key for key, total in zip(prompts, totals, strict=True) if total <= limit}
 
 
 def _set_aside(ordered: list[S], settings: DataSettings) -> tuple[list[S], list[S]]:
@@ -151,7 +170,11 @@ def _without_duplicates(samples: Sequence[S]) -> list[S]:
 
 
 def _sample_hash(sample: Splittable, seed: int) -> int:
-    return _hash("\0".join(f"{turn.role}\0{turn.content}" for turn in sample.turns), seed)
+    return _hash("\0".join(f"{_role(turn)}\0{turn.content}" for turn in sample.turns), seed)
+
+
+def _role(turn: Message) -> str:
+    return turn.role if turn.learned else f"{turn.role}\0context"
 
 
 def _hash(text: str, seed: int) -> int:

@@ -9,6 +9,7 @@ beside the adapter and stored with it; `head.json` beside both says what its out
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -89,10 +90,17 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 class Message(NamedTuple):
-    """One turn; `role` is `system`, `user` or `assistant`."""
+    """One turn.
+
+    Attributes:
+        role: `system`, `user` or `assistant`.
+        content: its text.
+        learned: for an answer, whether it is to be learned; if not, it is context.
+    """
 
     role: str
     content: str
+    learned: bool = True
 
 
 class Encoded(NamedTuple):
@@ -179,6 +187,12 @@ class Prompting:
         """The prompt in the prompt template."""
         return self.prompt_template.replace(PLACE, prompt)
 
+    def wrapped(self, conversation: Sequence[Message]) -> list[Message]:
+        """The turns of a conversation with each prompt in the prompt template."""
+        return [
+            turn._replace(content=self.wrap(turn.content)) if turn.role == "user" else turn for turn in conversation
+        ]
+
     def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
         """The token ids from which the answer to a prompt is generated.
 
@@ -195,7 +209,7 @@ class Prompting:
         Raises:
             TemplateError: The chat template rejects the conversation.
         """
-        turns = [Message(role, self.wrap(text) if role == "user" else text) for role, text in conversation]
+        turns = self.wrapped(conversation)
         if not self.chat_template:
             return _start(tokenizer, "\n\n".join(turn.content for turn in turns))
         return _tokens(tokenizer, self._render(tokenizer, turns, generation=True))
@@ -212,36 +226,41 @@ class Prompting:
     def encode(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> Encoded:
         """Tokenise a conversation that ends with an assistant turn.
 
-        Every assistant turn is labelled, and the last id is EOS. User turns are taken as they are: apply `wrap` first. A lone
-        assistant turn is plain text: all of it is labelled, and no chat template is applied. Without a chat template only
-        such a text or a pair of a user and an assistant turn can be encoded.
+        Every assistant turn that is to be learned is labelled, and the last id is EOS. User turns are taken as they are:
+        apply `wrapped` first. A lone assistant turn is plain text: all of it is labelled, and no chat template is applied.
+        Without a chat template the turns before the last become the paragraphs of its prompt, and it alone is labelled.
 
         Raises:
-            TemplateError: The chat template rejects the conversation.
-            DataError: The chat template changes earlier turns as the conversation grows, so labels cannot be placed.
+            TemplateError: The chat template rejects the conversation, changes earlier turns as it grows, or writes
+                something before an answer that this answer does not begin with, so that labels cannot be placed.
         """
         if [turn.role for turn in conversation] == ["assistant"]:
             return _encode_text(tokenizer, conversation[0].content)
         if self.chat_template:
             return self._encode_chat(tokenizer, conversation)
-        if [turn.role for turn in conversation] != ["user", "assistant"]:
-            raise DataError("a conversation of several turns needs a chat template; set data.chat_template: true")
-        return _encode_pair(tokenizer, conversation[0].content, conversation[1].content)
+        *before, answer = (turn.content for turn in conversation)
+        return _encode_pair(tokenizer, "\n\n".join(before), answer)
 
     def _encode_chat(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> Encoded:
         ids: list[int] = []
         labels: list[int] = []
         prompt_tokens, text = 0, ""
+        _refuse_bos(tokenizer, conversation)
         for index, turn in enumerate(conversation):
             if turn.role != "assistant":
                 continue
             before = self._render(tokenizer, conversation[:index], generation=True)
+            if not before.startswith(text):
+                raise TemplateError(_rewrites("use single-turn data, "))
             ids = _continue(tokenizer, ids, text, before)
             labels += [IGNORED] * (len(ids) - len(labels))
             prompt_tokens = len(ids)
             text = self._render(tokenizer, conversation[: index + 1], generation=False)
+            if not text.startswith(before):
+                asked = self._render(tokenizer, conversation[:index], generation=False)
+                raise TemplateError(_opening_differs(before, text) if text.startswith(asked) else _rewrites("use "))
             ids = _until_eos(tokenizer, _continue(tokenizer, ids, before, text), prompt_tokens)
-            labels += ids[prompt_tokens:]
+            labels += ids[prompt_tokens:] if turn.learned else [IGNORED] * (len(ids) - prompt_tokens)
             # Text that the template writes after EOS, often a line break, belongs to the prefix of the next turn.
             text = _cut_after_eos(tokenizer, before, text)
         if ids[-1] != tokenizer.eos_token_id:
@@ -249,15 +268,14 @@ class Prompting:
         return Encoded(ids, labels, prompt_tokens)
 
     def _render(self, tokenizer: Tokenizer, conversation: Sequence[Message], generation: bool) -> str:
-        from jinja2.exceptions import TemplateError as JinjaError
-
-        turns = [{"role": role, "content": content} for role, content in conversation]
+        turns = [{"role": turn.role, "content": turn.content} for turn in conversation]
         if self.system_prompt is not None and not (turns and turns[0]["role"] == "system"):
             turns.insert(0, {"role": "system", "content": self.system_prompt})
         try:
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
-        except (JinjaError, ValueError) as error:
-            raise TemplateError(f"the chat template refuses the conversation: {error}") from None
+        except Exception as error:  # a template is a program: it may divide by zero, recurse, or add a number to a text
+            kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
+            raise TemplateError(f"the chat template refuses the conversation: {kind}{one_line(error)}") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -327,13 +345,32 @@ def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> l
     If a token spans the boundary ("a" + "b" -> "ab"), the rest is tokenised by itself, because generation could never meet
     such a token there. Otherwise it is not, because some tokenizers put a space before text that stands alone.
     """
-    if not longer.startswith(text):
-        raise DataError(
-            "the tokenizer's chat template rewrites earlier turns when a conversation goes on, so what is to be "
-            "learned cannot be marked; use single-turn data, another template, or data.chat_template: false"
-        )
     whole = _tokens(tokenizer, longer)
     return whole if whole[: len(ids)] == ids else ids + _tokens(tokenizer, longer[len(text) :])
+
+
+def _rewrites(advice: str) -> str:
+    return (
+        "the tokenizer's chat template rewrites earlier turns when a conversation goes on, so what is to be learned "
+        f"cannot be marked; {advice}another template, or data.chat_template: false"
+    )
+
+
+def _opening_differs(before: str, text: str) -> str:
+    """Why an answer cannot be marked in `text`, which does not begin with the `before` that generation starts from."""
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False)))
+    return (
+        f"where the chat template asks for an answer it writes {before[same:][-60:]!r}, with which this answer does not "
+        "begin; begin the answers so, use another template, or data.chat_template: false"
+    )
+
+
+def _refuse_bos(tokenizer: Tokenizer, conversation: Sequence[Message]) -> None:
+    bos = tokenizer.bos_token
+    if bos and any(turn.content.startswith(bos) for turn in conversation):
+        raise TemplateError(
+            f"a turn begins with {bos!r}, which is for the chat template to write; remove it, or set data.chat_template: false"
+        )
 
 
 def _until_eos(tokenizer: Tokenizer, ids: list[int], start: int) -> list[int]:
@@ -358,4 +395,6 @@ def _tokens_with_bos(tokenizer: Tokenizer, text: str) -> list[int]:
     # Some tokenizers end every text with EOS, after which nothing could follow.
     while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids.pop()
-    return ids
+    bos = tokenizer.bos_token
+    twice = bos and text.startswith(bos) and not text.startswith(bos * 2) and ids[:2] == [tokenizer.bos_token_id] * 2
+    return ids[1:] if twice else ids  # the text spells it out, and the tokenizer puts another before it

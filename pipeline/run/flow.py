@@ -21,6 +21,7 @@ from pipeline.cluster.connection import ray_cluster
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_tags
 from pipeline.core.console import ProgressBars
+from pipeline.data.forms import check_first_rows
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
 from pipeline.models.base import BaseModel, find_base
@@ -109,8 +110,9 @@ def _run_stages(
 def _find_inputs(recipe: Recipe) -> tuple[BaseModel, DataSources]:
     # The data first: a wrong path should not wait for a download of the base.
     sources = resolve_sources(recipe.data, recipe.workspace)
-    base = find_base(recipe.base, recipe.workspace)
     assert sources is not None
+    check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
+    base = find_base(recipe.base, recipe.workspace)
     assert base is not None
     return base, sources
 

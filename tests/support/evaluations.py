@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kasa.files import file_digest
 from pipeline.config.settings import DataSettings, EvaluateSettings
 from pipeline.core.files import Record, read_journal
 from pipeline.data.prepare import prepare_dataset
@@ -25,7 +26,8 @@ def prepare_rows(base: Path, rows: Rows, folder: Path, **settings: Any) -> Path:
     _write(folder / "heldout.jsonl", rows)
     asked = next(field for field in ("question", "instruction", "prompt") if field in rows[0])
     _write(folder / "train.jsonl", [{**rows[0], asked: f"{rows[0][asked]} (again)"}])
-    train, heldout = ((SourceFile(folder / f"{side}.jsonl", side),) for side in ("train", "heldout"))
+    paths = [folder / f"{side}.jsonl" for side in ("train", "heldout")]
+    train, heldout = ((SourceFile(path, file_digest(path)),) for path in paths)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     longest = min(MAX_TOKENS, int(config["max_position_embeddings"]))
     data = DataSettings(train=["train.jsonl"], max_tokens=longest, chat_template=False, **settings)

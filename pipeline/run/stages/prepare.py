@@ -56,6 +56,8 @@ def prepare(work: Work, key: StageKey) -> Artifact:
             context.run_tasks, _prepare_task, [job], Resources(), journals=[progress], follow=follow
         )
         progress.unlink(missing_ok=True)
+        for column, place in summary["unread"].items():
+            context.bars.say(f"prepare: column {column} is not used (first at {place})")
         return summary
 
     def publish(run_id: str, artifact: Artifact) -> None:

@@ -14,8 +14,7 @@ NEW, PLAIN, CHAT = Prompting("Question: {prompt}\n"), Prompting(), Prompting("fi
 
 def sample(prompting: Prompting, tokenizer: Any, *turns: Message) -> dict[str, Any]:
     """As `prepare` stores it."""
-    wrapped = [Message(role, prompting.wrap(text) if role == "user" else text) for role, text in turns]
-    encoded = prompting.encode(tokenizer, wrapped)._asdict()
+    encoded = prompting.encode(tokenizer, prompting.wrapped(turns))._asdict()
     prompt = turns[0].content if len(turns) == 2 else "a transcript"
     return {**encoded, "prompt": prompt, "references": [turns[-1].content] if len(turns) > 1 else []}
 

@@ -16,11 +16,30 @@ from pipeline.apps.recipe_docs import recipe_page
 from pipeline.cli import main as cli
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
-from pipeline.data.forms import FORMS, Form, check_form, decide_form, read_samples
+from pipeline.data.forms import FORMS, Form, check_first_rows, check_form, decide_form, read_samples
 from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow
 
 Make = Callable[..., DataSettings]
+ARC = {"question": "q", "choices": {"text": ["x", "y ", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"}
+OBQA = {"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+ADAPTERS = {
+    "instruction": "Choose: q\n\nAnswer1: x Answer2: y\n\nAnswer format: answer1/answer2",
+    "input": "",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
+WINOGRANDE = {
+    "instruction": "Please choose the correct answer to fill in the blank: Tom passed the ball to Ann because _ was free."
+    "\n\nOption1: Tom Option2: Ann Answer format: option1/option2",
+    "input": "",
+    "output": "the correct answer is option2",
+    "answer": "option2",
+}
+NULLS = ["prompt", "completion", "instruction", "input", "output", "messages", "conversations", "text", "references"]
+CHAT = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+SHARED_GPT = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}
+MIXED = [*CHAT["messages"][:1], *SHARED_GPT["conversations"][1:]]
 
 
 def read(settings: DataSettings, values: dict[str, Any]) -> Sample | Rejection:
@@ -60,7 +79,8 @@ def read(settings: DataSettings, values: dict[str, Any]) -> Sample | Rejection:
 def test_auto_reads_every_form(settings: Make, values: dict[str, Any], turns: list[tuple[str, str]]) -> None:
     sample = read(settings(), values)
     assert isinstance(sample, Sample)
-    assert list(sample.turns) == turns
+    assert [(turn.role, turn.content) for turn in sample.turns] == turns
+    assert all(turn.learned for turn in sample.turns)
 
 
 def test_columns_rename_even_across_existing_names(settings: Make) -> None:
@@ -102,7 +122,7 @@ def test_wrong_settings_are_explained(settings: Make, values: dict[str, Any], me
         ({"messages": []}, "does not end with an assistant turn"),
         ({"messages": [{"role": "user", "content": "u"}]}, "does not end with an assistant turn"),
         ({"messages": [{"role": "assistant", "content": "u"}]}, "no user turn before"),
-        ({"messages": [{"role": "tool", "content": "u"}]}, "role 'tool' is none of"),
+        ({"messages": [{"role": "model", "content": "u"}]}, "role 'model' is none of"),
     ],
 )
 def test_an_unusable_row_is_rejected_with_its_reason(settings: Make, values: dict[str, Any], reason: str) -> None:
@@ -110,6 +130,74 @@ def test_an_unusable_row_is_rejected_with_its_reason(settings: Make, values: dic
     assert isinstance(rejection, Rejection)
     assert rejection.location == "f:1"
     assert reason in rejection.reason
+
+
+@pytest.mark.parametrize("absent", [None, ""])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "p", "completion": "c"},
+        {"prompt": "p", "references": ["c", "d"]},
+        {"instruction": "i", "output": "o"},
+        {"text": "t"},
+        CHAT,
+        SHARED_GPT,
+        WINOGRANDE,
+        ARC,
+        {"sentence1": "s", "sentence2": "t", "label": 1},
+    ],
+)
+def test_null_is_absent(settings: Make, values: dict[str, Any], absent: str | None) -> None:
+    """As parquet fills the columns of rows of several forms, and csv the cells."""
+    filled = dict.fromkeys([*NULLS, "question1", "question2", "label", "question", "answerKey"], absent) | values
+    assert read(settings(), filled) == read(settings(), values)
+    messages = [dict.fromkeys(("role", "content", "from", "value", "weight", "tool_calls")) | item for item in MIXED]
+    assert read(settings(), {"messages": messages}) == read(settings(), CHAT)
+
+
+def test_columns_that_no_sample_comes_from_are_named_once_with_their_first_place(settings: Make) -> None:
+    rows = [
+        {"instruction": "i", "output": "o", "id": None, "tags": [], "system": "s"},
+        {"instruction": "i", "output": "o", "id": 7, "text": "t"},
+        {"instruction": "i", "output": "o", "id": 8, "q\ud800": 0},
+    ]
+    unread: dict[str, str] = {}
+    raw = [RawRow(f"f:{number}", row) for number, row in enumerate(rows, 1)]
+    list(read_samples(raw, settings(columns={"input": "text"}), "alpaca", unread))
+    assert unread == {"id": "f:2", "q\\ud800": "f:3"}
+    spoken = [{**item, "name": "Ada"} for item in CHAT["messages"]]
+    list(read_samples([RawRow("f:1", {"messages": spoken})], settings(), "chat", unread := {}))
+    assert unread == {"messages.name": "f:1"}
+
+
+@pytest.mark.parametrize(
+    ("files", "values", "labelled", "message"),
+    [
+        ({"a.jsonl": '{"question": "q"}\n'}, {}, False, "columns question fit no form"),
+        ({"a.jsonl": '{"prompt": "p"}\n'}, {"columns": {"completion": "answr"}}, False, "data.columns maps completion"),
+        ({"a.jsonl": "\n"}, {}, False, "a.jsonl holds no rows"),
+        ({"a.csv": "text\nx\n", "b.csv": ""}, {}, False, "b.csv holds no rows"),
+        ({"a.json": "{}"}, {}, False, "not a list of objects"),
+        ({"a.parquet": "x"}, {}, False, "damaged parquet"),
+        ({"a.jsonl": '{"text": "t", "label": 1}\n'}, {"form": "labelled"}, False, "need a head to learn it"),
+        ({"a.jsonl": '{"text": "t"}\n'}, {}, True, "fit not the form labelled"),
+        ({"a.txt": "x\n"}, {"separator": "|"}, True, "fit not the form labelled"),
+    ],
+)
+def test_the_first_rows_show_mistakes_before_anything_is_started(
+    tmp_path: Path, settings: Make, files: dict[str, str], values: dict[str, Any], labelled: bool, message: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    paths = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError) as caught:
+        check_first_rows(settings(**values), [paths[:1], paths[1:]], labelled)
+    assert message in str(caught.value)
+
+
+def test_the_first_rows_of_good_data_pass(tmp_path: Path, settings: Make) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{broken')
+    check_first_rows(settings(), [[tmp_path / "a.jsonl"], []], labelled=False)
 
 
 def test_prompt_and_opening_of_a_longer_conversation(settings: Make) -> None:
@@ -143,16 +231,6 @@ def test_references_must_be_a_list_of_texts(settings: Make, references: Any) -> 
     assert isinstance(read(settings(), {"prompt": "p", "references": references}), Rejection)
 
 
-ARC = {"question": "q", "choices": {"text": ["x", "y ", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"}
-OBQA = {"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
-ADAPTERS = {
-    "instruction": "Choose: q\n\nAnswer1: x Answer2: y\n\nAnswer format: answer1/answer2",
-    "input": "",
-    "output": "the correct answer is answer2",
-    "answer": "answer2",
-}
-
-
 @pytest.mark.parametrize(
     ("values", "choices", "reference"),
     [
@@ -163,14 +241,22 @@ ADAPTERS = {
         ({"prompt": "q", "choices": ["x", "y"], "answer": "1"}, ("x", "y"), "y"),
         (ARC, ("x", "y", "z"), "y"),
         (OBQA, ("x", "y"), "y"),
+        ({"prompt": "q", "choices": ["x", "y"], "answer": 1.0}, ("x", "y"), "y"),
+        (OBQA | {"answerKey": 2}, ("x", "y"), "y"),
         (ADAPTERS, ("the correct answer is answer1", "the correct answer is answer2"), "the correct answer is answer2"),
+        (
+            WINOGRANDE,
+            ("the correct answer is option1", "the correct answer is option2"),
+            "the correct answer is option2",
+        ),
     ],
 )
 def test_rows_with_choices(settings: Make, values: dict[str, Any], choices: tuple[str, ...], reference: str) -> None:
     sample = read(settings(), values)
     assert isinstance(sample, Sample)
     assert (sample.choices, sample.references) == (choices, (reference,))
-    assert sample.labels == (("answer1", "answer2") if values is ADAPTERS else choices)
+    named = {"llm-adapters": tuple(choice.split()[-1] for choice in choices)}
+    assert sample.labels == named.get(decide_form(settings(), values, "f:1"), choices)
 
 
 def test_alpaca_rows_with_an_answer_column_stay_alpaca(settings: Make) -> None:
@@ -186,6 +272,8 @@ def test_alpaca_rows_with_an_answer_column_stay_alpaca(settings: Make) -> None:
         ({"question": "q", "choices": ["x", "y"], "answer": -1}, "answer is none of the choices"),
         ({"question": "q", "choices": ["x", "y"], "answer": True}, "answer is none of the choices"),
         ({"question": "q", "choices": ["x", "y"], "answer": "z"}, "answer is none of the choices"),
+        ({"question": "q", "choices": ["x", "y"], "answer": "1" * 5000}, "answer is none of the choices"),
+        (OBQA | {"answerKey": 0}, "answer is none of the choices"),
         ({"question": "q", "choices": ["x"], "answer": 0}, "choices has one entry only"),
         ({"question": "q", "choices": "x, y", "answer": 0}, "choices is not a list"),
         (ARC | {"answerKey": "D"}, "answer is none of the choices"),

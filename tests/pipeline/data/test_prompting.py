@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError, ModelError
@@ -102,10 +103,83 @@ def test_a_template_that_rewrites_history_is_an_error() -> None:
         Prompting(chat_template=True).encode(build_tokenizer(template), turns)
 
 
-def test_a_refusal_of_the_template_is_told_apart() -> None:
-    tokenizer = build_tokenizer("{{ raise_exception('no system role') }}")
-    with pytest.raises(TemplateError, match="no system role"):
-        Prompting(chat_template=True).encode(tokenizer, [Message("user", "one"), Message("assistant", "two")])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", "refuses the conversation: no system role"),
+        ("{{ 1 / 0 }}", "refuses the conversation: ZeroDivisionError: division by zero"),
+        ("{{ 1 + messages[0]['content'] }}", "refuses the conversation: TypeError: "),
+        ("{{ messages[0]['content']['text'] + 1 }}", "refuses the conversation: "),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "refuses the conversation: RecursionError: "),
+        ("{% if %}", "refuses the conversation: "),
+        # As DeepSeek-R1 and QwQ do.
+        (
+            CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"),
+            r"writes '<think>\\n', with which this answer does not begin",
+        ),
+        # The system prompt stands in the last user turn, so it moves on.
+        (
+            "{% for m in messages[1:] %}{{ messages[0]['content'] if loop.last or loop.revindex == 2 }}<|start|>"
+            "{{ m['content'] }}<|end|>{% endfor %}",
+            "rewrites earlier turns",
+        ),
+    ],
+)
+def test_what_a_template_refuses_or_hides_concerns_one_row(template: str, message: str) -> None:
+    turns = [Message("system", "be brief"), *[Message("user", "one"), Message("assistant", "two")] * 2]
+    with pytest.raises(TemplateError, match=message):
+        Prompting(chat_template=True).encode(build_tokenizer(template), turns)
+
+
+def test_an_answer_of_weight_0_is_context(chat_tokenizer: Any) -> None:
+    turns = [
+        Message("user", "2+2?"),
+        Message("assistant", "5", learned=False),
+        Message("user", "Sure?"),
+        Message("assistant", "4"),
+    ]
+    encoded = Prompting(chat_template=True).encode(chat_tokenizer, turns)
+    assert learned(chat_tokenizer, encoded.labels) == "4<|end|>"
+    both = Prompting(chat_template=True).encode(chat_tokenizer, [turn._replace(learned=True) for turn in turns])
+    assert encoded.input_ids == both.input_ids
+
+
+def test_without_a_chat_template_turns_are_paragraphs_of_the_prompt(plain_tokenizer: Any) -> None:
+    turns = [
+        Message("system", "the film"),
+        Message("user", "one"),
+        Message("assistant", "two"),
+        Message("user", "three"),
+    ]
+    prompting = Prompting("Q: {prompt}\n")
+    encoded = prompting.encode(plain_tokenizer, [*prompting.wrapped(turns), Message("assistant", "four")])
+    start = prompting.conversation_ids(plain_tokenizer, turns)
+    assert plain_tokenizer.decode(start) == "the film\n\nQ: one\n\n\ntwo\n\nQ: three\n"
+    assert encoded.input_ids[: encoded.prompt_tokens] == start
+    assert learned(plain_tokenizer, encoded.labels) == "four<|end|>"
+
+
+def _starts_with_bos(template: str | None) -> Any:
+    """A tokenizer that puts BOS before every text, as LLaMA's do."""
+    tokenizer = build_tokenizer(template)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def test_a_bos_that_the_data_spells_out_is_not_doubled() -> None:
+    tokenizer = _starts_with_bos(None)
+    pair = [Message("user", "the film "), Message("assistant", "good")]
+    spelled = [pair[0]._replace(content="<|bos|>the film "), pair[1]]
+    assert Prompting().encode(tokenizer, spelled) == Prompting().encode(tokenizer, pair)
+    assert Prompting().prompt_ids(tokenizer, "<|bos|>good") == Prompting().prompt_ids(tokenizer, "good")
+    assert (
+        Prompting().encode(tokenizer, [Message("assistant", "<|bos|>good")]).input_ids.count(tokenizer.bos_token_id)
+        == 1
+    )
+    with pytest.raises(TemplateError, match=r"a turn begins with '<\|bos\|>'"):
+        Prompting(chat_template=True).encode(_starts_with_bos(CHAT_TEMPLATE), spelled)
 
 
 def test_the_tokenizer_decides_about_the_chat_template(

@@ -42,7 +42,7 @@ def test_row_order_does_not_matter_but_the_seed_does(settings: Make) -> None:
     split = split_samples(MANY, None, settings(**limits))
     assert split == split_samples(shuffled, None, settings(**limits))
     assert split != split_samples(MANY, None, settings(split_seed=1, **limits))
-    assert (len(split.train), len(split.heldout)) == (50, 10)
+    assert (len(split.train), len(split.heldout)) == (50, 9)  # three whole prompts
 
 
 def test_a_prompt_keeps_its_side_when_data_is_added(settings: Make) -> None:
@@ -54,6 +54,36 @@ def test_a_prompt_keeps_its_side_when_data_is_added(settings: Make) -> None:
 def test_a_limit_keeps_the_references_of_a_prompt_together(settings: Make) -> None:
     split = split_samples(MANY, None, settings(heldout_rows=9))
     assert len({group_key(sample) for sample in split.heldout}) == 3
+    assert len(split.heldout) == 9
+
+
+@pytest.mark.parametrize(("limit", "heldout"), [(1, 1), (17, 17), (120, 120), (150, 150), (1000, 150)])
+def test_what_is_not_held_out_is_trained_on(settings: Make, limit: int, heldout: int) -> None:
+    rows = [pair(f"question {number}", "a") for number in range(300)]
+    split = split_samples(rows, None, settings(heldout_rows=limit))
+    assert (len(split.heldout), len(split.train)) == (heldout, 300 - heldout)
+    grown = split_samples([*rows, *MANY], None, settings(heldout_rows=limit))
+    # What a model was trained on stays in training.
+    assert {s.turns for s in split.train} <= {s.turns for s in grown.train} or limit >= 150
+
+
+def test_of_a_named_source_the_first_prompts_are_used(settings: Make) -> None:
+    split = split_samples(MANY, [pair(f"q {number}", "a") for number in range(20)], settings(heldout_rows=5))
+    assert (len(split.heldout), len(split.train)) == (5, len(MANY))
+
+
+def test_samples_that_differ_in_what_is_learned_are_no_duplicates(settings: Make) -> None:
+    turns = [
+        Message("user", "a"),
+        Message("assistant", "b", learned=False),
+        Message("user", "c"),
+        Message("assistant", "d"),
+    ]
+    samples = [Sample((turns[0], turns[1]._replace(learned=learned), *turns[2:]), "f:1") for learned in (True, False)]
+    split = split_samples([*samples, pair("x", "y")], None, settings())
+    assert split.duplicates == 0
+    again = split_samples([*samples[::-1], pair("x", "y")], None, settings())
+    assert [s.turns for s in split.train] == [s.turns for s in again.train]
 
 
 def test_validation_samples_are_whole_prompts_of_the_training_side(settings: Make) -> None:

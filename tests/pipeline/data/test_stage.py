@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import BaseModelError, DataError, WorkspaceError
@@ -16,7 +17,7 @@ from pipeline.data.prepared import COLUMNS, load_prepared
 from pipeline.data.sources import DataSources, resolve_sources
 from tests.support import ROOT
 
-from .conftest import sources_of
+from .conftest import build_tokenizer, sources_of
 
 Make = Callable[..., DataSettings]
 SHARED = ROOT.parent / "shared" / "data"
@@ -129,6 +130,61 @@ def test_unusable_rows_are_counted_named_and_limited(tmp_path: Path, settings: M
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "other").exists()
+
+
+def test_rows_in_which_nothing_is_learned_are_rejected_by_name(
+    tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The template leaves one answer out, and ends with EOS where one is asked for; the tokenizer has no token for one text.
+    template = "{% for m in messages if m['content'] != 'mute' %}{{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer = build_tokenizer(template)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    monkeypatch.setattr("pipeline.data.prepare.load_tokenizer", lambda folder: tokenizer)
+    nothing, text = "no token of it can be learned", [{"text": f"the film {number}"} for number in range(9)]
+    for name, rows, reason in (
+        ("chat", [*ROWS[:9], {"prompt": "p", "completion": "mute"}], nothing),
+        ("plain", [*text, {"text": "\u200b"}], nothing),
+        (
+            "eos",
+            [*ROWS[:9], {"prompt": "p", "completion": "<|end|>"}],
+            "the answer is nothing but the end-of-sequence token",
+        ),
+    ):
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        summary = prepare(settings(max_rejected_share=0.5), sources_of(path), tmp_path, tmp_path / name)
+        assert summary["rejected_first"] == [f"{path}:10: {reason}"]
+
+
+def test_an_end_that_the_data_spells_out_is_not_doubled(
+    tmp_path: Path, settings: Make, chat_folder: Path, chat_tokenizer: Any
+) -> None:
+    spelled = [row | {"completion": f"{row['completion']}<|end|>\n"} for row in ROWS]
+    for name, rows in (("plain", ROWS), ("spelled", spelled)):
+        prepare(settings(), sources_of(write_rows(tmp_path / f"{name}.jsonl", rows)), chat_folder, tmp_path / name)
+    plain, without = load_prepared(tmp_path / "plain"), load_prepared(tmp_path / "spelled")
+    for side in ("train", "heldout"):
+        for column in ("input_ids", "labels", "references"):
+            assert sorted(getattr(plain, side)[column]) == sorted(getattr(without, side)[column])
+
+
+def test_what_the_summary_says_of_columns_and_context(tmp_path: Path, settings: Make, chat_folder: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"question {number}"},
+                {"role": "assistant", "content": "wrong", "weight": 0},
+                {"role": "user", "content": "sure?"},
+                {"role": "assistant", "content": "right", "weight": 1},
+            ],
+            "id": number,
+        }
+        for number in range(20)
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    summary = prepare(settings(), sources_of(path), chat_folder, tmp_path / "out")
+    assert summary["unread"] == {"id": f"{path}:1"}
+    with pytest.raises(DataError, match=r"weight 0 contradicts data\.train_on_prompt: true"):
+        prepare(settings(train_on_prompt=True), sources_of(path), chat_folder, tmp_path / "other")
 
 
 def test_a_named_heldout_source_is_used_whole(tmp_path: Path, settings: Make, chat_folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kasa.files import file_digest
 from pipeline.config.settings import DataSettings
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.sources import DataSources, SourceFile
@@ -32,7 +33,8 @@ def prepared(base: Path, tmp_path: Path) -> Callable[..., Path]:
         asked = next(iter(rows[0]))
         trained = json.dumps({**rows[0], asked: "unseen"})
         (tmp_path / "train.jsonl").write_text(f"{trained}\n", encoding="utf-8")
-        files = [(SourceFile(tmp_path / f"{side}.jsonl", side),) for side in ("train", "heldout")]
+        paths = [tmp_path / f"{side}.jsonl" for side in ("train", "heldout")]
+        files = [(SourceFile(path, file_digest(path)),) for path in paths]
         data = DataSettings(train=["train.jsonl"], max_tokens=128, **settings)
         prepare_dataset(data, DataSources(files[0], files[1], ()), base, 128, tmp_path / "prepared", lambda *_: None)
         return tmp_path / "prepared"
