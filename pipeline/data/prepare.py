@@ -27,7 +27,16 @@ from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS, Rejection, Sample
 from pipeline.data.readers import read_rows
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.data.split import Split, split_samples
-from pipeline.models.prompting import Message, Prompting, TemplateError, Tokenizer, encode_texts, load_tokenizer
+from pipeline.models.prompting import (
+    Message,
+    Prompting,
+    TemplateError,
+    Tokenizer,
+    check_tokens,
+    embedded_tokens,
+    encode_texts,
+    load_tokenizer,
+)
 
 PROGRESS_EVERY_ROWS = 256
 # One Arrow array of lists holds at most 2**31 tokens, so the rows are written in batches.
@@ -109,6 +118,8 @@ def prepare_dataset(
         rows, lambda sample: tokenise(sample, tokenizer, settings.max_tokens), on_progress
     )
     _check_rejected(rows.rejected, rows.count, settings)
+    tokenised = itertools.chain(train, heldout, calibration)
+    check_tokens(tokenizer, (sample.input_ids for sample in tokenised), embedded_tokens(tokenizer_folder))
     split = _split([train, heldout], settings, has_heldout=bool(sources.heldout))
     summary = _summary(split, rows, settings.form) | (_label_summary(labels, split) if labels else {})
     with _storing(out):

@@ -78,13 +78,15 @@ def run(
     storage.upload_input(base.folder, base.digest)
     tags = {**environment_tags(), **code_tags(), **seed_tags(recipe)}
     context = open_context(recipe, storage, bars, tags, recompute, confirm)
-    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.uri)
+    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.uri, base_drops=base.drops)
     with (
         context.tracking.open_run(context.parent_run),
         ray_cluster(recipe.workspace, *needed_resources(recipe), on_connected=context.describe_cluster),
         bars.showing(),
     ):
         context.describe_run()
+        for remark in base.remarks:
+            bars.say(f"base: {remark}")
         start = _warm_start(context, inputs)
         work = Work(context, base, sources, starting_from(inputs, start, context.store, context.recomputed), start)
         results = run_stages(work)
