@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 
@@ -25,12 +26,7 @@ class CheckpointWeights:
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        shards = sorted(self.folder.glob("*.safetensors"))
-        if not shards:
-            raise SpectrumError(
-                f"{self.folder} holds no .safetensors files; convert the checkpoint to safetensors first"
-            )
-        return {name: shard for shard in shards for name in _tensor_names(shard)}
+        return {name: shard for shard in weight_files(self.folder) for name in _shapes(shard)}
 
     def tensor_name(self, target: Target) -> str:
         """The stored name of a target's weight; a model prefix such as `transformer.` may be missing or extra.
@@ -71,9 +67,42 @@ def weight_digest(weight: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _tensor_names(shard: Path) -> list[str]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: the single one, else those of the index, else all safetensors files.
+
+    Raises:
+        SpectrumError: there are none, one is missing, or the index is damaged.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        if shards := sorted(folder.glob("*.safetensors")):
+            return shards
+        raise SpectrumError(f"{folder} holds no .safetensors files; convert the checkpoint to safetensors first")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpectrumError(f"{index} is damaged: {error}; copy the whole model folder") from None
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise SpectrumError(f"{folder} is not complete: {name}, named in {index.name}, is missing")
+    return [folder / name for name in sorted(names)]
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, on the meta device: their shapes without their bytes.
+
+    Raises:
+        SpectrumError: there are none, or a file is missing or damaged.
+    """
+    shapes = {name: shape for shard in weight_files(folder) for name, shape in _shapes(shard).items()}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _shapes(shard: Path) -> dict[str, list[int]]:
     try:
         with safe_open(shard, framework="pt") as file:
-            return list(file.keys())
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
         raise SpectrumError(f"{shard} is damaged: {error}") from None

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
+# The share of a model's weights below which it is not said that they carry no adapter.
+_WORTH_SAYING = 0.01
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a model is made of, as far as it takes to choose targets.
+    """What has to be known of a model before it is loaded: above all what it is made of, to choose targets.
 
     Attributes:
         linear: the modules that can carry an adapter, in the model's own order.
         others: the class names of all other modules by their full names.
+        remarks: what of the model carries no adapter under `all-linear`, and why, in sentences.
+        drops: whether the model itself drops activations at random in training.
     """
 
     linear: tuple[Target, ...]
     others: dict[str, str]
+    remarks: tuple[str, ...] = ()
+    drops: bool = False
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str], trained_modules: Sequence[str] = ()) -> list[Target]:
@@ -52,7 +58,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], trained_modules
 
     Args:
         model: any transformers model, also on the meta device.
-        targets: `all-linear` (every linear module but the output head), names (a module matches by its last name or
+        targets: `all-linear` (every linear module but the output head and those of one output or input), names (a module matches by its last name or
             by a dotted suffix), or one regular expression `re:...` on the full name.
         trained_modules: modules that are to be trained whole, named likewise; nothing in them is selected.
 
@@ -67,7 +73,7 @@ def outline_of(model: nn.Module, trained_modules: Sequence[str] = ()) -> Outline
     linear = tuple(target for target in _linear_modules(model) if not is_within(target.name, trained_modules))
     names = {target.name for target in linear}
     others = {name: type(module).__name__ for name, module in model.named_modules() if name and name not in names}
-    return Outline(linear, others)
+    return Outline(linear, others, tuple(_remarks(model, linear)))
 
 
 def select_targets(outline: Outline, targets: str | Sequence[str]) -> list[Target]:
@@ -78,7 +84,7 @@ def select_targets(outline: Outline, targets: str | Sequence[str]) -> list[Targe
     """
     candidates = {target.name: target for target in outline.linear}
     if targets == ALL_LINEAR:
-        return list(candidates.values())
+        return [target for target in candidates.values() if target.smaller_side > 1]  # no rank is below 1
     if isinstance(targets, str) and targets.startswith(REGEX_PREFIX):
         return _by_expression(candidates, targets.removeprefix(REGEX_PREFIX))
     wanted = [targets] if isinstance(targets, str) else list(targets)
@@ -112,8 +118,9 @@ def as_target(name: str, module: nn.Module) -> Target | None:
     # Its owner, torch's MultiheadAttention, reads the weight and never calls the module.
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return None
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return Target(name, module.nf, module.nx, transposed=True)  # type: ignore[arg-type]
+    transposed = getattr(module, "nf", None), getattr(module, "nx", None)
+    if isinstance(transposed[0], int) and isinstance(transposed[1], int):
+        return Target(name, *transposed, transposed=True)
     features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if isinstance(features[0], int) and isinstance(features[1], int) and not any(True for _ in module.children()):
         return Target(name, features[0], features[1])
@@ -144,6 +151,36 @@ def _linear_modules(model: nn.Module) -> list[Target]:
             # An adapted layer stands for the module inside it.
             inside = name + "."
     return found
+
+
+def _remarks(model: nn.Module, linear: Sequence[Target]) -> list[str]:
+    remarks = []
+    if narrow := [target for target in linear if target.smaller_side <= 1]:
+        first = narrow[0]
+        remarks.append(
+            f"all-linear leaves {len(narrow)} modules out that no rank fits, such as {first.name} "
+            f"({first.out_features} x {first.in_features})"
+        )
+    stacked = _stacked(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(size for _, size in stacked) / total if total else 0.0
+    if share >= _WORTH_SAYING:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name, _ in stacked}))
+        remarks.append(
+            f"{share:.0%} of the weights are stored as 3-D parameters, as those of experts are ({names}): they carry no adapter"
+        )
+    return remarks
+
+
+def _stacked(model: nn.Module) -> list[tuple[str, int]]:
+    """Name and size of each parameter that holds several matrices; a convolution's holds none."""
+    return [
+        (f"{name}.{own}", parameter.numel())
+        for name, module in model.named_modules()
+        if not hasattr(module, "kernel_size")
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.shape[0] > 1
+    ]
 
 
 def _by_expression(candidates: dict[str, Target], expression: str) -> list[Target]:

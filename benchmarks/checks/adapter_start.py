@@ -22,7 +22,7 @@ from benchmarks.timing import answer_of, seconds_of, start_module
 from kasa import KasaConfig, ModelWeights, attach, compute_spectra, find_targets
 from kasa.peft_kasa import export_peft_kasa
 from kasa.spectra import bottom_triplets
-from pipeline.models.forward import load_base
+from pipeline.models.loading import load_base
 from tests.support.interchange import difference, random_adapter
 
 RANK = 16

@@ -30,7 +30,7 @@ from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.apps.plan_memory import GIB
 from pipeline.config.deepspeed import with_accumulation
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.models.forward import DTYPES
+from pipeline.models.loading import DTYPES
 from pipeline.training import worker, zero
 from tests.support.ranks import (
     count_bytes,

@@ -24,7 +24,8 @@ from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.workers import Resources, run_tasks
 from pipeline.config.settings import EvaluateSettings
 from pipeline.evaluation.worker import EvaluationShard, evaluate_shard
-from pipeline.models.forward import Batch, collate, label_losses, load_base, pack
+from pipeline.models.forward import Batch, collate, label_losses, pack
+from pipeline.models.loading import load_base
 from pipeline.models.prompting import load_tokenizer
 from pipeline.training.job import BatchPlan
 from tests.support.evaluations import prepare_rows, results_of, shards_of

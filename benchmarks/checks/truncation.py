@@ -42,7 +42,8 @@ from kasa.truncation import CALIBRATED, Truncation
 from kasa.weighting import Weighting
 from pipeline.config.methods import AdapterSettings
 from pipeline.config.settings import BaseSettings
-from pipeline.models.forward import collate, label_losses, load_base
+from pipeline.models.forward import collate, label_losses
+from pipeline.models.loading import load_base
 from pipeline.models.prompting import load_tokenizer
 from pipeline.spectra.calibration import language_loss, read_texts
 from pipeline.training.job import learning_rate

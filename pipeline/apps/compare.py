@@ -222,7 +222,7 @@ class _ComparisonRunner:
         finished = {record["trial"] for record in read_journal(self.folder / _FINISHED)}
         outcomes, missing = {}, []
         for one in trials:
-            wanted = trial_keys(one, self.base.digest, self.sources.digest, self.targets)
+            wanted = trial_keys(one, self.base.digest, self.sources.digest, self.targets, self.base.drops)
             there = made_already(store.reuse, wanted) if one.name in finished else {}
             if len(there) == len(wanted):
                 outcomes[one.name] = _Outcome(there)

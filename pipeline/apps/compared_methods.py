@@ -216,8 +216,10 @@ def trial(method: ComparedMethod, seed: int, rate: float, is_tuning: bool = Fals
     return Trial(method.name, method.recipe.model_copy(update={"train": train}), is_tuning)
 
 
-def trial_inputs(trial: Trial, base: str, sources: str, targets: Sequence[Target]) -> KeyInputs:
-    """What the keys of the trial's stages are made from; `base` and `sources` are digests."""
+def trial_inputs(
+    trial: Trial, base: str, sources: str, targets: Sequence[Target], base_drops: bool = False
+) -> KeyInputs:
+    """What the keys of the trial's stages are made from (see there); `base` and `sources` are digests."""
     return KeyInputs(
         trial.recipe,
         base,
@@ -225,12 +227,15 @@ def trial_inputs(trial: Trial, base: str, sources: str, targets: Sequence[Target
         targets,
         until=keys.TRAIN if trial.is_tuning else keys.EVALUATE,
         trains=trial.method != BASE,
+        base_drops=base_drops,
     )
 
 
-def trial_keys(trial: Trial, base: str, sources: str, targets: Sequence[Target]) -> dict[str, StageKey]:
-    """The key of each stage that the trial needs; `base` and `sources` are digests."""
-    return keys.stage_keys(trial_inputs(trial, base, sources, targets))
+def trial_keys(
+    trial: Trial, base: str, sources: str, targets: Sequence[Target], base_drops: bool = False
+) -> dict[str, StageKey]:
+    """The key of each stage that the trial needs; the arguments are those of `trial_inputs`."""
+    return keys.stage_keys(trial_inputs(trial, base, sources, targets, base_drops))
 
 
 def made_already(find: Callable[[StageKey], Artifact | None], wanted: Mapping[str, StageKey]) -> dict[str, Artifact]:
@@ -243,7 +248,7 @@ def run_trial(
     context: RunContext, trial: Trial, base: BaseModel, sources: DataSources, targets: Sequence[Target]
 ) -> dict[str, Artifact]:
     """The artifacts of the trial's stages, by stage."""
-    work = Work(context, base, sources, trial_inputs(trial, base.digest, sources.digest, targets))
+    work = Work(context, base, sources, trial_inputs(trial, base.digest, sources.digest, targets, base.drops))
     run_stages(work)
     return work.made
 
@@ -362,7 +367,7 @@ def plan_trials(plan: ComparisonPlan) -> list[TrialPlan]:
     store = ArtifactStore(recipe.workspace, look_into(recipe.location))
 
     def planned(one: Trial, parameters: int | None) -> TrialPlan:
-        wanted = trial_keys(one, base.digest, sources.digest, targets)
+        wanted = trial_keys(one, base.digest, sources.digest, targets, base.drops)
         there = made_already(store.find, wanted)
         return TrialPlan(one.name, parameters, tuple(there), tuple(stage for stage in wanted if stage not in there))
 

@@ -70,6 +70,8 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
     model = meta_model(config, recipe.base.head) if config is not None else None
+    if base is not None:
+        base.targets(recipe.adapter.targets)  # refuses a checkpoint that does not fit its configuration
     targets = checked_targets(recipe, model) if model is not None else []
     stages = _stages(recipe, base, sources.digest if sources else None, targets, recompute)
     return RunPlan(
@@ -97,7 +99,8 @@ def _stages(
     store = ArtifactStore(recipe.workspace, look_into(recipe.location))
     known: dict[str, StageKey] = {}
     if base is not None and sources_digest is not None:
-        inputs = KeyInputs(recipe, base.digest, sources_digest, targets, redacted(tracking_uri(recipe.workspace)))
+        registry = redacted(tracking_uri(recipe.workspace))
+        inputs = KeyInputs(recipe, base.digest, sources_digest, targets, registry, base_drops=base.drops)
         known = stage_keys(starting_from(inputs, _start(inputs), store, recompute))
     ingredients = ingredients_by_name(stored_artifacts(store))
     ingredients |= {f"{key.stage}/{key.key}": key.ingredients for key in known.values()}

@@ -33,6 +33,8 @@ from pipeline.models.prompting import (
     Prompting,
     TemplateError,
     Tokenizer,
+    check_tokens,
+    embedded_tokens,
     encode_texts,
     load_tokenizer,
 )
@@ -117,6 +119,8 @@ def prepare_dataset(
         rows, lambda sample: tokenise(sample, tokenizer, settings.max_tokens), on_progress
     )
     _check_rejected(rows.rejected, rows.count, settings)
+    tokenised = itertools.chain(train, heldout, calibration)
+    check_tokens(tokenizer, (sample.input_ids for sample in tokenised), embedded_tokens(tokenizer_folder))
     split = _split([train, heldout], settings, has_heldout=bool(sources.heldout))
     summary = _summary(split, rows, settings.form) | (_label_summary(labels, split) if labels else {})
     with _storing(out):

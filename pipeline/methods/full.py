@@ -14,7 +14,7 @@ from kasa.errors import AdapterFileError
 from kasa.folders import read_tensor_folder, write_tensor_folder
 from kasa.targets import Target
 from pipeline.methods.method import Adapted, Tensors
-from pipeline.models.forward import DTYPES
+from pipeline.models.loading import DTYPES
 from pipeline.models.prompting import LANGUAGE_MODEL, Head
 
 if TYPE_CHECKING:

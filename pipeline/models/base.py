@@ -18,17 +18,17 @@ from kasa.files import file_digest
 from kasa.targets import Outline, Target, select_targets
 from pipeline.config.settings import BaseSettings, HeadKind
 from pipeline.core.code import code_digests, package_versions
+from pipeline.core.console import console
 from pipeline.core.errors import BaseModelError, one_line
 from pipeline.core.files import atomic_write, content_digest
 from pipeline.models.embedded import PREFIX, embedded_base, embedded_path_if_present
+from pipeline.models.pickled import PICKLES, convert, converted_folder, pickle_files
 
 if TYPE_CHECKING:
     from kasa import CheckpointWeights
 
 # The module that draws an outline: a change of its code makes the stored outlines stale.
-_CODE = ("pipeline.models.shapes",)
-# Models that number positions from behind the padding token.
-_COUNTING_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
+_CODE = ("pipeline.models.loading",)
 # A tokenizer has at least one of these.
 _TOKENIZERS = (
     "tokenizer.json",
@@ -38,17 +38,24 @@ _TOKENIZERS = (
     "spm.model",
     "sentencepiece.bpe.model",
 )
-# The files that decide what the model computes and how text becomes tokens.
-_CONTENT = (
-    "*.safetensors",
+# The files that decide what the model computes and how text becomes tokens: the small ones first.
+_TEXTS = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
     "*.jinja",
+    "chat_template.json",
     "vocab*",
     "merges*",
+    "*.model",  # spm.model, sentencepiece.bpe.model, ...
+    "*.spm",
+    "*.codes",
+    "added_tokens.json",
     "special_tokens_map.json",
 )
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_CONTENT = ("*.safetensors", *_TEXTS)
+_ANY_LENGTH = 2**20
 
 
 @dataclass(frozen=True)
@@ -70,36 +77,67 @@ class BaseModel:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the content of its files, wherever they lie."""
-        return folder_digest(self.folder)
+        return self._looked_at[0]
+
+    def check_unchanged(self) -> None:
+        """Make sure that its files are still those of the digest: what was read since then is what the digest stands for.
+
+        Raises:
+            BaseModelError: A file was written, replaced or moved since.
+        """
+        before, now = self._looked_at[1], _file_states(self.folder)
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if changed:
+            raise BaseModelError(
+                f"base.model {self.name}: {self.folder / changed[0]} was changed while the run read it, so its result is thrown "
+                "away; leave the folder as it is and run the same command again"
+            )
+
+    @cached_property
+    def _looked_at(self) -> tuple[str, dict[str, tuple[int, ...]]]:
+        # The states first: a change during the reading is then seen as one.
+        states = _file_states(self.folder)
+        return folder_digest(self.folder), states
 
     @cached_property
     def config(self) -> Any:
         """Its transformers configuration."""
-        from transformers import AutoConfig
+        from pipeline.models.shapes import read_config  # transformers
 
-        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return read_config(self.folder)
 
     @property
     def context_tokens(self) -> int:
         """The length of the longest sequence that it was made for."""
-        config = self.config
-        positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2**20)
-        return positions - config.pad_token_id - 1 if config.model_type in _COUNTING_FROM_PADDING else positions
+        from pipeline.models.shapes import meta_model, position_count  # torch and transformers
+
+        return position_count(meta_model(self.config, self.head)) or _ANY_LENGTH
 
     def targets(self, wanted: str | Sequence[str]) -> list[Target]:
         """The modules that carry an adapter, found without loading weights.
 
         Raises:
             TargetError: `wanted` matches nothing.
+            BaseModelError: The checkpoint does not fit its configuration.
         """
         return select_targets(self._outline, wanted)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What people should know of how it is loaded and adapted, in sentences."""
+        return self._outline.remarks
+
+    @property
+    def drops(self) -> bool:
+        """Whether it drops activations at random in training, as encoders do."""
+        return self._outline.drops
 
     @cached_property
     def _outline(self) -> Outline:
         def draw() -> Outline:
-            from pipeline.models.shapes import base_outline, meta_model  # torch and transformers
+            from pipeline.models.loading import draw_outline  # torch and transformers
 
-            return base_outline(meta_model(self.config, self.head), self.head)
+            return draw_outline(self.folder, self.head)
 
         return draw() if self.outlines is None else remembered_outline(self.outlines, self.digest, self.head, draw)
 
@@ -135,13 +173,34 @@ def find_folder(settings: BaseSettings, workspace: Path, fetch: bool = True) -> 
     if folder is None:
         return None
     _check_folder(folder, settings.model)
-    return folder.resolve()
+    if list(folder.glob("*.safetensors")):
+        return folder.resolve()
+    return _as_safetensors(folder, settings.model, workspace / "sources", fetch)
+
+
+def user_cache() -> Path:
+    """Where a command without a workspace stores what it fetches or converts: beside the hub's own cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "kasa"
 
 
 def folder_digest(folder: Path, digest: Callable[[Path], str] = file_digest) -> str:
     """SHA-256 over the content of a model's files, wherever they lie. `digest` gives that of one file."""
-    files = sorted({file for pattern in _CONTENT for file in folder.glob(pattern)})
-    return content_digest({file.name: digest(file) for file in files})
+    return content_digest({file.name: digest(file) for file in _content_files(folder)})
+
+
+def _content_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in _CONTENT for file in folder.glob(pattern)})
+
+
+def _file_states(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Whatever writes, replaces or moves a file changes its state, even if it is put back."""
+    states = {}
+    for file in _content_files(folder):
+        found = file.stat()
+        states[file.name] = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return states
 
 
 def remembered_outline(folder: Path, base_digest: str, head: HeadKind, draw: Callable[[], Outline]) -> Outline:
@@ -168,6 +227,34 @@ def _find(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
 
 
 def _from_hub(settings: BaseSettings, fetch: bool) -> Path | None:
+    """The folder in the hub's cache. What is small comes first: a base that cannot be used is refused before its weights."""
+    folder = _snapshot(settings, settings.revision, _TEXTS, fetch)
+    if folder is None or (not fetch and not _has_weights(folder)):
+        return None
+    if fetch:
+        if not _has_weights(folder):
+            _check_usable(folder, settings.model)
+        # Of the same revision, even where the hub's has moved on meanwhile.
+        _snapshot(settings, folder.name, _WEIGHTS, fetch)
+        if not _has_weights(folder):
+            _snapshot(settings, folder.name, (PICKLES,), fetch)
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return bool(list(folder.glob("*.safetensors")) or pickle_files(folder))
+
+
+def _check_usable(folder: Path, name: str) -> None:
+    from pipeline.models.prompting import load_tokenizer
+    from pipeline.models.shapes import read_config
+
+    _check_folder(folder, name)
+    read_config(folder)
+    load_tokenizer(folder)
+
+
+def _snapshot(settings: BaseSettings, revision: str | None, patterns: Sequence[str], fetch: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -178,11 +265,10 @@ def _from_hub(settings: BaseSettings, fetch: bool) -> Path | None:
         raise BaseModelError(
             f"base.model {settings.model} is no folder here and can be no hub id: {one_line(error)}"
         ) from None
-    patterns = [*_CONTENT, "*.index.json"]
     try:
         return Path(
             snapshot_download(
-                settings.model, revision=settings.revision, allow_patterns=patterns, local_files_only=not fetch
+                settings.model, revision=revision, allow_patterns=list(patterns), local_files_only=not fetch
             )
         )
     except Exception as error:  # the hub client raises a dozen unrelated types
@@ -203,17 +289,32 @@ def _check_folder(folder: Path, name: str) -> None:
         ) from None
     except ValueError as error:
         raise BaseModelError(f"base.model {name}: {folder / 'config.json'} is damaged: {error}") from None
-    if not list(folder.glob("*.safetensors")):
-        raise BaseModelError(f"base.model {name}: {folder} has no .safetensors weights; convert the checkpoint first")
     if not any((folder / file).is_file() for file in _TOKENIZERS):
         raise BaseModelError(
             f"base.model {name}: {folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save the base's own there"
         )
 
 
+def _as_safetensors(folder: Path, name: str, cache: Path, fetch: bool) -> Path | None:
+    if not pickle_files(folder):
+        raise BaseModelError(
+            f"base.model {name}: {folder} has no weights, neither *.safetensors nor {PICKLES}; other formats have to be "
+            "converted first"
+        )
+    out = converted_folder(folder, cache)
+    if out.is_dir():
+        return out.resolve()
+    if not fetch:
+        return None
+    console.print(f"base.model {name}: its weights are pickles; storing them as safetensors", soft_wrap=True)
+    return convert(folder, out, _content_files(folder)).resolve()
+
+
 def _read_outline(file: Path) -> Outline | None:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        return Outline(tuple(Target(**target) for target in kept["linear"]), kept["others"])
+        return Outline(
+            tuple(Target(**target) for target in kept["linear"]), kept["others"], tuple(kept["remarks"]), kept["drops"]
+        )
     except (OSError, ValueError, TypeError, KeyError):
         return None

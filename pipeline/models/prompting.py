@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,9 +84,13 @@ LANGUAGE_MODEL = Head()
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The names of the modules of a transformers model beside its body: those of the new head of a model for labels."""
+    """The names of the modules of the new head of a model for labels: those beside its body, and those parts of the body that
+    begin anew (`pipeline.models.loading` marks them)."""
     body = str(model.base_model_prefix)
-    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
+    new_parts: list[str] = getattr(model, "new_parts", [])  # type: ignore[assignment]
+    return new_parts + [
+        name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())
+    ]
 
 
 class Message(NamedTuple):
@@ -289,13 +293,42 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many tokenizer formats raise
         raise BaseModelError(
             f"no tokenizer can be loaded from {folder}: {one_line(error)}; copy the whole model folder"
         ) from None
     tokenizer.model_max_length = 10**30
     return tokenizer
+
+
+def embedded_tokens(folder: Path) -> int | None:
+    """How many tokens the model in a folder has an embedding for, by its configuration; None without one."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    count: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    return count
+
+
+def check_tokens(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]], count: int | None) -> None:
+    """Make sure that the model has an embedding for every token of the sequences.
+
+    Args:
+        count: How many tokens the model has an embedding for; None if it is not known.
+
+    Raises:
+        BaseModelError: It has none for some token, which is named.
+    """
+    last = max((int(max(ids)) for ids in sequences if len(ids)), default=0)
+    if count is not None and last >= count:
+        raise BaseModelError(
+            f"the base's tokenizer makes token {last}, {tokenizer.convert_ids_to_tokens(last)!r}, and the base has embeddings "
+            f"for tokens 0 to {count - 1} alone; use the tokenizer that belongs to the base, or keep the token out of the text"
+        )
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:

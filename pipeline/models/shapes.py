@@ -6,6 +6,8 @@ local folder or of the local hub cache, or from the built-in table of published 
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +179,7 @@ def model_config(model: str, revision: str | None = None, folder: Path | None = 
     local = folder or (Path(model) if Path(model).is_dir() else None)
     cached = local or _cached_folder(model, revision)
     if cached is not None:
-        return _read_config(cached)
+        return read_config(cached)
     name = model.lower()
     for owner in _OWNERS:
         name = name.removeprefix(owner)
@@ -220,9 +222,32 @@ def meta_model(config: PretrainedConfig, head: HeadKind = "language-model") -> n
     return model
 
 
-def base_outline(model: nn.Module, head: HeadKind) -> Outline:
-    """The modules of a model that can carry an adapter. A new head is trained in full and carries none."""
-    return outline_of(model, head_modules(model) if head != "language-model" else ())
+def base_outline(model: nn.Module, head: HeadKind, remarks: tuple[str, ...] = ()) -> Outline:
+    """The modules of a model that can carry an adapter. A new head is trained in full and carries none.
+
+    Args:
+        remarks: Joined to those on the model's weights.
+    """
+    outline = outline_of(model, head_modules(model) if head != "language-model" else ())
+    return replace(outline, remarks=(*outline.remarks, *remarks))
+
+
+def position_count(model: nn.Module) -> int | None:
+    """The length of the longest sequence that a model was made for; None where it has no limit of its own."""
+    from torch import nn
+
+    any_model: Any = model
+    config = any_model.config.get_text_config()
+    known = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    positions = next((int(count) for count in known if count), None)
+    if positions is None:
+        return None
+    words = any_model.get_input_embeddings()
+    for table in model.modules():
+        of_positions = isinstance(table, nn.Embedding) and table is not words and table.num_embeddings == positions
+        if of_positions and table.padding_idx is not None:
+            return positions - table.padding_idx - 1  # they are counted from behind the padding token's
+    return positions
 
 
 def _cached_folder(model: str, revision: str | None) -> Path | None:
@@ -236,7 +261,13 @@ def _cached_folder(model: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in a model's folder. Code that lies beside it is never run.
+
+    Raises:
+        BaseModelError: There is none, it cannot be used, or it needs code of its own.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     file = folder / "config.json"
@@ -244,5 +275,18 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise BaseModelError(f"base.model folder {folder} holds no config.json; give a folder saved by save_pretrained")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if code := _own_code(file):
+            raise BaseModelError(
+                f"base.model: {file} asks for code of its own ({code}), and code that comes with a model is never run here; "
+                "choose a model that transformers has"
+            ) from None
         raise BaseModelError(f"base.model: {file} cannot be used: {one_line(error)}") from None
+
+
+def _own_code(file: Path) -> str | None:
+    try:
+        classes = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
+        return next((str(place) for place in classes.values()), None)
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -148,6 +148,8 @@ class RunContext:
         finished: facts about the stages done so far, in the order of their ending.
         confirm: raises where this process has lost the right to go on; asked before each stage and before the registry
             is changed.
+        check_inputs: raises where what the stages read has changed since its digest was taken; asked when an artifact is made,
+            before it counts.
         keeps_state: whether the workspace remembers the run while it is not complete. A run that is part of another one
             is found again by what it is for.
     """
@@ -163,6 +165,7 @@ class RunContext:
     recomputed: dict[str, list[str]] = field(default_factory=dict)
     finished: list[StageFacts] = field(default_factory=list)
     confirm: Callable[[], None] = lambda: None
+    check_inputs: Callable[[], None] = lambda: None
     keeps_state: bool = True
     _writing: threading.Lock = field(default_factory=threading.Lock)
 

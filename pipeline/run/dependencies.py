@@ -30,6 +30,7 @@ class KeyInputs:
         trains: whether there is an adapter; without one the plain base is evaluated.
         champion: key of the training whose adapter this one starts from; None where it starts from scratch.
         taken_over: keys of artifacts that are used as they are, in the place of those that would be made.
+        base_drops: whether the base itself drops activations at random in training, as encoders do.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class KeyInputs:
     trains: bool = True
     champion: str | None = None
     taken_over: Mapping[str, StageKey] = field(default_factory=dict)
+    base_drops: bool = False
 
     @property
     def registers(self) -> bool:

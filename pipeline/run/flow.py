@@ -92,13 +92,15 @@ def _run_stages(
     context: RunContext, base: BaseModel, sources: DataSources, targets: Sequence[Target], started: float
 ) -> RunResult:
     recipe, bars = context.recipe, context.bars
-    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.where)
+    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.where, base_drops=base.drops)
     with (
         context.tracking.open_run(context.parent_run),
         ray_cluster(recipe.workspace, *needed_resources(recipe), on_connected=context.describe_cluster),
         bars.showing(),
     ):
         context.describe_run()
+        for remark in base.remarks:
+            bars.say(f"base: {remark}")
         start = _warm_start(context, inputs)
         work = Work(context, base, sources, starting_from(inputs, start, context.store, context.recomputed), start)
         results = run_stages(work)

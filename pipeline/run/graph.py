@@ -49,6 +49,8 @@ _TRAIN_MECHANICS = {
     "collective_timeout_s",
     "start",  # what it comes to is an input
 }
+# How a global batch is dealt out to workers and passes. Random numbers are drawn for each pass, so with dropout it counts.
+_DEALING = {"workers", "micro_batch_size", "pack_tokens"}
 _EVALUATE_MECHANICS = {
     "workers",
     "batch_size",
@@ -129,7 +131,7 @@ def _train(known: KeyInputs) -> Dependencies | None:
     return Dependencies(
         settings={
             "adapter": _adapter(known),
-            "train": _values(recipe.train, _TRAIN_MECHANICS),
+            "train": _values(recipe.train, _TRAIN_MECHANICS - (_DEALING if _drops(known) else set())),
             **_inexact_settings(recipe),
         },
         code=["pipeline.training.worker", spec.module],
@@ -140,6 +142,12 @@ def _train(known: KeyInputs) -> Dependencies | None:
         digests={"champion": known.champion} if known.champion else {},
         beside=[SPECTRA] if has_spectra and known.champion else [],
     )
+
+
+def _drops(known: KeyInputs) -> bool:
+    """Whether training drops activations at random, in the adapter's inputs or in the base."""
+    adapter = known.recipe.adapter
+    return known.base_drops or ("dropout" in adapter.spec.settings and adapter.dropout > 0)
 
 
 def _adapter(known: KeyInputs) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kasa.errors import KasaError
 from pipeline.config.recipe import Recipe
 from pipeline.data.sources import DataSources
 from pipeline.models.base import BaseModel
@@ -64,6 +66,12 @@ class StageRun:
         def make_and_remember(folder: Path) -> dict[str, Any]:
             started = time.perf_counter()
             facts = make(folder)
+            try:
+                self.context.check_inputs()
+            except KasaError:
+                # Nothing of it, no checkpoint either, may be taken for what the key stands for.
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             return {**facts, "mlflow_run_id": self.run_id, "seconds": time.perf_counter() - started}
 
         artifact = self.context.store.find_or_make(key, make_and_remember, recompute)
@@ -216,6 +224,7 @@ def run_stages(work: Work) -> dict[str, Any]:
     Returns:
         The results by stage: artifacts, or what stands around one (`artifact` is then a field of it).
     """
+    work.context.check_inputs = work.base.check_unchanged
     keys = stage_keys(work.inputs)
     results: dict[str, Any] = {}
     for *others, last in side_by_side(work.inputs):

@@ -26,8 +26,8 @@ from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import BaseModelError, ModelError
 from pipeline.core.machine import GIB, memory_gib
-from pipeline.models.base import BaseModel, find_base
-from pipeline.models.forward import DTYPES, load_base
+from pipeline.models.base import BaseModel, find_base, user_cache
+from pipeline.models.loading import DTYPES, load_base
 from pipeline.models.prompting import PROMPTING_FILE, Prompting, load_tokenizer
 from pipeline.serving.answer import located_adapter
 from pipeline.serving.inference import BASE_VARIABLE, is_hub_id
@@ -337,8 +337,8 @@ def _with_base(
 def _folder_of(name: str, given: Path) -> Path:
     if not given.is_dir():
         raise BaseModelError(f"--base {given} is no folder; name the Hugging Face folder of the base model")
-    found = find_base(BaseSettings(model=name), given)
-    assert found is not None
+    found = find_base(BaseSettings(model=name), user_cache())
+    assert found is not None  # only a look without fetching finds nothing
     return found.folder
 
 

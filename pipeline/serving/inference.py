@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,18 @@ from kasa.files import check_sealed_folder
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
 from pipeline.methods.loading import attach_folder
-from pipeline.models.base import BaseModel, find_base
-from pipeline.models.forward import Sample, collate_labelled, head_outputs, load_base, padding_token
-from pipeline.models.prompting import LANGUAGE_MODEL, PAIR_SEPARATOR, Head, Prompting, encode_texts, load_tokenizer
+from pipeline.models.base import BaseModel, find_base, user_cache
+from pipeline.models.forward import Sample, collate_labelled, head_outputs, padding_token, vocabulary_size
+from pipeline.models.loading import end_tokens, load_base
+from pipeline.models.prompting import (
+    LANGUAGE_MODEL,
+    PAIR_SEPARATOR,
+    Head,
+    Prompting,
+    check_tokens,
+    encode_texts,
+    load_tokenizer,
+)
 
 _LABELLED_TEXTS_PER_BATCH = 32
 
@@ -78,11 +87,17 @@ class LoadedModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Greedy decoding of a batch of tokenised prompts until EOS, without special tokens and outer white space."""
+        """Greedy decoding of a batch of tokenised prompts, each to its first stop token; without that, special tokens and
+        outer white space.
+
+        Raises:
+            BaseModelError: a prompt has a token that the model has no embedding for.
+        """
+        check_tokens(self.tokenizer, prompts, vocabulary_size(self.model))
         device = next(self.model.parameters()).device
         longest = max(len(prompt) for prompt in prompts)
-        tokenizer = self.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        settings = greedy_settings(self.model, self.tokenizer)
+        pad = settings.pad_token_id
         input_ids_BT = torch.full((len(prompts), longest), pad, device=device)
         mask_BT = torch.zeros_like(input_ids_BT)
         # Padded on the left: a decoder continues after the last position.
@@ -93,16 +108,10 @@ class LoadedModel:
             input_ids=input_ids_BT,
             attention_mask=mask_BT,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            # Sampling settings of the base would only draw warnings here.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            generation_config=settings,
         )
-        decoded = tokenizer.batch_decode(output_BT[:, longest:], skip_special_tokens=True)
-        return [text.strip() for text in decoded]
+        answers = [_before(settings.eos_token_id, ids) for ids in output_BT[:, longest:].tolist()]
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def predictions(self, texts: Sequence[str]) -> list[Prediction]:
         """Labels of texts, tokenised as in training; a head for pairs splits each text at `PAIR_SEPARATOR`."""
@@ -126,6 +135,28 @@ class LoadedModel:
         probabilities = outputs_C.double().softmax(dim=0).tolist()
         classes = self.head.classes
         return Prediction(classes[int(outputs_C.argmax())], dict(zip(classes, probabilities, strict=True)))
+
+
+def greedy_settings(model: nn.Module, tokenizer: Any) -> Any:
+    """The settings of every generation: the likeliest token each time, up to any that base or tokenizer declare to be an end.
+
+    Whatever else the base's `generation_config.json` asks for (penalties, suppressed or forced tokens, sampling) is left out,
+    since the answers would be the likeliest no more.
+    """
+    from transformers import GenerationConfig
+
+    base: Any = model
+    declared = [*end_tokens(base.generation_config), *end_tokens(base.config.get_text_config())]
+    known = range(vocabulary_size(model))
+    ends = [token for token in dict.fromkeys([*declared, *end_tokens(tokenizer)]) if token in known]
+    # It is masked; but the model must have an embedding for it.
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token in known), 0)
+    return GenerationConfig(do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+
+
+def _before(ends: Sequence[int] | None, ids: Sequence[int]) -> Sequence[int]:
+    """The ids before the first of `ends`."""
+    return ids[: next((place for place, token in enumerate(ids) if token in (ends or ())), len(ids))]
 
 
 def load_model(
@@ -154,11 +185,15 @@ def load_model(
         head = Head.load(adapter) if adapter else LANGUAGE_MODEL
     if prompting is None:
         prompting = Prompting.load(adapter) if adapter and not head.is_new else Prompting()
-    model = load_base(base, precision, head, seed)
+    model: Any = load_base(base, precision, head, seed)
+    tokenizer = load_tokenizer(base)
+    if not head.is_new:
+        # For all who generate with it, lm-evaluation-harness too; `generate` fills what is not set from here.
+        model.generation_config = greedy_settings(model, tokenizer)
     if adapter:
         attach_folder(model, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return LoadedModel(model, load_tokenizer(base), head, prompting)
+    return LoadedModel(model, tokenizer, head, prompting)
 
 
 def load_registered(adapter: Path, config: Mapping[str, Any], base: Path | None = None) -> LoadedModel:
@@ -193,11 +228,13 @@ def _find_base(config: Mapping[str, Any], base: Path | None) -> BaseModel:
         raise ModelError(f"{option} is {given}, which is no model folder; it should hold {name}")
     for place in (given, recorded):
         if place and _is_model(place):
-            return BaseModel(name, Path(place).resolve())
+            placed = find_base(BaseSettings(model=str(Path(place).absolute())), user_cache())
+            assert placed is not None  # only a look without fetching finds nothing
+            return replace(placed, name=name)
     try:
         if not is_hub_id(name):
             raise ModelError("it has no hub id")
-        found = find_base(BaseSettings(model=name, revision=config["base_revision"]), Path(recorded))
+        found = find_base(BaseSettings(model=name, revision=config["base_revision"]), user_cache())
     except KasaError as error:
         raise ModelError(
             f"the base model {name} is not at {recorded} ({error}); set {BASE_VARIABLE} to the folder that holds it"

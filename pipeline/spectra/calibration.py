@@ -19,7 +19,8 @@ from kasa.calibration import save_sums
 from kasa.targets import Target
 from pipeline.core.files import append_journal, rewrite_journal
 from pipeline.data.prepared import load_prepared
-from pipeline.models.forward import Sample, collate, label_losses, load_base, read_samples
+from pipeline.models.forward import Sample, collate, label_losses, read_samples
+from pipeline.models.loading import load_base
 from pipeline.models.prompting import Head
 
 TOKENS_PER_BATCH = 1024

@@ -33,7 +33,7 @@ from pipeline.core.errors import TrainingError, WorkerError
 from pipeline.core.files import ADAPTER, JournalWriter, append_journal, read_journal
 from pipeline.data.prepared import load_prepared
 from pipeline.methods.method import Adapted
-from pipeline.models.forward import load_base
+from pipeline.models.loading import load_base
 from pipeline.models.prompting import Head, head_modules
 from pipeline.training import zero
 from pipeline.training.job import (

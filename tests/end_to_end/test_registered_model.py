@@ -19,7 +19,7 @@ from kasa.errors import AdapterFileError
 from pipeline.config.settings import EvaluateSettings
 from pipeline.core.errors import ModelError
 from pipeline.evaluation.results import read_samples
-from pipeline.models.forward import load_base
+from pipeline.models.loading import load_base
 from pipeline.serving.export import logits_of
 from pipeline.serving.served_model import TextModel
 from tests.support.commands import run_kasa

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from kasa import attach_saved, read_adapter
-from pipeline.models.forward import load_base
+from pipeline.models.loading import load_base
 from pipeline.serving.export import logits_of
 from tests.support import fresh_process
 from tests.support.tracking_server import free_port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from tokenizers import normalizers
+from transformers import LlamaConfig
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import BaseModelError, DataError, WorkspaceError
@@ -335,3 +337,19 @@ def test_in_training_each_reference_is_a_sample(tmp_path: Path, settings: Make, 
     summary = prepare(settings(group_references=True), sources, chat_folder, tmp_path / "out")
     assert (summary["train_rows"], summary["heldout_rows"]) == (54, 3)
     assert {tuple(row["references"]) for row in load_prepared(tmp_path / "out").train} == {("a",), ("b",)}
+
+
+def test_a_token_that_the_base_has_no_embedding_for_is_named(
+    tmp_path: Path, settings: Make, chat_tokenizer: Any
+) -> None:
+    folder = tmp_path / "base"
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    count = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=count).save_pretrained(folder)
+    train = write_rows(tmp_path / "a.jsonl", ROWS)
+    assert prepare(settings(), sources_of(train), folder, tmp_path / "out")["train_rows"]
+    train = write_rows(tmp_path / "b.jsonl", [*ROWS, {"prompt": "one <extra>", "completion": "two"}])
+    with pytest.raises(BaseModelError, match=f"token {count}, '<extra>'.* 0 to {count - 1} alone"):
+        prepare(settings(), sources_of(train), folder, tmp_path / "again")

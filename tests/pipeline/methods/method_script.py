@@ -20,11 +20,8 @@ import torch.distributed as dist  # noqa: E402
 from pipeline.config.recipe import Recipe  # noqa: E402
 from pipeline.core.files import ADAPTER, read_journal  # noqa: E402
 from pipeline.methods.loading import attach_folder  # noqa: E402
-from pipeline.models.forward import (  # noqa: E402
-    collate,
-    label_losses,
-    load_base,
-)
+from pipeline.models.forward import collate, label_losses  # noqa: E402
+from pipeline.models.loading import load_base  # noqa: E402
 from pipeline.spectra.decomposition import leading_triplets  # noqa: E402
 from pipeline.training.job import ATTACHED, JOURNAL  # noqa: E402
 from pipeline.training.worker import train_worker  # noqa: E402

@@ -17,7 +17,7 @@ from pipeline.methods.choice import method_of
 from pipeline.methods.method import Method
 from pipeline.methods.peft import norm_names
 from pipeline.models.base import BaseModel
-from pipeline.models.forward import load_base
+from pipeline.models.loading import load_base
 from pipeline.models.prompting import Head, head_modules
 from pipeline.serving.inference import load_model
 from pipeline.spectra.decomposition import leading_triplets

@@ -18,7 +18,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import check_method, check_registrable, method_of
 from pipeline.methods.loading import attach_folder
 from pipeline.models.base import BaseModel
-from pipeline.models.forward import load_base
+from pipeline.models.loading import load_base
 from tests.support.small_training import small_base
 
 SPEC = MethodSpec(

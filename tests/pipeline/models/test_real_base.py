@@ -17,7 +17,7 @@ from kasa.adapter_file import SavedAdapter
 from pipeline.config.settings import BaseSettings
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.embedded import embedded_path_if_present
-from pipeline.models.forward import load_base
+from pipeline.models.loading import load_base
 from pipeline.models.prompting import load_tokenizer
 from pipeline.serving.export import logits_of, text_sequences
 from tests.support import ROOT

@@ -175,6 +175,22 @@ def test_what_needs_nothing_of_another_stage_is_made_beside_it(recipe, changes, 
     assert list(keys.stage_keys(known)) == [stage.name for group in groups for stage in group]
 
 
+def test_with_dropout_it_counts_how_a_batch_is_dealt_out(recipe) -> None:
+    """Random numbers are drawn for each pass of each worker. Without dropout only rounding depends on it."""
+
+    def key(changes: dict, base_drops: bool = False) -> str:
+        return keys.stage_keys(KeyInputs(recipe(changes), "b", "s", TARGETS, base_drops=base_drops))["train"].key
+
+    dealt = [{"train.workers": 2}, {"train.micro_batch_size": 4}, {"train.pack_tokens": 4096}]
+    for drops in ({"adapter.dropout": 0.1}, {"adapter.dropout": 0.1, "adapter.method": "lora"}):
+        assert len({key(drops), *(key(drops | changes) for changes in dealt)}) == 4
+        assert key(drops) == key(drops | {"train.deepspeed": "cpu_zero3"})
+    assert len({key({}, True), *(key(changes, True) for changes in dealt)}) == 4
+    assert {key({}), *(key(changes) for changes in dealt)} == {key({})}
+    full = {"adapter.method": "full", "adapter.dropout": 0.1}  # which has no use for it
+    assert key(full) == key(full | dealt[0])
+
+
 def test_the_hungriest_stage_decides_what_the_cluster_must_have(recipe) -> None:
     many = {"train.workers": 4, "train.min_workers": 2, "train.cpus_per_worker": 3, "evaluate.workers": 5}
     assert keys.needed_resources(recipe()) == (1, 0)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from kasa.errors import KasaError
 from pipeline.run import graph
 from pipeline.run import stage_runs as work
 from pipeline.run.dependencies import Dependencies, KeyInputs, Stage
-from pipeline.run.stage_runs import Work, run_stages
+from pipeline.run.stage_runs import StageRun, Work, run_stages
 from pipeline.storage.artifacts import Artifact, StageKey
 
 
@@ -59,7 +60,9 @@ def stages(monkeypatch: pytest.MonkeyPatch):
 
 
 def a_run(recipe) -> Work:
-    return Work(SimpleNamespace(recipe=recipe()), SimpleNamespace(), SimpleNamespace(), KeyInputs(recipe()))  # type: ignore[arg-type]
+    return Work(
+        SimpleNamespace(recipe=recipe()), SimpleNamespace(check_unchanged=None), SimpleNamespace(), KeyInputs(recipe())
+    )  # type: ignore[arg-type]
 
 
 def test_a_stage_is_handed_what_it_needs_by_the_names_of_the_artifacts(stages, recipe) -> None:
@@ -99,3 +102,26 @@ def test_an_error_ends_the_run_when_what_was_running_is_over(stages, recipe) -> 
     with pytest.raises(ValueError, match="no data"):
         run_stages(given)
     assert [name for name, _ in calls] == ["weights"]
+
+
+def test_what_was_made_while_its_inputs_changed_is_thrown_away(tmp_path: Path) -> None:
+    """The digest of the inputs, and so the key, does not stand for the bytes that were read."""
+
+    def check() -> None:
+        raise KasaError("the base was changed")
+
+    made = tmp_path / "made"
+    store = SimpleNamespace(find_or_make=lambda key, make, recompute: make(made))
+    context: Any = SimpleNamespace(recomputed={}, store=store, check_inputs=check)
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "checkpoints").mkdir(parents=True)
+        return {}
+
+    stage = StageRun(context, "run", False)
+    with pytest.raises(KasaError, match="the base was changed"):
+        stage.artifact(StageKey("train", {}), make)
+    assert not made.exists()
+    context.check_inputs = lambda: None
+    stage.artifact(StageKey("train", {}), make)
+    assert made.exists()

@@ -19,7 +19,7 @@ from kasa import KasaConfig, attach, find_targets  # noqa: E402
 from kasa.adapter import trainable_parameters  # noqa: E402
 from pipeline.config.deepspeed import complete_config, load_deepspeed_config, with_accumulation  # noqa: E402
 from pipeline.config.settings import TrainSettings  # noqa: E402
-from pipeline.models.forward import load_base  # noqa: E402
+from pipeline.models.loading import load_base  # noqa: E402
 from pipeline.training import zero  # noqa: E402
 from tests.support.ranks import process_group  # noqa: E402
 

@@ -19,7 +19,7 @@ from kasa.adapter import trainable_parameters
 from kasa.spectra import Triplets
 from pipeline.config.recipe import Recipe
 from pipeline.core.files import Record
-from pipeline.models.forward import load_base
+from pipeline.models.loading import load_base
 from pipeline.training.job import BatchPlan, learning_rate
 from tests.support.small_training import (
     BATCH,

@@ -14,7 +14,8 @@ from kasa import attach_saved, compute_spectra, read_adapter
 from kasa.model_spectra import ModelWeights
 from pipeline.config.recipe import Recipe, parse_recipe
 from pipeline.models.base import BaseModel
-from pipeline.models.forward import collate_labelled, head_outputs, load_base, padding_token
+from pipeline.models.forward import collate_labelled, head_outputs, padding_token
+from pipeline.models.loading import load_base
 from pipeline.models.prompting import Head
 from pipeline.training.step import LabelObjective
 from tests.support.encoders import write_encoder

@@ -11,7 +11,8 @@ import torch
 
 from kasa import attach_saved, read_adapter
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.models.forward import collate, label_losses, load_base
+from pipeline.models.forward import collate, label_losses
+from pipeline.models.loading import load_base
 from pipeline.training.step import ValidationHistory
 from tests.support.small_training import STEPS, outcome, prepare_run, small_base, small_recipe, train_run
 
