@@ -147,8 +147,8 @@ TYPES: dict[str, dict[str, Any]] = {
             ("communication_data_type", "seq_parallel_communication_data_type"), Literal["fp16", "bf16", "fp32"]
         ),
         "gradient_predivide_factor": Annotated[float, Field(gt=0)],
-        "gradient_allreduce_op": str,
-        "log_level": str,
+        "gradient_allreduce_op": Literal["mean"],  # a sum would be another training
+        "log_level": Literal["debug", "info", "warning", "error", "critical"],
     },
 }
 

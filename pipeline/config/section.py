@@ -22,8 +22,8 @@ from kasa.errors import nearest
 
 # No count, rate or duration of a training comes near it, and everything up to it is exact in JSON.
 _LARGEST_NUMBER = 10**15
-# AdamW moves each weight by about this much in a step.
-LARGEST_RATE = 10
+# Training explodes far below; the limit is for what would overflow before it could be said.
+LARGEST_RATE = 10**6
 LARGEST_SEED = 2**32 - 1  # numpy's
 WEEK_S = 7 * 24 * 3600
 
