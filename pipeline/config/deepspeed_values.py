@@ -142,7 +142,8 @@ TYPES: dict[str, dict[str, Any]] = {
             ),
             Flag,
         ),
-        **dict.fromkeys(("sequence_parallel_size", "vocabulary_size"), Count),
+        "vocabulary_size": Count,
+        "sequence_parallel_size": Literal[1],  # each worker has samples of its own here
         **dict.fromkeys(
             ("communication_data_type", "seq_parallel_communication_data_type"), Literal["fp16", "bf16", "fp32"]
         ),
