@@ -35,7 +35,7 @@ from pipeline.run.model_package import (
     version_tags,
     write_report,
 )
-from pipeline.run.promotion import Decision, decide, model_card
+from pipeline.run.promotion import Decision, decide, model_card, too_few
 from pipeline.run.stage_runs import Work, run_stage
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.warm_start import adapter_tags, start_tags
@@ -116,7 +116,8 @@ def _new_version(work: Work, key: StageKey, evaluation: Evaluation, folder: Path
     """A version of the adapter with the verdict on it, without aliases yet."""
     context, recipe, base = work.context, work.recipe, work.base
     name = recipe.registered_name
-    decision = decide(gate_of(recipe), evaluation.differences, evaluation.obstacle)
+    obstacle = evaluation.obstacle or too_few(len(evaluation.samples["adapted"]))
+    decision = decide(gate_of(recipe), evaluation.differences, obstacle)
     _check_champion(context.registry, name, evaluation, decision)
     lora = write_report(folder, recipe, work.made, base, evaluation, decision)
     tags = {
