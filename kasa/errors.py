@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+# Nobody mistypes a longer name, and the search takes time with its square.
+_LONGEST = 100
+
+
 class KasaError(Exception):
     """A mistake the user can correct; the command line prints its message alone and exits with code 2."""
 
@@ -32,5 +36,5 @@ class InterchangeError(KasaError):
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """A hint naming the candidates closest to `name`, for the end of an error message; empty where none is close."""
-    close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name[:_LONGEST], list(candidates), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -24,7 +24,7 @@ from pipeline.apps.compared_methods import COSTS, ChosenRate
 from pipeline.config.recipe import Recipe, recipe_values
 from pipeline.core.files import Record, atomic_write
 from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS, SHARES
-from pipeline.metrics.intervals import Difference, Interval, difference_over_seeds, holm, mean_over_seeds
+from pipeline.metrics.intervals import LEAST_SAMPLES, Difference, Interval, difference_over_seeds, holm, mean_over_seeds
 
 LEVEL = 0.05
 
@@ -124,7 +124,7 @@ def findings(
     rows = tuple(_row(one, measured, metric, differences.get(one.name), adjusted.get(one.name)) for one in results)
     samples = max(len(one.runs[0]) for one in results if one.runs)
     conclusion = _conclusion(rows, metric, against, seeds, samples)
-    return Findings(metric, against, seeds, samples, rows, conclusion, _limits(rows, metric, against, seeds))
+    return Findings(metric, against, seeds, samples, rows, conclusion, _limits(rows, metric, against, seeds, samples))
 
 
 def _row(
@@ -176,12 +176,22 @@ def value_text(metric: str, value: float) -> str:
     return f"{100 * value:.2f}" if metric in SHARES else f"{value:.4g}" if metric in LOWER_IS_BETTER else f"{value:.2f}"
 
 
-def _limits(rows: Sequence[Row], metric: str, against: str, seeds: int) -> tuple[str, ...]:
+def _limits(rows: Sequence[Row], metric: str, against: str, seeds: int, samples: int) -> tuple[str, ...]:
     compared = [row for row in rows if row.difference is not None]
     said = []
-    if unknown := [row for row in compared if row.verdict == "not told apart"]:
-        widths = [(row.difference.interval.high - row.difference.interval.low) / 2 for row in unknown if row.difference]
-        widest = change_text(metric, max(widths)).lstrip("+")
+    unknown = [row.difference.interval for row in compared if row.difference and row.verdict == "not told apart"]
+    half_width = max(((interval.high - interval.low) / 2 for interval in unknown), default=0.0)
+    if samples < LEAST_SAMPLES:
+        said.append(
+            f"{samples} held-out samples tell no methods apart, however they differ: chance alone may make so few agree. At "
+            f"least {LEAST_SAMPLES} are needed, and some hundred to see small differences."
+        )
+    elif unknown and not half_width:
+        said.append(
+            f"Not one of the {samples} held-out samples differs, which says nothing of samples that would; use more of them."
+        )
+    elif unknown:
+        widest = change_text(metric, half_width).lstrip("+")
         said.append(
             f"Where methods are not told apart, that is no proof that they are equal: differences from {against} of up to "
             f"about {widest} in either direction could have gone unseen."

@@ -13,16 +13,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MaxLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config.methods import METHODS, AdapterSettings
 from pipeline.config.recipe import Recipe, catalogue
-from pipeline.config.settings import EvaluateSettings, NamedAbove, OneOf, StrList
+from pipeline.config.section import NamedAbove, OneOf, StrList
+from pipeline.config.settings import EvaluateSettings
 from pipeline.data.forms import form_names
 from pipeline.metrics.catalogue import METRICS, measured
 
@@ -234,6 +235,8 @@ def _words(kind: Any) -> str:
             return _PLAIN[kind]
         case origin if origin is Literal:
             return _one_of(arguments)
+        case origin if origin is Annotated:
+            return f"{_words(arguments[0])} {' '.join(filter(None, map(_limit, _marks(arguments[1:]))))}".strip()
         case origin if origin in (Union, UnionType):
             # That None is allowed shows in the default: unset.
             return " or ".join(_words(part) for part in arguments if part is not NoneType)
@@ -242,6 +245,11 @@ def _words(kind: Any) -> str:
         case origin if origin is dict:
             return f"mapping of {_words(arguments[0])} to {_words(arguments[1])}"
     raise TypeError(f"no words for the type {kind}; add them to pipeline/apps/recipe_docs.py")
+
+
+def _marks(annotations: Iterable[Any]) -> Iterator[Any]:
+    for mark in annotations:
+        yield from mark.metadata if isinstance(mark, FieldInfo) else [mark]
 
 
 def _one_of(names: Iterable[str]) -> str:
@@ -258,6 +266,8 @@ def _limit(limit: Any) -> str:
             return f"<= {bound}"
         case Lt(lt=bound):
             return f"< {bound}"
+        case MaxLen(max_length=bound):
+            return f"of at most {bound} letters, digits, `_`, `.` and `-`"
     pattern = getattr(limit, "pattern", None)
     return f"matching `{pattern}`" if pattern else ""
 

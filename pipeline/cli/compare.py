@@ -68,6 +68,8 @@ def judge(
 
 def _show_judgement(judgement: Judgement) -> None:
     """Print grades and comparison as a table, and what they come to in words."""
+    from pipeline.metrics.intervals import LEAST_SAMPLES
+
     table = Table(box=None, header_style="bold")
     table.add_column("mean grade, 1 to 10")
     for who in judgement.grades:
@@ -83,7 +85,9 @@ def _show_judgement(judgement: Judgement) -> None:
     )
     low, high = judgement.win_rate.low, judgement.win_rate.high
     verdict = (
-        "the judge prefers"
+        "too few questions to say whether the judge prefers"
+        if judgement.questions < LEAST_SAMPLES
+        else "the judge prefers"
         if low > 0.5
         else "the judge likes less"
         if high < 0.5

@@ -10,54 +10,13 @@ from __future__ import annotations
 import copy
 import json
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from kasa.errors import nearest
+from pipeline.config.deepspeed_values import KNOWN_KEYS, check_values
 from pipeline.config.settings import TrainSettings
-from pipeline.core.errors import RecipeError
-
-# The top-level keys that DeepSpeed 0.19.8 reads, apart from the two tables below. A test compares this list with the keys
-# that DeepSpeedConfig really looks up.
-KNOWN_KEYS = frozenset(
-    {
-        "aio",
-        "autotuning",
-        "checkpoint",
-        "comet",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "csv_monitor",
-        "data_efficiency",
-        "data_types",
-        "dataloader_drop_last",
-        "datastates_ckpt",
-        "disable_allgather",
-        "disable_python_gc",
-        "dump_state",
-        "expert_parallel",
-        "flops_profiler",
-        "gradient_allreduce_op",
-        "gradient_predivide_factor",
-        "hybrid_engine",
-        "log_level",
-        "memory_breakdown",
-        "pipeline",
-        "prescale_gradients",
-        "seq_parallel_communication_data_type",
-        "sequence_parallel_size",
-        "tensor_parallel",
-        "tensorboard",
-        "timers",
-        "use_data_before_expert_parallelism",
-        "vocabulary_size",
-        "wall_clock_breakdown",
-        "wandb",
-        "weight_quantization",
-        "zero_optimization",
-    }
-)
+from pipeline.core.errors import RecipeError, one_line
+from pipeline.core.files import user_path
 
 # Keys whose value the recipe decides, with the recipe's key.
 RECIPE_KEYS = {
@@ -100,18 +59,19 @@ def load_deepspeed_config(name_or_path: str) -> dict[str, Any]:
         name_or_path: A name in `deepspeed_configs/`, or the path of a JSON file.
 
     Raises:
-        RecipeError: There is no such file, no JSON object, a key DeepSpeed does not know, a key that belongs to the recipe, or a
-            ZeRO section without a valid stage.
+        RecipeError: There is no such file, no JSON object, a key DeepSpeed does not know, a key that belongs to the recipe, a
+            value that DeepSpeed cannot use, or a ZeRO section without a valid stage.
     """
     where, text = _read(name_or_path)
     try:
-        config = json.loads(text, object_pairs_hook=_without_repeats)
-    except ValueError as error:
+        config = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{where} must hold a JSON object, not {type(config).__name__}")
     _check_keys(config, where)
     _check_zero(config.get("zero_optimization"), where)
+    check_values(config, where)
     return config
 
 
@@ -188,20 +148,26 @@ def _offloads(config: dict[str, Any], key: str) -> bool:
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
+    names = config_names()
+    if name_or_path in names:
+        return f"deepspeed_configs/{name_or_path}.json", (
+            files("deepspeed_configs") / f"{name_or_path}.json"
+        ).read_text()
     if "/" not in name_or_path and not name_or_path.endswith(".json"):
-        entry = files("deepspeed_configs") / f"{name_or_path}.json"
-        if not entry.is_file():
-            hint = nearest(name_or_path, config_names()) or f"; choose one of {', '.join(config_names())}"
-            raise RecipeError(f"train.deepspeed {name_or_path!r} is no name in deepspeed_configs{hint}")
-        return f"deepspeed_configs/{name_or_path}.json", entry.read_text(encoding="utf-8")
+        hint = nearest(name_or_path, names) or f"; choose one of {', '.join(names)}"
+        raise RecipeError(f"train.deepspeed {name_or_path[:100]!r} is no name in deepspeed_configs{hint}")
     try:
-        return name_or_path, Path(name_or_path).read_text(encoding="utf-8")
+        return name_or_path, user_path(name_or_path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(
-            f"train.deepspeed: {name_or_path} does not exist; give a JSON file or one of {', '.join(config_names())}"
+            f"train.deepspeed: {name_or_path} does not exist; give a JSON file or one of {', '.join(names)}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"train.deepspeed: {name_or_path} cannot be read: {error}") from None
+        raise RecipeError(f"train.deepspeed: {name_or_path[:200]} cannot be read: {one_line(error)}") from None
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,15 +7,17 @@ the documentation. Neither torch nor numpy is imported here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kasa.config import KasaConfig, Regulariser
+from kasa.targets import REGEX_PREFIX
 from kasa.truncation import Truncation
-from pipeline.config.settings import OneOf, Section
+from pipeline.config.section import OneOf, Section
 
 if TYPE_CHECKING:
     from kasa.targets import Target
@@ -248,6 +250,16 @@ class AdapterSettings(Section):
     orthogonality_weight: float = Field(
         _DEFAULTS.orthogonality_weight, ge=0, description="gamma, the weight of the orthogonality term L3."
     )
+
+    @field_validator("targets")
+    @classmethod
+    def _expression_compiles(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str) and value.startswith(REGEX_PREFIX):
+            try:
+                re.compile(value.removeprefix(REGEX_PREFIX))
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"no regular expression: {error}") from None
+        return value
 
     @property
     def spec(self) -> MethodSpec:

@@ -7,14 +7,13 @@ nearest valid key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,8 @@ from kasa.config import KasaConfig
 from kasa.errors import nearest
 from kasa.truncation import CALIBRATED
 from pipeline.config.methods import AdapterSettings
+from pipeline.config.reading import apply_override, explain, read_values
+from pipeline.config.section import PlainName, Section
 from pipeline.config.settings import (
     AboutSettings,
     BaseSettings,
@@ -29,7 +30,6 @@ from pipeline.config.settings import (
     EvaluateSettings,
     PromotionSettings,
     RegisterSettings,
-    Section,
     SpectraSettings,
     TrainSettings,
 )
@@ -122,9 +122,7 @@ def show_recipes(named: Sequence[NamedRecipe]) -> None:
 class Recipe(Section):
     """Everything a run depends on."""
 
-    name: str = Field(
-        description="Names the MLflow experiment and the registered model.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-    )
+    name: PlainName = Field(description="Names the MLflow experiment and the registered model.")
     location: str = Field(
         "workspace",
         alias="workspace",
@@ -141,7 +139,7 @@ class Recipe(Section):
     promotion: PromotionSettings = Field(default_factory=PromotionSettings)
     register_: RegisterSettings = Field(default_factory=RegisterSettings, alias="register")
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     @property
     def workspace(self) -> Path:
@@ -252,7 +250,7 @@ class Recipe(Section):
                 raise ValueError(f"promotion.guards.{guard}: no metric of that name is measured here{hint}")
             if guard == self.evaluate.gate_metric:
                 raise ValueError(f"promotion.guards.{guard}: {guard} decides already; use promotion.margin")
-            if not fall >= 0:
+            if fall < 0:
                 raise ValueError(f"promotion.guards.{guard}: the largest fall {fall} must be 0 or more")
         return self
 
@@ -321,23 +319,17 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: The file is missing or no YAML mapping, an override is malformed, or a value is invalid.
     """
     path = find_recipe(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
-    for override in overrides or []:
-        _apply_override(values, override)
-    return parse_recipe(values, str(path))
+    values = read_values(path)
+    changed = [apply_override(values, override) for override in overrides or []]
+    return parse_recipe(values, str(path), changed)
 
 
-def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
-    """Validate a recipe given as a mapping; `where` names its origin in errors.
+def parse_recipe(values: dict[str, Any], where: str, overrides: Collection[tuple[str, ...]] = ()) -> Recipe:
+    """Validate a recipe given as a mapping.
+
+    Args:
+        where: its origin, for errors.
+        overrides: the paths of the keys that the command line has set, and that are its mistakes.
 
     Raises:
         RecipeError: Up to five problems, one line each, with the dotted key, the value and the nearest valid key.
@@ -345,8 +337,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, where) for problem in error.errors()[:5]]
-        raise RecipeError("\n".join(lines)) from None
+        raise RecipeError(explain(error, Recipe, where, overrides)) from None
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -357,45 +348,3 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 def plain_values(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as values to make another recipe from (`parse_recipe`), logins in its addresses included."""
     return recipe.model_dump(mode="json", by_alias=True)
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    dotted, separator, raw = override.partition("=")
-    if not separator or not dotted:
-        raise RecipeError(f"override {override!r} must have the form section.key=value")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        value = raw  # such as data.separator=||
-    *sections, key = dotted.split(".")
-    block = values
-    for section in sections:
-        # A section that the file names but leaves empty is None.
-        block[section] = block.get(section) if block.get(section) is not None else {}
-        block = block[section]
-        if not isinstance(block, dict):
-            raise RecipeError(f"override {override!r}: {section} is a value, not a section")
-    block[key] = value
-
-
-def _explain(problem: Any, where: str) -> str:
-    location = [str(part) for part in problem["loc"]]
-    dotted = ".".join(location) or "recipe"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key {dotted} (value {problem['input']!r}){nearest(location[-1], _keys_of(location[:-1]))}"
-    if problem["type"] == "missing":
-        return f"{where}: {dotted} is missing: {message.lower()}"
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
-        return f"{where}: {dotted}: {message}"
-    return f"{where}: {dotted}: {message} (value {problem['input']!r})"
-
-
-def _keys_of(location: list[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in location:
-        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        model = field.annotation
-    return [field.alias or name for name, field in model.model_fields.items()]

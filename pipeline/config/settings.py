@@ -5,68 +5,31 @@ The `description` of every field is its documentation: `docs/recipe.md` is gener
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, model_validator
 
 from kasa.errors import nearest
+from pipeline.config.section import (
+    LARGEST_RATE,
+    LARGEST_SEED,
+    WEEK_S,
+    CpuShare,
+    NamedAbove,
+    PlainName,
+    Section,
+    StrList,
+)
 from pipeline.core.machine import fast_precision
 from pipeline.metrics import catalogue
 
 HeadKind = Literal["language-model", "classification", "regression"]
 
 
-@dataclass(frozen=True)
-class OneOf:
-    """Marks a text that must be a name of a catalogue, as in `Annotated[str, OneOf("method", METHODS)]`.
-
-    Attributes:
-        what: what such a name stands for, in errors.
-        names: the names there are, in the order of the documentation.
-    """
-
-    what: str
-    names: Collection[str]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._checked, handler(source))
-
-    def _checked(self, value: str) -> str:
-        if value not in self.names:
-            hint = nearest(value, self.names) or f"; choose one of {', '.join(self.names)}"
-            raise ValueError(f"there is no such {self.what}{hint}")
-        return value
-
-
-@dataclass(frozen=True)
-class NamedAbove:
-    """Marks a text that must be a name of a table on a higher floor, which this floor cannot read.
-
-    Attributes:
-        table: the module that has the table and checks the name.
-    """
-
-    table: str
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-StrList = Annotated[list[str], BeforeValidator(_as_list)]
-
-
-class Section(BaseModel):
-    """A block of the recipe: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
 class AboutSettings(Section):
     """What people should know of a recipe; it changes nothing."""
+
+    _remarks: ClassVar[bool] = True
 
     summary: str = Field("", description="The task and the model in a few words.")
     settings: Literal["published", "adapted", "ours"] = Field(
@@ -97,7 +60,8 @@ class DataSettings(Section):
     """Where the text comes from and how it becomes tokens."""
 
     train: StrList = Field(
-        description="Files, globs, folders, `hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]`, `https://...` or `embedded:NAME`. jsonl, json, csv, parquet, txt."
+        min_length=1,
+        description="Files, globs, folders, `hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]`, `https://...` or `embedded:NAME`. jsonl, json, csv, parquet, txt.",
     )
     heldout: StrList = Field(default_factory=list, description="The held-out source; empty: split off from `train`.")
     calibration: StrList = Field(
@@ -163,7 +127,9 @@ class DataSettings(Section):
         description="Set at least this many training samples aside, whole prompts, to watch training by; they are never "
         "trained on, and the final evaluation does not see them.",
     )
-    split_seed: int = Field(0, description="Decides which prompts are held out, and which rows a limit keeps.")
+    split_seed: int = Field(
+        0, ge=0, le=LARGEST_SEED, description="Decides which prompts are held out, and which rows a limit keeps."
+    )
 
     @model_validator(mode="after")
     def _template_has_its_place(self) -> DataSettings:
@@ -177,7 +143,7 @@ class DataSettings(Section):
 class RegisterSettings(Section):
     """The MLflow model registry."""
 
-    model: str | None = Field(None, description="Registered model name; default: the recipe's name.")
+    model: PlainName | None = Field(None, description="Registered model name; default: the recipe's name.")
 
 
 class SpectraSettings(Section):
@@ -212,7 +178,7 @@ class TrainSettings(Section):
         description="While the cluster has no room for `workers`, train with fewer, but at least so many. Default: `workers`.",
     )
     gpu: bool = Field(False, description="Give every training and evaluation worker a GPU.")
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved for each training worker.")
+    cpus_per_worker: CpuShare = Field(1, description="CPU cores reserved for each training worker.")
     deepspeed: str = Field(
         "cpu_zero2", description="A name in `deepspeed_configs/` or the path of a DeepSpeed JSON file."
     )
@@ -221,9 +187,11 @@ class TrainSettings(Section):
         description="Storage and compute type of the base and adapter. `auto` is `bf16` on GPUs and on processors that have "
         "instructions for it, else `fp32`, which is then many times as fast; name one where results must not depend on that.",
     )
-    epochs: float = Field(1.0, gt=0, description="Passes over the training split; `max_steps` cuts it short.")
+    epochs: float = Field(
+        1.0, ge=0.001, le=100_000, description="Passes over the training split; `max_steps` cuts it short."
+    )
     max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
-    batch_size: int = Field(16, ge=1, description="Samples per optimizer step over all workers.")
+    batch_size: int = Field(16, ge=1, le=1_000_000, description="Samples per optimizer step over all workers.")
     micro_batch_size: int = Field(8, ge=1, description="Samples per forward pass of one worker.")
     pack_tokens: int | None = Field(
         None,
@@ -231,13 +199,13 @@ class TrainSettings(Section):
         description="Pack samples end to end, at most this many tokens to a forward pass, instead of padding them; they do "
         "not see each other. `micro_batch_size` has no meaning then.",
     )
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(5e-4, gt=0, le=LARGEST_RATE, description="Peak learning rate of AdamW.")
     head_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of a new `base.head`; default: `learning_rate`."
+        None, gt=0, le=LARGEST_RATE, description="Peak learning rate of a new `base.head`; default: `learning_rate`."
     )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
     warmup_share: float = Field(0.06, ge=0, lt=1, description="Share of the steps spent warming up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST_RATE, description="AdamW's decoupled weight decay.")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
@@ -256,12 +224,12 @@ class TrainSettings(Section):
         description="`champion`: warm-start from the adapter of the registered champion and keep what that one drops from the base; "
         "from scratch, and said so, where there is none or its base, rank, alpha, targets or truncation differ.",
     )
-    seed: int = Field(0, description="Seeds the adapter's start, the sample order and dropout.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seeds the adapter's start, the sample order and dropout.")
     checkpoint_every: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     checkpoints_kept: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
     max_failures: int = Field(3, ge=0, description="Worker crashes survived before the stage fails.")
     collective_timeout_s: float = Field(
-        600, gt=0, description="Seconds a worker may wait for another before it gives up."
+        600, ge=1, le=WEEK_S, description="Seconds a worker may wait for another before it gives up."
     )
 
     @model_validator(mode="after")

@@ -52,15 +52,20 @@ def is_remote(location: Path | str) -> bool:
     return "://" in str(location) and not str(location).startswith(_FILE)
 
 
+def user_path(text: Path | str) -> Path:
+    """A path as people write it: `~` stands for their home folder. A `~` of somebody who is not known here stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def local_folder(location: Path | str) -> Path:
     """The folder of a workspace on this node. Nothing is created.
 
     A remote workspace has a copy below `$KASA_CACHE` (`~/.cache/kasa`), in a folder named after its URL.
     """
     if not is_remote(location):
-        return Path(str(location).removeprefix(_FILE))
+        return user_path(str(location).removeprefix(_FILE))
     url = redacted(str(location)).rstrip("/")
-    cache = Path(os.environ.get("KASA_CACHE") or Path.home() / ".cache" / "kasa").expanduser().resolve()
+    cache = user_path(os.environ.get("KASA_CACHE") or "~/.cache/kasa").resolve()
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[-40:].strip("-")
     return cache / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 

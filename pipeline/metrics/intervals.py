@@ -15,13 +15,18 @@ For a difference between methods the seeds are paired: both methods' runs of one
 p-value is two-sided: twice the share of resamples on the far side of zero, which agrees with the interval. With one seed the
 spread between seeds is unknown, and the interval says by how much these very trainings differ.
 
+A few samples that agree would give an interval of no width: a bootstrap draws only what it has seen. So an interval reaches at
+least as far as that of Clopper and Pearson for N like results: up to q = 1 - 0.025^(1/N) of the samples may be of a kind that was
+not seen, at the end of the scale or, in a difference, just the opposite. A difference can thus stand clear of zero from six
+samples on, as in the sign test (`LEAST_SAMPLES`). Where nothing differs at all the interval is [0, 0].
+
 Legend: N = samples, S = statistics of one metric, K = seeds, R = resamples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +38,8 @@ Runs = Sequence[Sequence[SampleResult]]
 
 RESAMPLES = 2000
 _TAIL = 0.025
+# Of fewer, all could be for one side by chance alone in more than one case of twenty (2^(1 - N)).
+LEAST_SAMPLES = 6
 # How many draws are in memory at once, of 8 bytes each.
 _DRAWS_HELD = 2**24
 
@@ -54,7 +61,9 @@ def measure(results: Sequence[SampleResult], metrics: Sequence[str], seed: int =
     """The named metrics of one model's results."""
     tables = [METRICS[name].statistics(results) for name in metrics]
     return {
-        name: interval_of(METRICS[name].value(table_NS.sum(axis=0)), METRICS[name].value(sums_RS))
+        name: _within_scale(
+            interval_of(METRICS[name].value(table_NS.sum(axis=0)), METRICS[name].value(sums_RS)), name, len(results)
+        )
         for name, table_NS, sums_RS in zip(metrics, tables, resampled_sums(tables, seed), strict=True)
     }
 
@@ -76,7 +85,7 @@ def paired_differences(
         value, pair = METRICS[name].value, slice(2 * index, 2 * index + 2)
         mine, others = (value(table_NS.sum(axis=0)) for table_NS in tables[pair])
         mine_R, others_R = (value(sums_RS) for sums_RS in sums[pair])
-        found[name] = interval_of(mine - others, mine_R - others_R)
+        found[name] = _of_difference(interval_of(mine - others, mine_R - others_R), len(ours))
     return found
 
 
@@ -85,7 +94,7 @@ def mean_differences(ours: Mapping[str, float], theirs: Mapping[str, float], see
     common = sorted(ours.keys() & theirs.keys())
     differences = np.array([ours[name] - theirs[name] for name in common])[:, None]
     (sums_R1,) = resampled_sums([differences], seed)
-    return interval_of(differences.mean(), sums_R1[:, 0] / len(common))
+    return _of_difference(interval_of(differences.mean(), sums_R1[:, 0] / len(common)), len(common))
 
 
 def resampled_sums(tables: Sequence[Floats], seed: int) -> list[Floats]:
@@ -107,6 +116,29 @@ def interval_of(estimate: Floats | np.floating, resampled_R: Floats) -> Interval
     """An estimate with the 95% percentile interval of its resamples."""
     low, high = np.quantile(resampled_R, [_TAIL, 1 - _TAIL])
     return Interval(float(estimate), float(low), float(high))
+
+
+def _within_scale(interval: Interval, metric: str, samples: int) -> Interval:
+    """The interval of a metric with a scale, not narrower than so few samples allow."""
+    best, seen = METRICS[metric].best, _seen(samples)
+    if best is None:
+        return interval
+    estimate = min(max(interval.estimate, 0.0), best)  # rounding may lead beyond
+    lowest, highest = seen * estimate, best - seen * (best - estimate)
+    return replace(interval, low=min(interval.low, lowest), high=max(interval.high, highest))
+
+
+def _of_difference(interval: Interval, samples: int) -> Interval:
+    """The interval of a difference, not narrower on the side of zero than so few samples allow."""
+    nearest_zero = (2 * _seen(samples) - 1) * interval.estimate
+    if interval.estimate > 0:
+        return replace(interval, low=min(interval.low, nearest_zero))
+    return replace(interval, high=max(interval.high, nearest_zero))
+
+
+def _seen(samples: int) -> float:
+    """The share of all there is that a kind of sample has at least, if all samples drawn are of that kind."""
+    return float(_TAIL ** (1 / samples))
 
 
 @dataclass(frozen=True)
@@ -131,7 +163,9 @@ def mean_over_seeds(runs: Runs, metric: str, seed: int = 0) -> Interval:
     """
     _check_same_samples(runs)
     values_K, resampled_KR = _values(runs, metric, seed)
-    return interval_of(np.mean(values_K), _with_spread(values_K, resampled_KR, seed))
+    return _within_scale(
+        interval_of(np.mean(values_K), _with_spread(values_K, resampled_KR, seed)), metric, len(runs[0])
+    )
 
 
 def difference_over_seeds(ours: Runs, theirs: Runs, metric: str, seed: int = 0) -> Difference:
@@ -148,8 +182,10 @@ def difference_over_seeds(ours: Runs, theirs: Runs, metric: str, seed: int = 0) 
     by_seed_K = values[:count] - values[count:]
     resampled_R = _with_spread(by_seed_K, resampled[:count] - resampled[count:], seed)
     beyond = min(int((resampled_R <= 0).sum()), int((resampled_R >= 0).sum()))
-    p_value = min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1))
-    return Difference(interval_of(np.mean(by_seed_K), resampled_R), tuple(map(float, by_seed_K)), p_value)
+    samples = len(ours[0])
+    p_value = min(1.0, max(2 * (beyond + 1) / (RESAMPLES + 1), 2.0 ** (1 - samples)))
+    interval = _of_difference(interval_of(np.mean(by_seed_K), resampled_R), samples)
+    return Difference(interval, tuple(map(float, by_seed_K)), p_value)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

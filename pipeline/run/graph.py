@@ -22,7 +22,7 @@ from kasa.errors import nearest
 from kasa.files import file_digest
 from pipeline.config.deepspeed import load_deepspeed_config
 from pipeline.config.recipe import Recipe
-from pipeline.config.settings import Section
+from pipeline.config.section import Section
 from pipeline.core.code import code_digests, package_versions
 from pipeline.core.errors import RecipeError
 from pipeline.metrics.catalogue import optional_packages

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.metrics.catalogue import LOWER_IS_BETTER, METRICS
-from pipeline.metrics.intervals import Interval
+from pipeline.metrics.intervals import LEAST_SAMPLES, Interval
 
 # Digits that are shown of a digest.
 _SHORT = 12
@@ -62,6 +62,16 @@ def decide(gate: Gate, against: Mapping[str, Mapping[str, Interval]], obstacle: 
         findings += [_guarded(guard, fall, opponent, differences[guard]) for guard, fall in gate.guards.items()]
     lost = [finding.text for finding in findings if not finding.holds]
     return Decision(not lost, "; ".join(lost or [finding.text for finding in findings]))
+
+
+def too_few(samples: int) -> str | None:
+    """Why so many held-out samples give no verdict; None where they may."""
+    if samples >= LEAST_SAMPLES:
+        return None
+    return (
+        f"no verdict on {samples} held-out sample{'s' if samples > 1 else ''}: chance alone may make so few agree; at least "
+        f"{LEAST_SAMPLES} are needed, and some hundred to see small gains (data.heldout_rows, data.heldout_share)"
+    )
 
 
 def _gain(gate: Gate, opponent: str, difference: Interval) -> _Finding:

@@ -37,7 +37,7 @@ from pipeline.run.model_package import (
     version_tags,
     write_report,
 )
-from pipeline.run.promotion import Decision, decide, model_card
+from pipeline.run.promotion import Decision, decide, model_card, too_few
 from pipeline.run.stage_runs import Work, run_stage
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.warm_start import adapter_tags, start_tags
@@ -123,7 +123,8 @@ def _new_version(work: Work, key: StageKey, evaluation: Evaluation, folder: Path
     name = recipe.registered_name
     for artifact in work.made.values():  # hours may have passed since they were found or made
         context.store.check(artifact)
-    decision = decide(gate_of(recipe), evaluation.differences, evaluation.obstacle)
+    obstacle = evaluation.obstacle or too_few(len(evaluation.samples["adapted"]))
+    decision = decide(gate_of(recipe), evaluation.differences, obstacle)
     _check_champion(context.registry, name, evaluation, decision)
     lora = write_report(folder, recipe, work.made, base, evaluation, decision)
     tags = {

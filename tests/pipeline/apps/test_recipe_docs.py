@@ -20,7 +20,8 @@ from pipeline.apps.recipe_docs import (
     type_text,
 )
 from pipeline.config.recipe import Recipe, parse_recipe
-from pipeline.config.settings import DataSettings, StrList, TrainSettings
+from pipeline.config.section import StrList
+from pipeline.config.settings import DataSettings, TrainSettings
 from pipeline.core.errors import RecipeError
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from pipeline.config.deepspeed import (
-    KNOWN_KEYS,
     PIPELINE_KEYS,
     RECIPE_KEYS,
     complete_config,
@@ -25,6 +24,7 @@ from pipeline.config.deepspeed import (
     workers_of_a_copy,
     zero_stage,
 )
+from pipeline.config.deepspeed_values import KNOWN_KEYS, TYPES
 from pipeline.config.settings import TrainSettings
 from pipeline.core.errors import RecipeError
 
@@ -177,6 +177,60 @@ def test_known_keys_are_those_deepspeed_looks_up(deepspeed: Any) -> None:
     assert ours == seen - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
 
 
+# What each kind of value is tried with.
+PROBES = ["auto", "x", "", 0, 1, 2, -1, 0.5, 1e9, 1e18, True, None, [], {}, {"enabled": True}, "fp32", "cpu"]
+
+
+def test_the_types_are_those_of_deepspeeds_own_models(deepspeed: Any) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    models = (
+        DeepSpeedZeroConfig,
+        DeepSpeedZeroOffloadParamConfig,
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroLeafModuleConfig,
+    )
+    sections = ("", ".offload_param", ".offload_optimizer", ".leaf_module")
+    for model, section in zip(models, sections, strict=True):
+        current = {
+            field.alias or name
+            for name, field in model.model_fields.items()
+            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("deprecated"))
+        }
+        assert set(TYPES[f"zero_optimization{section}"]) == current - {"zenflow"}
+
+
+def test_what_passes_deepspeed_takes(deepspeed: Any, tmp_path: Path) -> None:
+    tried = [
+        {section: {name: probe}} if section else {name: probe}
+        for section in ("zero_optimization", "aio", "")
+        for name in TYPES[section]
+        if name != "use_gds"  # for GPUs alone
+        for probe in PROBES
+        if section or not isinstance(probe, dict)  # DeepSpeed keeps what it read of some whole blocks
+    ]
+    tried += [
+        {"zero_optimization": {"stage": 3, f"offload_{what}": {name: probe}}}
+        for what in ("param", "optimizer")
+        for name in TYPES[f"zero_optimization.offload_{what}"]
+        for probe in PROBES
+    ]
+    passed = 0
+    for config in tried:
+        try:
+            load_deepspeed_config(_write(tmp_path, config))
+        except RecipeError:
+            continue
+        deepspeed.DeepSpeedConfig({"train_batch_size": 1, **config})
+        passed += 1
+    assert passed > 100
+
+
 def _write(folder: Path, config: Any) -> str:
     file = folder / "mine.json"
     file.write_text(config if isinstance(config, str) else json.dumps(config))
@@ -206,6 +260,49 @@ def test_recipe_key_is_refused_by_its_recipe_name(key: str, tmp_path: Path) -> N
         ({"zero_optimization": True}, "must be an object"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "must be an object such as {'device': 'cpu'}"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+            "zero_optimization.reduce_bucket_size .value 'auto'.: ",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}},
+            "reduce_bucket_size .value 0.: .*greater than or equal to 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "allgather_bucket_size": 1.5}},
+            "allgather_bucket_size .value 1.5.: .*integer",
+        ),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 0}}, "sub_group_size .value 0."),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}, "zero_hpz_partition_size .value 0."),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}},
+            "zero_hpz_partition_size .value 'auto'.",
+        ),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "auto"}}, "overlap_comm .value 'auto'.: .*boolean"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            "unknown key zero_optimization.overlap_com .* did you mean overlap_comm",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
+            "offload_optimizer.device .value 'gpu'.: .*'none', 'cpu' or 'nvme'",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"ratio": 2}}},
+            "offload_optimizer.ratio .value 2.: .*less than",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "has no nvme_path"),
+        ({"aio": {"block_size": "auto"}}, "aio.block_size .value 'auto'."),
+        ({"aio": 3}, "aio .value 3."),
+        ({"timers": 3}, "timers .value 3."),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor .value 0."),
+        ({"communication_data_type": "auto"}, "communication_data_type .value 'auto'.: .*'fp16', 'bf16' or 'fp32'"),
+        ({"wall_clock_breakdown": "x"}, "wall_clock_breakdown .value 'x'."),
+        ({"flops_profiler": {"enabled": 1.5}}, "flops_profiler.enabled .value 1.5. must be true or false"),
+        ({"autotuning": {"x": ["auto"]}}, "autotuning.x is 'auto'"),
+        ('{"gradient_predivide_factor": NaN}', "NaN is no number"),
+        ('{"aio": ' + "[" * 9999, "is not valid JSON"),
+        ('{"vocabulary_size": ' + "9" * 5000 + "}", "is not valid JSON"),
         ([1], "must hold a JSON object, not list"),
         ("{", "is not valid JSON"),
         ('{"aio": {}, "aio": {}}', "'aio' appears twice"),

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_chrf
 
 from pipeline.metrics import intervals
-from pipeline.metrics.intervals import Interval, measure
+from pipeline.metrics.intervals import LEAST_SAMPLES, Interval, measure
 
 PAIRS = [
     ("the cat sat on the mat", "a cat was sitting on the mat"),
@@ -125,7 +126,28 @@ def test_a_gain_in_proportion_to_the_tokens_is_certain() -> None:
     theirs = results(6)
     ours = [result | {"loss_sum": result["loss_sum"] - 0.25 * result["tokens"]} for result in theirs]
     found = paired_differences(ours, theirs)["loss"]
-    assert (found.estimate, found.low, found.high) == pytest.approx((-0.25, -0.25, -0.25), abs=1e-12)
+    assert (found.estimate, found.low) == pytest.approx((-0.25, -0.25), abs=1e-12)
+    # Nothing is certain of the samples that were not drawn.
+    assert found.high == pytest.approx(-0.25 * (2 * 0.025 ** (1 / 200) - 1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 10, 100])
+def test_what_agrees_is_as_certain_as_its_number_allows(count) -> None:
+    """The interval is Clopper and Pearson's, and stands clear of no difference where the sign test does."""
+    ours, theirs = ([{"sample": n, "accuracy": right} for n in range(count)] for right in (1.0, 0.0))
+    found = intervals.paired_differences(ours, theirs, ["accuracy"])["accuracy"]
+    assert (found.low > 0) == (scipy.stats.binomtest(count, count).pvalue < 0.05) == (count >= LEAST_SAMPLES)
+    assert found.low < found.estimate == found.high == 1
+    other_way = intervals.paired_differences(theirs, ours, ["accuracy"])["accuracy"]
+    assert (other_way.low, other_way.high) == pytest.approx((-found.high, -found.low))
+    exact = scipy.stats.binomtest(count, count).proportion_ci()
+    for results, expected in ((ours, (1, exact.low, 1)), (theirs, (0, 0, 1 - exact.low))):
+        one = measure(results, ["accuracy"])["accuracy"]
+        assert (one.estimate, one.low, one.high) == pytest.approx(expected)
+    seeds = intervals.difference_over_seeds([ours], [theirs], "accuracy")
+    assert (seeds.p_value < 0.05) == (seeds.interval.low > 0) == (count >= LEAST_SAMPLES)
+    by_name = ({str(one["sample"]): one["accuracy"] for one in results} for results in (ours, theirs))
+    assert intervals.mean_differences(*by_name) == found
 
 
 def test_samples_must_be_the_same() -> None:

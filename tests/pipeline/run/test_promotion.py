@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.metrics.intervals import Interval
-from pipeline.run.promotion import Gate, decide
+from pipeline.run.promotion import Gate, decide, too_few
 
 BETTER, WORSE, UNCLEAR = Interval(2.0, 1.0, 3.0), Interval(-2.0, -3.0, -1.0), Interval(0.5, -1.0, 2.0)
 
@@ -30,6 +30,13 @@ def test_only_what_is_clearly_better_than_all_is_promoted(metric, against, obsta
     decision = decide(Gate(metric), {opponent: {metric: one} for opponent, one in against.items()}, obstacle)
     assert decision.promote is promoted
     assert says in decision.reason
+
+
+@pytest.mark.parametrize(("samples", "verdict"), [(1, False), (5, False), (6, True), (400, True)])
+def test_a_verdict_needs_some_samples(samples, verdict) -> None:
+    decision = decide(Gate("accuracy"), {"base": {"accuracy": BETTER}}, too_few(samples))
+    assert decision.promote is verdict
+    assert ("at least 6 are needed" in decision.reason) is not verdict
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,26 @@ def test_equal_methods_are_not_told_apart_and_the_page_says_what_could_have_gone
     assert any("--tune lr" in limit for limit in comparison.limits)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict", "said"),
+    [
+        ([1.0] * 4, [0.0] * 4, "not told apart", "4 held-out samples tell no methods apart"),
+        ([1.0] * 4, [1.0] * 4, "not told apart", "4 held-out samples tell no methods apart"),
+        ([1.0] * 40, [1.0] * 40, "not told apart", "Not one of the 40 held-out samples differs"),
+        ([1.0] * 40, [0.0] * 40, "better", "What holds on these data"),
+    ],
+)
+def test_few_or_equal_samples_say_what_they_do_not_show(ours, theirs, verdict, said) -> None:
+    ran = [
+        MethodResult(name, [[{"sample": n, "exact_match": right} for n, right in enumerate(scores)]], COSTS)
+        for name, scores in (("lora", theirs), ("kasa", ours))
+    ]
+    comparison = findings(ran, "exact_match", ["exact_match"], "lora", 1)
+    assert row(comparison, "kasa").verdict == verdict
+    assert any(said in limit for limit in comparison.limits)
+    assert not any("gone unseen" in limit for limit in comparison.limits)
+
+
 def test_a_clear_lead_is_called_one() -> None:
     comparison = found(kasa=0.8)
     assert row(comparison, "kasa").verdict == "better"
