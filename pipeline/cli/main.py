@@ -9,7 +9,6 @@ that it does not need to find nothing to do.
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import signal
@@ -17,14 +16,23 @@ import sys
 import tempfile
 import traceback
 import warnings
+from typing import Annotated, NoReturn
 
 import typer
 from rich.markup import escape
 
 from kasa.errors import KasaError
-from pipeline.cli import compare, models, run
+from pipeline.cli import compare, models, plan, run
+from pipeline.core.code import package_versions
 from pipeline.core.console import console
-from pipeline.core.errors import WorkspaceError
+from pipeline.core.errors import mendable
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"kasa {package_versions(['kasa-pipeline'])['kasa-pipeline']}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     add_completion=False,
@@ -35,9 +43,9 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(run.retrain)
 app.command()(compare.compare)
-app.command()(run.plan)
+app.command()(plan.plan)
 app.command()(compare.judge)
-app.command()(run.recipes)
+app.command()(plan.recipes)
 app.command()(run.submit)
 app.command()(models.generate)
 app.command()(models.export)
@@ -49,6 +57,15 @@ app.command()(run.doctor)
 app.add_typer(models.artifacts_app, name="artifacts")
 
 
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune LLaMA-class models with KaSA: Ray, DeepSpeed ZeRO, MLflow."""
+
+
 def main() -> None:
     """Entry point of the `kasa` command."""
     warnings.filterwarnings("ignore")
@@ -56,20 +73,13 @@ def main() -> None:
     try:
         app()
     except KasaError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            _fail(error)
-        full = WorkspaceError(
-            f"{error.filename or 'the workspace'} cannot be written: {error.strerror}; free some space and run again"
-        )
-        console.print(f"[bold red]error:[/] {escape(str(full))}", soft_wrap=True)
-        sys.exit(2)
+        _refuse(error)
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes from here")
         sys.exit(130)
     except Exception as error:
+        if (known := mendable(error)) is not None:
+            _refuse(known)
         _fail(error)
     finally:
         # Else the interpreter's last garbage collection goes through all that torch and Ray have imported: 2 to 3 s.
@@ -81,12 +91,20 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def _fail(error: Exception) -> None:
-    with tempfile.NamedTemporaryFile("w", prefix="kasa-failure-", suffix=".txt", delete=False) as file:
-        traceback.print_exception(error, file=file)
+def _refuse(error: KasaError) -> NoReturn:
+    console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    sys.exit(2)
+
+
+def _fail(error: Exception) -> NoReturn:
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     console.print(f"[bold red]failed:[/] {type(error).__name__}: {escape(first)}", soft_wrap=True)
-    console.print(f"the traceback is in {file.name}; the same command resumes from here", soft_wrap=True)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="kasa-failure-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        console.print(f"the traceback is in {file.name}; the same command resumes from here", soft_wrap=True)
+    except OSError as full:
+        console.print(f"the traceback cannot be written ({full}); the same command resumes from here", soft_wrap=True)
     sys.exit(1)
 
 

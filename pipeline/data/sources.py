@@ -13,6 +13,7 @@ from kasa.errors import nearest
 from kasa.files import file_digest
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
+from pipeline.core.files import user_path
 from pipeline.data.forms import check_form
 from pipeline.data.readers import SUFFIXES
 from pipeline.data.remote import PREFIX as HUB
@@ -111,7 +112,7 @@ def resolve_source(entry: str, key: str, workspace: Path, fetch: bool) -> list[P
 
 
 def _local_files(entry: str, key: str) -> list[Path]:
-    path = Path(entry).expanduser()
+    path = user_path(entry)
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if _is_data(file.relative_to(path)) and file.is_file()]
         if not files:

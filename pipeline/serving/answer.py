@@ -13,7 +13,7 @@ import torch
 from kasa.adapter_file import ADAPTER_JSON
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
-from pipeline.core.files import ADAPTER
+from pipeline.core.files import ADAPTER, user_path
 from pipeline.core.machine import fast_precision
 from pipeline.methods.loading import base_name, check_saved_base, is_adapter
 from pipeline.models.base import find_base
@@ -59,11 +59,12 @@ def located_adapter(model: str, workspace: Path) -> Iterator[tuple[Path, Mapping
         ModelError: there is no such model, or it has no adapter.
     """
     if not model.startswith(SCHEME):
-        if not is_adapter(Path(model)):
+        folder = user_path(model)
+        if not is_adapter(folder):
             raise ModelError(
-                f"{model} is neither a registry URI ({SCHEME}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
+                f"{folder} is neither a registry URI ({SCHEME}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
             )
-        yield Path(model), None
+        yield folder, None
         return
     with tempfile.TemporaryDirectory(prefix="kasa-model-") as temporary:
         files, config = open_registry(workspace).fetch_files(model, Path(temporary))
