@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 # Nobody mistypes a longer name, and the search takes time with its square.
 _LONGEST = 100
 

@@ -17,6 +17,7 @@ from kasa.targets import Target
 from kasa.truncation import Truncation
 from pipeline.config.methods import METHODS, REFERENCE
 from pipeline.config.recipe import Recipe, parse_recipe, plain_values, recipe_values
+from pipeline.config.section import LARGEST_RATE
 from pipeline.config.settings import HarnessSettings
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import content_digest
@@ -81,8 +82,8 @@ def tuned_rates(text: str | None, recipe: Recipe) -> tuple[float, ...]:
         rates = sorted({float(value) for value in values.split(",")}) if values else list(DEFAULT_RATES)
     except ValueError:
         raise RecipeError(f"--tune {text}: {values} is no list of numbers such as 1e-4,3e-4,1e-3") from None
-    if len(rates) < 2 or not rates[0] > 0:
-        raise RecipeError(f"--tune {text}: name at least two different rates above 0")
+    if len(rates) < 2 or not all(0 < rate <= LARGEST_RATE for rate in rates):
+        raise RecipeError(f"--tune {text}: name at least two different rates above 0, at most {LARGEST_RATE:g}")
     if recipe.data.validation_rows is None:
         raise RecipeError(
             "--tune chooses on validation samples, never on the held-out ones; set data.validation_rows, such as 200"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kasa.targets import Target
@@ -18,7 +18,7 @@ from pipeline.models.shapes import meta_model, model_config
 from pipeline.registry.store import open_registry
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import PREPARE, STAGES, stage_keys
-from pipeline.run.lineage import Ingredients, ingredients_by_name, stored_artifacts, why_made
+from pipeline.run.lineage import Ingredients, ingredients_by_name, of_recipe, stored_artifacts, why_made
 from pipeline.run.preflight import check_before_work
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
 from pipeline.storage.artifacts import ArtifactStore, StageKey
@@ -102,20 +102,26 @@ def _stages(
         registry = redacted(tracking_uri(recipe.workspace))
         inputs = KeyInputs(recipe, base.digest, sources_digest, targets, registry, base_drops=base.drops)
         known = stage_keys(starting_from(inputs, _start(inputs), store, recompute))
-    ingredients = ingredients_by_name(stored_artifacts(store))
+    stored = stored_artifacts(store)
+    own = of_recipe(stored, recipe.name)
+    ingredients = ingredients_by_name(stored)
     ingredients |= {f"{key.stage}/{key.key}": key.ingredients for key in known.values()}
     return tuple(
-        _stage(known[name], store, ingredients, name in recompute) if name in known else StagePlan(name, "make", None)
+        _stage(known[name], store, ingredients, own, name in recompute)
+        if name in known
+        else StagePlan(name, "make", None)
         for name in STAGES
     )
 
 
-def _stage(key: StageKey, store: ArtifactStore, known: Mapping[str, Ingredients], recompute: bool) -> StagePlan:
+def _stage(
+    key: StageKey, store: ArtifactStore, known: Mapping[str, Ingredients], own: Collection[str], recompute: bool
+) -> StagePlan:
     if recompute:
         return StagePlan(key.stage, "make", key.key, ("you ask for it",))
     if store.find(key):
         return StagePlan(key.stage, "reuse", key.key)
-    return StagePlan(key.stage, "make", key.key, tuple(why_made(key, known)))
+    return StagePlan(key.stage, "make", key.key, tuple(why_made(key, known, own)))
 
 
 def _start(inputs: KeyInputs) -> WarmStart | None:

@@ -23,6 +23,7 @@ from kasa.files import file_digest
 from pipeline.config.deepspeed import config_names
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import JobError, WorkspaceError
+from pipeline.core.files import user_path
 from pipeline.data.forms import check_form
 from pipeline.data.sources import HUB, resolve_source
 from pipeline.models.base import find_base
@@ -88,7 +89,7 @@ def _check_workspace(workspace: Path) -> None:
 
 
 def _is_elsewhere(name: str) -> bool:
-    return Path(name).expanduser().is_absolute()
+    return user_path(name).is_absolute()
 
 
 def _inside(path: Path, folder: Path, what: str) -> Path:

@@ -15,7 +15,7 @@ from torch import nn
 
 from kasa.targets import Target, select_targets
 from kasa.truncation import dropped_rank
-from pipeline.apps.plan_compute import Hardware, SpectraCost, spectra_cost, training_flops
+from pipeline.apps.plan_compute import Hardware, SpectraCost, rows_to_train_on, spectra_cost, training_flops
 from pipeline.apps.plan_memory import (
     GIB,
     AdaptedModule,
@@ -31,7 +31,9 @@ from pipeline.apps.plan_memory import (
 )
 from pipeline.config.deepspeed import complete_config, config_names, load_deepspeed_config
 from pipeline.config.recipe import Recipe
+from pipeline.config.settings import TrainSettings
 from pipeline.core.errors import BaseModelError, RecipeError
+from pipeline.core.machine import memory_gib
 from pipeline.data.forms import check_form
 from pipeline.methods.choice import check_ranks
 from pipeline.models.prompting import head_modules
@@ -99,8 +101,8 @@ class Estimate:
         pack_tokens: most tokens in a forward pass of packed samples; None where samples are padded.
         row_tokens: tokens of the longest sample, which decide memory.
         mean_row_tokens: tokens of a sample on average, which decide time; of the longest where nothing else is known.
-        train_rows: number of training samples.
-        optimizer_steps: of the whole training.
+        train_rows: number of training samples; where the data is not prepared, what its files suggest.
+        optimizer_steps: of the whole training; at most, where `train_rows` is not known.
         hardware: what it would run on.
         memory: of one worker under the recipe's own DeepSpeed configuration.
         stages: of one worker under each configuration of its family, the recipe's own included.
@@ -111,6 +113,7 @@ class Estimate:
         adapter_gib: the trained adapter as it is stored, with its dropped factors.
         spectra: what the decomposition costs.
         unknown: why something is None, one line each.
+        warnings: why the run may fail, one line each.
     """
 
     base_parameters: int | None = None
@@ -137,6 +140,7 @@ class Estimate:
     adapter_gib: float | None = None
     spectra: SpectraCost | None = None
     unknown: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def trainable_share(self) -> float | None:
@@ -217,7 +221,7 @@ def estimate(
     """
     train, hardware = recipe.train, hardware or Hardware()
     deepspeed = complete_config(load_deepspeed_config(train.deepspeed), train)
-    rows = recipe.data.train_rows if data is None else min(data.rows, recipe.data.train_rows or data.rows)
+    rows = rows_to_train_on(recipe.data) if data is None else min(data.rows, recipe.data.train_rows or data.rows)
     longest = recipe.data.max_tokens if data is None else data.longest_tokens
     mean = float(longest) if data is None else data.mean_tokens
     shape = None if model is None else block_shape(getattr(model, "config", None))
@@ -235,9 +239,10 @@ def estimate(
         row_tokens=longest,
         mean_row_tokens=mean,
         train_rows=rows,
-        optimizer_steps=None if rows is None else optimizer_steps(train, rows),
+        optimizer_steps=train.max_steps if rows is None else optimizer_steps(train, rows),
         hardware=hardware,
         unknown=_unknown(recipe, model, shape, rows, hardware),
+        warnings=() if model is None else _too_much(train, of_model["memory"]),
         **of_model,
     )
 
@@ -318,7 +323,7 @@ def _family(recipe: Recipe) -> list[str]:
 
 def _judged(memory: StageMemory, recipe: Recipe, hardware: Hardware) -> StageMemory:
     if memory.zero_stage == 0 and recipe.train.precision == "bf16":
-        return replace(memory, refused="not with train.precision bf16")
+        return replace(memory, refused="ZeRO stage 0 does not go with train.precision bf16")
     limit = hardware.gpu_memory_gib
     return replace(memory, fits=None if limit is None else memory.device_gib <= USABLE_SHARE * limit)
 
@@ -348,7 +353,21 @@ def _unknown(
     elif shape is None:
         reasons.append("activations, logits and FLOPs: the model's configuration does not name its block sizes")
     if rows is None:
-        reasons.append("optimizer steps: rows are counted when the data is prepared; data.train_rows=N limits them")
+        limit = recipe.train.max_steps
+        what = f"whether the data is enough for {limit:,} optimizer steps" if limit else "optimizer steps"
+        reasons.append(f"{what}: rows are counted when the data is prepared; data.train_rows=N limits them")
     if hardware.peak_tflops is None:
         reasons.append("time: name the GPU (kasa plan --gpu H100) or its peak (--peak-tflops)")
     return tuple(reasons)
+
+
+def _too_much(train: TrainSettings, memory: StageMemory) -> tuple[str, ...]:
+    """Without GPUs and cluster all workers share this machine's memory."""
+    here = memory_gib()
+    needed = memory.device_gib * train.workers
+    if train.gpu or here is None or needed <= here[0]:
+        return ()
+    return (
+        f"memory: {train.workers} worker{'s' if train.workers > 1 else ''} need {needed:.1f} GiB and this machine has "
+        f"{here[0]:.1f}; use a cluster or GPUs, a smaller base, or a lower train.micro_batch_size or data.max_tokens",
+    )

@@ -17,14 +17,16 @@ from pipeline.cli.shared import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
+    RunWorkspaceOption,
     WorkspaceOption,
     out,
     plain_table,
     print_json,
+    read_recipe,
     show,
 )
-from pipeline.config.recipe import load_recipe
 from pipeline.core.console import ProgressBars
+from pipeline.core.files import user_path
 
 if TYPE_CHECKING:
     from pipeline.apps.compare import Compared
@@ -39,7 +41,9 @@ _RESULTS = slice(3, 7)
 
 def judge(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter folder.")],
-    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS.jsonl", help="Questions in MT-Bench's form.")],
+    prompts: Annotated[
+        Path, typer.Argument(metavar="PROMPTS.jsonl", parser=user_path, help="Questions in MT-Bench's form.")
+    ],
     endpoint: Annotated[str, typer.Option(help="The judge's OpenAI-compatible address, up to /v1.")],
     judge_model: Annotated[str, typer.Option("--judge", help="The judge's model name there.")],
     against: Annotated[str, typer.Option(help="The other model; `base`: the same without its adapter.")] = "base",
@@ -122,10 +126,11 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the trials and what is cached; touch nothing.")
     ] = False,
+    workspace: RunWorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods on a recipe: the same data, steps and parameter budget; intervals, tests, costs, a plot."""
-    resolved = load_recipe(recipe, overrides)
+    resolved = read_recipe(recipe, overrides, workspace)
     from pipeline.apps.compare import compare as compare_methods
     from pipeline.apps.compared_methods import method_names, plan_comparison, plan_trials, tuned_rates
 

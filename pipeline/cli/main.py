@@ -10,7 +10,6 @@ that it does not need to find nothing to do.
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import re
@@ -22,15 +21,24 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 from rich.markup import escape
 
 from kasa.errors import KasaError
-from pipeline.cli import compare, models, run
+from pipeline.cli import compare, models, plan, run
 from pipeline.core import stopping
+from pipeline.core.code import package_versions
 from pipeline.core.console import console
-from pipeline.core.errors import WorkspaceError
+from pipeline.core.errors import mendable
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"kasa {package_versions(['kasa-pipeline'])['kasa-pipeline']}")
+        raise typer.Exit
+
 
 # A login or a query in a URL, or a setting whose name says what it is.
 _SECRET = re.compile(r"://[^/\s]*@|://\S*\?|(token|password|secret|key)=", re.IGNORECASE)
@@ -44,9 +52,9 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(run.retrain)
 app.command()(compare.compare)
-app.command()(run.plan)
+app.command()(plan.plan)
 app.command()(compare.judge)
-app.command()(run.recipes)
+app.command()(plan.recipes)
 app.command()(run.submit)
 app.command()(models.generate)
 app.command()(models.export)
@@ -56,6 +64,15 @@ app.command()(models.promote)
 app.command()(models.rollback)
 app.command()(run.doctor)
 app.add_typer(models.artifacts_app, name="artifacts")
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune LLaMA-class models with KaSA: Ray, DeepSpeed ZeRO, MLflow."""
 
 
 def main() -> None:
@@ -69,17 +86,10 @@ def _run() -> None:
     try:
         app()
     except KasaError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            _fail(error)
-        full = WorkspaceError(
-            f"{error.filename or 'the workspace'} cannot be written: {error.strerror}; free some space and run again"
-        )
-        console.print(f"[bold red]error:[/] {escape(str(full))}", soft_wrap=True)
-        sys.exit(2)
+        _refuse(error)
     except Exception as error:
+        if (known := mendable(error)) is not None:
+            _refuse(known)
         _fail(error)
     finally:
         # Else the interpreter's last garbage collection goes through all that torch and Ray have imported: 2 to 3 s.
@@ -94,12 +104,20 @@ def command_line(arguments: Sequence[str]) -> str:
     return shlex.join([arguments[0] if named else "kasa", *arguments[1:]])
 
 
-def _fail(error: Exception) -> None:
-    with tempfile.NamedTemporaryFile("w", prefix="kasa-failure-", suffix=".txt", delete=False) as file:
-        traceback.print_exception(error, file=file)
+def _refuse(error: KasaError) -> NoReturn:
+    console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    sys.exit(2)
+
+
+def _fail(error: Exception) -> NoReturn:
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     console.print(f"[bold red]failed:[/] {type(error).__name__}: {escape(first)}", soft_wrap=True)
-    console.print(f"the traceback is in {file.name}; the same command resumes from here", soft_wrap=True)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="kasa-failure-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        console.print(f"the traceback is in {file.name}; the same command resumes from here", soft_wrap=True)
+    except OSError as full:
+        console.print(f"the traceback cannot be written ({full}); the same command resumes from here", soft_wrap=True)
     sys.exit(1)
 
 

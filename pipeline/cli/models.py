@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from kasa.errors import nearest
 from pipeline.cli import shared
@@ -28,8 +29,9 @@ from pipeline.cli.shared import (
     uncut,
 )
 from pipeline.core.console import RedactingConsole
-from pipeline.core.errors import WorkspaceError
-from pipeline.run.lineage import Stored, ingredients_by_name, stored_artifacts, why_made
+from pipeline.core.errors import ModelError, WorkspaceError
+from pipeline.core.files import user_path
+from pipeline.run.lineage import Stored, ingredients_by_name, of_recipe, stored_artifacts, why_made
 from pipeline.storage.artifacts import ArtifactStore, StageKey
 
 if TYPE_CHECKING:
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
 artifacts_app = typer.Typer(no_args_is_help=True, help="List, explain and prune what the stages made.")
 _out = RedactingConsole(highlight=False, soft_wrap=True)
 
-NewFolderArgument = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
+NewFolderArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", parser=user_path, help="A folder that does not exist yet.")
+]
 _DIGITS = 12  # of the data's digest
 
 
@@ -50,11 +54,11 @@ def list_(workspace: WorkspaceOption = Path("workspace"), as_json: JsonOption = 
     if as_json:
         print_json([_values(one) for one in stored])
         return
-    table = Table("artifact", "made", "used", "size", "made from", box=None, pad_edge=False, header_style="bold")
+    table = plain_table("artifact", "made", "used", "size", "made from")
     for one in stored:
         made_from = " ".join(one.inputs)
         table.add_row(one.name, f"{one.made:%Y-%m-%d %H:%M}", f"{one.used:%Y-%m-%d %H:%M}", _mib(one.size), made_from)
-    _out.print(table)
+    _out.print(uncut(table))
     _out.print(f"{len(stored)} artifacts, {_mib(sum(one.size for one in stored))}, under {workspace / 'artifacts'}")
 
 
@@ -68,7 +72,8 @@ def explain(
     stored = stored_artifacts(_store(workspace))
     one = _named(name, stored, workspace)
     earlier = [other for other in stored if other.made <= one.made]
-    reasons = why_made(StageKey(one.stage, dict(one.ingredients)), ingredients_by_name(earlier))
+    own = of_recipe(earlier, one.facts["recipe"]) if "recipe" in one.facts else None
+    reasons = why_made(StageKey(one.stage, dict(one.ingredients)), ingredients_by_name(earlier), own)
     if as_json:
         print_json(_values(one) | {"reasons": reasons, "ingredients": one.ingredients})
         return
@@ -76,13 +81,15 @@ def explain(
         f"{one.name}  made {one.made:%Y-%m-%d %H:%M} UTC, {_mib(one.size)}, MLflow run {one.facts['mlflow_run_id']}"
     )
     _out.print(f"made from  {' '.join(one.inputs) or 'the data and the base alone'}")
-    _out.print(f"made for   {'; '.join(reasons) or 'the first time: there was no other of its stage'}", markup=False)
+    _out.print(
+        f"made for   {'; '.join(reasons) or 'the first time: there was no other of its stage and recipe'}", markup=False
+    )
 
 
 @artifacts_app.command()
 def prune(
     workspace: WorkspaceOption = Path("workspace"),
-    unused_days: Annotated[float, typer.Option(min=0, help="Keep what was used within so many days.")] = 30,
+    unused_days: Annotated[float, typer.Option(min=0, max=36500, help="Keep what was used within so many days.")] = 30,
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, only say what would go.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -147,6 +154,13 @@ def generate(
     """Answer prompts with a registered model or an adapter folder; one answer a line."""
     from pipeline.serving.answer import answer
 
+    for prompt in prompts:
+        name, assigned, value = prompt.partition("=")
+        if assigned and name in ("workspace", "base", "max_new_tokens") and not any(map(str.isspace, prompt)):
+            raise ModelError(
+                f"{prompt} is no prompt but a setting; write --{name.replace('_', '-')} {shlex.quote(value)} (or give the "
+                "text on stdin, with - as the prompt)"
+            )
     texts = [line.rstrip("\n") for prompt in prompts for line in (sys.stdin if prompt == "-" else [prompt])]
     answers = answer(model, texts, workspace, base, max_new_tokens)
     print(json.dumps({"model": model, "answers": answers}) if as_json else "\n".join(answers))
@@ -179,9 +193,16 @@ def export(
 
 
 def import_(
-    peft_folder: Annotated[Path, typer.Argument(metavar="PEFT_FOLDER", help="A KaSA adapter saved by PEFT.")],
+    peft_folder: Annotated[
+        Path, typer.Argument(metavar="PEFT_FOLDER", parser=user_path, help="A KaSA adapter saved by PEFT.")
+    ],
     out: NewFolderArgument,
-    base: Annotated[Path, typer.Option(help="The Hugging Face folder of the base model it was trained on.")],
+    base: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER", parser=user_path, help="The Hugging Face folder of the base model it was trained on."
+        ),
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Take over a KaSA adapter saved by PEFT."""
@@ -229,7 +250,7 @@ def promote(
     from pipeline.apps.models import promote as promote_version
 
     changed = promote_version(workspace, model, reason)
-    show(changed, as_json, _change_json, _show_change)
+    show(changed, as_json, _change_json, partial(_show_change, workspace))
 
 
 def rollback(
@@ -242,7 +263,7 @@ def rollback(
     from pipeline.apps.models import rollback as roll_back
 
     changed = roll_back(workspace, name, reason)
-    show(changed, as_json, _change_json, _show_change)
+    show(changed, as_json, _change_json, partial(_show_change, workspace))
 
 
 def _models_json(rows: Sequence[ModelRow]) -> list[dict[str, Any]]:
@@ -292,7 +313,7 @@ def _change_json(change: Change) -> dict[str, Any]:
     return dataclasses.asdict(change)
 
 
-def _show_change(change: Change) -> None:
+def _show_change(workspace: Path, change: Change) -> None:
     """Print which version is the champion now, and how to undo it."""
     if not change.changed:
         out.print(f"{escape(change.name)}: version {change.champion} is the champion already")

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 from rich.table import Table
 
+from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.core.console import RedactingConsole
-from pipeline.core.files import local_folder
+from pipeline.core.files import local_folder, user_path
 from pipeline.core.redaction import redacted_values
 
 RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; docs/recipe.md lists its keys.")
+    Path, typer.Argument(metavar="RECIPE.yaml", parser=user_path, help="The recipe; docs/recipe.md lists its keys.")
 ]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
-BaseOption = Annotated[Path | None, typer.Option(help="The base model's folder, where it was moved.")]
+BaseOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", parser=user_path, help="The base model's folder, where it was moved.")
+]
 WorkspaceOption = Annotated[
     Path,
     typer.Option("--workspace", "-w", metavar="FOLDER|URL", parser=local_folder, help="The workspace of the runs."),
 ]
+RunWorkspaceOption = Annotated[
+    str | None,
+    typer.Option("--workspace", "-w", metavar="FOLDER|URL", help="The run's workspace: the same as workspace=FOLDER."),
+]
 ReasonOption = Annotated[str | None, typer.Option(help="Why; recorded on the version.")]
 
 out = RedactingConsole(highlight=False, soft_wrap=True)
+
+
+def with_workspace(overrides: Sequence[str] | None, workspace: str | None) -> list[str]:
+    """The changes to a recipe, with the option `--workspace` as one of them."""
+    return [*(overrides or []), *([f"workspace={json.dumps(workspace)}"] if workspace is not None else [])]
+
+
+def read_recipe(recipe: Path, overrides: Sequence[str] | None, workspace: str | None) -> Recipe:
+    """The recipe that a command was given, with its changes."""
+    return load_recipe(recipe, with_workspace(overrides, workspace))
+
 
 Result = TypeVar("Result")
 

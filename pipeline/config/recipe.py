@@ -7,15 +7,13 @@ nearest valid key.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
-from rich.console import Console
-from rich.table import Table
 
 from kasa.config import KasaConfig
 from kasa.errors import nearest
@@ -36,8 +34,6 @@ from pipeline.config.settings import (
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import local_folder
 from pipeline.core.redaction import redacted_values
-
-_out = Console(highlight=False, soft_wrap=True)
 
 # What text tells of a layer's inputs and outputs that the spectra depend on.
 Weighted = Literal["no", "inputs", "both"]
@@ -87,36 +83,6 @@ def catalogue() -> Iterator[NamedRecipe]:
     """All shipped recipes in the order of `named_recipes`."""
     for name, file in named_recipes().items():
         yield NamedRecipe(name, file, load_recipe(file))
-
-
-def recipes_json(named: Sequence[NamedRecipe]) -> list[dict[str, Any]]:
-    """The recipes as JSON objects, for `kasa recipes --json`."""
-    return [
-        {
-            "name": one.name,
-            "family": one.family,
-            **one.recipe.about.model_dump(mode="json"),
-            "base": one.recipe.base.model,
-            "hardware": one.hardware,
-            "fetched": one.fetched,
-        }
-        for one in named
-    ]
-
-
-def show_recipes(named: Sequence[NamedRecipe]) -> None:
-    """Print the recipes as a table."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("recipe", no_wrap=True)
-    for heading in ("what", "settings", "trains on"):
-        table.add_column(heading)
-    for one in named:
-        about = one.recipe.about
-        table.add_row(one.name, about.summary, about.settings, one.hardware)
-    _out.print(table)
-    _out.print(
-        "kasa run NAME --dry-run shows one; data.train=FILE and base.model=FOLDER name local copies", style="dim"
-    )
 
 
 class Recipe(Section):

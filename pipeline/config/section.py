@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from kasa.errors import nearest
+from pipeline.core.files import user_path
 
 # No count, rate or duration of a training comes near it, and everything up to it is exact in JSON.
 _LARGEST_NUMBER = 10**15
@@ -98,6 +99,9 @@ def _cpu_share(value: float) -> float:
         raise ValueError("Ray counts cores in steps of 0.0001")
     return value
 
+
+# A path on this machine, with `~` for the home folder.
+PathText = Annotated[str, AfterValidator(lambda value: str(user_path(value)))]
 
 CpuShare = Annotated[float, Field(ge=0.0001, le=10_000), AfterValidator(_cpu_share)]
 

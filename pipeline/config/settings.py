@@ -16,6 +16,7 @@ from pipeline.config.section import (
     WEEK_S,
     CpuShare,
     NamedAbove,
+    PathText,
     PlainName,
     Section,
     StrList,
@@ -254,7 +255,7 @@ class HarnessSettings(Section):
         default_factory=list,
         description="Which tasks or groups of tasks, such as `[arc_easy, hellaswag]`. Default: none.",
     )
-    include: str | None = Field(None, description="A folder with task files of your own.")
+    include: PathText | None = Field(None, description="A folder with task files of your own.")
     limit: int | None = Field(None, ge=1, description="How many documents of each task. Default: all.")
 
 

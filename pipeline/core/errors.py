@@ -6,6 +6,9 @@ exceptions that are none (`WorkerError` and those after it) are failures of mach
 
 from __future__ import annotations
 
+import errno
+import os
+
 from kasa.errors import KasaError
 
 
@@ -63,6 +66,49 @@ class TrackingAwayError(Exception):
 
 class StorageError(Exception):
     """The store of a remote workspace failed during a run, for longer than its requests are retried."""
+
+
+# What a person can mend of what the system refuses, in words that follow the path.
+_MENDABLE = {
+    errno.ENOSPC: "cannot be written: there is no space left; free some and run the same command again",
+    errno.EDQUOT: "cannot be written: the disk quota is used up; free some space and run the same command again",
+    errno.EROFS: "cannot be written: its file system is read-only; name another place",
+    errno.EACCES: "may not be read or written by this user; change its permissions, or name another place",
+    errno.EPERM: "may not be changed by this user; name another place",
+    errno.ENOENT: "does not exist, and cannot be made there",
+    errno.ESTALE: "is gone: its file system was taken away; mount it and run the same command again",
+    errno.ENOTDIR: "cannot be: a part of this path is a file, not a folder",
+    errno.EISDIR: "is a folder, where a file is expected",
+    errno.EEXIST: "is there already, and is no folder; name another place",
+    errno.ENAMETOOLONG: "has too long a name for its file system",
+    errno.ELOOP: "leads in a circle of symbolic links",
+    errno.EMFILE: "cannot be opened: this process may open no more files; raise the limit (ulimit -n)",
+}
+_NO_SPACE = ("database or disk is full", "no space left on device")
+
+
+def mendable(error: BaseException) -> KasaError | None:
+    """What the system refused a command, as a mistake that the user can mend; None where it is something else.
+
+    No space counts whatever wraps it: libraries and databases have errors of their own for it.
+    """
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return WorkspaceError(f"{_path_of(error) or 'a file of this command'} {_MENDABLE[error.errno]}")
+    link: BaseException | None = error
+    seen = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(mark in str(link).lower() for mark in _NO_SPACE):
+            path = _path_of(link) if isinstance(link, OSError) else None
+            return WorkspaceError(f"{path or 'a file or database of this run'} {_MENDABLE[errno.ENOSPC]}")
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _path_of(error: OSError) -> str | None:
+    path = error.filename2 or error.filename
+    return os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else None
 
 
 def one_line(error: object, limit: int = 300) -> str:

@@ -21,6 +21,7 @@ from kasa.files import file_digest
 from pipeline.config.settings import DataSettings
 from pipeline.core.console import console
 from pipeline.core.errors import DataError
+from pipeline.core.files import user_path
 from pipeline.data.forms import check_form
 from pipeline.data.readers import FORMATS, file_format, shown
 from pipeline.data.remote import PREFIX as HUB
@@ -134,7 +135,7 @@ def resolve_source(entry: str, key: str, workspace: Path, fetch: bool) -> list[P
 
 
 def _local_files(entry: str, key: str) -> list[Path]:
-    path = Path(entry).expanduser()
+    path = user_path(entry)
     if path.is_dir():
         files = _data_among(_files_below(path), path, f"{key}: folder {entry}")
         if not files:

@@ -14,13 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kasa.errors import nearest
 from kasa.files import file_digest
 from kasa.targets import Outline, Target, select_targets
 from pipeline.config.settings import BaseSettings, HeadKind
 from pipeline.core.code import code_digests, package_versions
 from pipeline.core.console import console
 from pipeline.core.errors import BaseModelError, one_line
-from pipeline.core.files import atomic_write, content_digest
+from pipeline.core.files import atomic_write, content_digest, user_path
 from pipeline.models.embedded import PREFIX, embedded_base, embedded_path_if_present
 from pipeline.models.pickled import PICKLES, convert, converted_folder, pickle_files
 
@@ -218,12 +219,19 @@ def _find(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
     if settings.model.startswith(PREFIX):
         name = settings.model.removeprefix(PREFIX)
         return embedded_base(name, workspace) if fetch else embedded_path_if_present(name, workspace)
-    folder = Path(settings.model).expanduser()
+    folder = user_path(settings.model)
     if folder.is_dir():
         return folder.resolve()
     if folder.is_absolute() or settings.model.startswith((".", "~")) or settings.model.count("/") != 1:
         raise BaseModelError(f"base.model {settings.model} is neither a folder nor a hub id (ORGANISATION/NAME)")
     return _from_hub(settings, fetch)
+
+
+def _nearest_folder(folder: Path) -> str:
+    """A hint at the folders beside, where a name like a hub id was perhaps meant as a path."""
+    if not folder.parent.is_dir():
+        return ""
+    return nearest(str(folder), [str(other) for other in folder.parent.iterdir() if other.is_dir()])
 
 
 def _from_hub(settings: BaseSettings, fetch: bool) -> Path | None:
@@ -274,9 +282,10 @@ def _snapshot(settings: BaseSettings, revision: str | None, patterns: Sequence[s
     except Exception as error:  # the hub client raises a dozen unrelated types
         if not fetch:
             return None
+        hint = _nearest_folder(Path(settings.model))
         raise BaseModelError(
-            f"base.model {settings.model} cannot be fetched from the hub ({type(error).__name__}: {one_line(error)}); "
-            "without a network, name a local folder"
+            f"base.model {settings.model} is no folder here{hint}{'' if hint else ';'} and as a hub id it cannot be fetched "
+            f"({type(error).__name__}: {one_line(error)}); without a network, name a local folder"
         ) from error
 
 

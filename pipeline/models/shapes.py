@@ -15,6 +15,7 @@ from kasa.errors import nearest
 from kasa.targets import Outline, outline_of
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import BaseModelError, one_line
+from pipeline.core.files import user_path
 from pipeline.models.prompting import head_modules
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def model_config(model: str, revision: str | None = None, folder: Path | None = 
     """
     from transformers import AutoConfig
 
-    local = folder or (Path(model) if Path(model).is_dir() else None)
+    local = folder or (user_path(model) if user_path(model).is_dir() else None)
     cached = local or _cached_folder(model, revision)
     if cached is not None:
         return read_config(cached)

@@ -142,6 +142,8 @@ class Registry:
         self.check_name(name)
         aliases = self.aliases(name)
         number = aliases.get(alias, "") if alias else number
+        if alias == CHAMPION and not number:
+            raise ModelError(self._without_champion(name))
         if alias and not number:
             hint = nearest(alias, aliases) or f"; it has {', '.join(sorted(aliases)) or 'none'}"
             raise ModelError(f"{name} has no alias {alias}{hint}")
@@ -150,6 +152,14 @@ class Registry:
             there = ", ".join(version.version for version in self.versions(name)[:10])
             raise ModelError(f"{name} has no version {number}; the newest are {there}")
         return found
+
+    def _without_champion(self, name: str) -> str:
+        newest = self.versions(name)[0]
+        why = f"{newest.tags.get('kasa.decision', 'registered')} ({newest.tags.get('kasa.reason', 'no reason given')})"
+        return (
+            f"{name} has no champion: version {newest.version} was {why}; it answers as {newest.uri}, and "
+            f"`kasa promote {newest.uri}` makes it the champion"
+        )
 
     def check_name(self, name: str) -> None:
         """Make sure that there is a model of this name.
@@ -247,6 +257,7 @@ class Registry:
         """
         from mlflow.exceptions import MlflowException
 
+        self.look_up(uri)
         try:
             files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
             flavors = self._mlflow.models.Model.load(str(files)).flavors

@@ -67,6 +67,11 @@ def ingredients_by_name(stored: Iterable[Stored]) -> dict[str, Ingredients]:
     return {one.name: one.ingredients for one in stored}
 
 
+def of_recipe(stored: Iterable[Stored], name: str) -> set[str]:
+    """Those that runs of a recipe of this name have made, by `STAGE/KEY`; what does not say who made it is among them."""
+    return {one.name for one in stored if one.facts.get("recipe", name) == name}
+
+
 def stored_artifacts(store: ArtifactStore, stages: Sequence[str] = STAGES) -> list[Stored]:
     """All complete artifacts of the stages, in the order of the stages and then of their making; damaged ones are left out."""
     found = []
@@ -93,18 +98,21 @@ def _read(manifest: Path) -> Stored | None:
         return None
 
 
-def why_made(key: StageKey, known: Mapping[str, Ingredients]) -> list[str]:
+def why_made(key: StageKey, known: Mapping[str, Ingredients], among: Collection[str] | None = None) -> list[str]:
     """What differs from the most similar artifact of the same stage, in words; empty where there is no other.
 
     Where an input is another stage's artifact, what differs there is said instead.
 
     Args:
         known: the ingredients of artifacts by `STAGE/KEY`, older ones first.
+        among: those of them that it is compared with: the ones of the same recipe, since another one has its own reasons.
+            None: all.
     """
     others = [
         ingredients
         for name, ingredients in known.items()
         if name.startswith(f"{key.stage}/")
+        and (among is None or name in among)
         and ingredients != key.ingredients
         and _given(ingredients) == _given(key.ingredients)  # the plain base's evaluation is no other adapter's
     ]

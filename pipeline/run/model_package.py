@@ -11,7 +11,7 @@ from pathlib import Path
 from kasa.errors import InterchangeError
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_tags, package_versions
-from pipeline.core.files import ADAPTER
+from pipeline.core.files import ADAPTER, user_path
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import DataSources
 from pipeline.evaluation.results import write_samples
@@ -93,7 +93,7 @@ def write_report(
     from kasa import export_lora, read_adapter  # torch
 
     adapter = made["train"].folder / ADAPTER
-    name = base.name if not Path(base.name).expanduser().is_dir() else str(base.folder)
+    name = base.name if not user_path(base.name).is_dir() else str(base.folder)
     try:
         return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=adapter / PROMPTING_FILE)}"
     except InterchangeError as error:

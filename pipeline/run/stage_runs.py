@@ -27,7 +27,7 @@ from pipeline.report.facts import StageFacts
 from pipeline.run.context import RunContext
 from pipeline.run.dependencies import KeyInputs, Stage
 from pipeline.run.graph import STAGE, side_by_side, stage_keys
-from pipeline.run.lineage import ingredients_by_name, stored_artifacts, why_made
+from pipeline.run.lineage import ingredients_by_name, of_recipe, stored_artifacts, why_made
 from pipeline.run.warm_start import WarmStart
 from pipeline.storage.artifacts import Artifact, StageKey
 from pipeline.storage.mirror import MANIFEST
@@ -72,7 +72,8 @@ class StageRun:
                 # Nothing of it, no checkpoint either, may be taken for what the key stands for.
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            return {**facts, "mlflow_run_id": self.run_id, "seconds": time.perf_counter() - started}
+            own = {"recipe": self.context.recipe.name, "mlflow_run_id": self.run_id}
+            return {**facts, **own, "seconds": time.perf_counter() - started}
 
         artifact = self.context.store.find_or_make(key, make_and_remember, recompute)
         if recomputed is not None and recompute:
@@ -105,7 +106,8 @@ class StageRun:
             return "you asked for it"
         if self.context.store.find(key):
             return ""
-        return "; ".join(why_made(key, ingredients_by_name(stored_artifacts(self.context.store))))
+        stored = stored_artifacts(self.context.store)
+        return "; ".join(why_made(key, ingredients_by_name(stored), of_recipe(stored, self.context.recipe.name)))
 
     @property
     def must_publish(self) -> bool:

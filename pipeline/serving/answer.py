@@ -14,7 +14,7 @@ from kasa.adapter_file import ADAPTER_JSON
 from kasa.files import check_sealed_folder
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
-from pipeline.core.files import ADAPTER
+from pipeline.core.files import ADAPTER, user_path
 from pipeline.core.machine import fast_precision
 from pipeline.methods.loading import base_name, check_saved_base, is_adapter
 from pipeline.models.base import find_base
@@ -61,12 +61,13 @@ def located_adapter(model: str, workspace: Path) -> Iterator[tuple[Path, Mapping
         DamagedFileError: a file of the adapter was changed.
     """
     if not model.startswith(SCHEME):
-        if not is_adapter(Path(model)):
+        folder = user_path(model)
+        if not is_adapter(folder):
             raise ModelError(
-                f"{model} is neither a registry URI ({SCHEME}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
+                f"{folder} is neither a registry URI ({SCHEME}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
             )
-        check_sealed_folder(Path(model))
-        yield Path(model), None
+        check_sealed_folder(folder)
+        yield folder, None
         return
     with tempfile.TemporaryDirectory(prefix="kasa-model-") as temporary:
         files, config = open_registry(workspace).fetch_files(model, Path(temporary))

@@ -42,6 +42,27 @@ def test_listed_and_explained(workspace) -> None:
     assert reasons == {0: [], 1: ["train.seed 0 -> 1"]}
 
 
+def test_names_are_not_cut(workspace, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    names = [one["artifact"] for one in json.loads(call(workspace, "list", "--json"))]
+    for name in names:
+        assert name in call(workspace, "list")
+        assert name in call(workspace, "explain", name)
+
+
+def test_recipes_have_reasons_of_their_own(tmp_path) -> None:
+    store = ArtifactStore(tmp_path)
+    for recipe, seed in (("one", 0), ("two", 1), ("one", 2)):
+        key = StageKey("train", {"inputs": {"prepared": "p"}, "settings": {"train": {"seed": seed}}})
+        store.find_or_make(key, lambda folder, recipe=recipe: {"mlflow_run_id": "abc", "recipe": recipe})
+    found = [
+        json.loads(call(tmp_path, "explain", one["artifact"], "--json"))
+        for one in json.loads(call(tmp_path, "list", "--json"))
+    ]
+    reasons = {one["ingredients"]["settings"]["train"]["seed"]: one["reasons"] for one in found}
+    assert reasons == {0: [], 1: [], 2: ["train.seed 0 -> 2"]}
+
+
 def test_pruned_when_told_to(workspace) -> None:
     assert "would go" in call(workspace, "prune", "--unused-days", "0")
     assert len(json.loads(call(workspace, "list", "--json"))) == 2

@@ -329,6 +329,12 @@ def test_missing_files_are_named(name: str, message: str) -> None:
         load_deepspeed_config(name)
 
 
+def test_a_file_in_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _write(tmp_path, {"zero_optimization": {"stage": 1}})
+    assert zero_stage(load_deepspeed_config("~/mine.json")) == 1
+
+
 def test_completing_leaves_the_file_alone() -> None:
     config = load_deepspeed_config("gpu_zero3_offload")
     before = json.dumps(config)

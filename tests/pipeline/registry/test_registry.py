@@ -180,6 +180,16 @@ def test_what_was_not_compared_with_the_champion_does_not_replace_it(registry: R
             _check_champion(registry, NAME, facts, Facts(promote=promote))  # type: ignore[arg-type]
 
 
+def test_without_a_champion_the_newest_version_and_its_reason_are_named(kasa: Kasa, registry: Registry) -> None:
+    register(registry, False)
+    for command in (("generate", f"models:/{NAME}@champion", "hello"), ("promote", f"models:/{NAME}@champion")):
+        code, _, err = kasa(*command)
+        assert code == 2
+        assert f"{NAME} has no champion: version 1 was kept out (because); it answers as models:/{NAME}/1" in err
+        assert f"kasa promote models:/{NAME}/1" in err
+    assert kasa("generate", f"models:/{NAME}@challenge", "hello")[2].strip().endswith("did you mean challenger?")
+
+
 def test_promote_and_rollback(kasa: Kasa, registry: Registry) -> None:
     register(registry, True, False)
     code, out, _ = kasa("promote", f"models:/{NAME}@challenger", "--reason", "the  editors\nprefer it")

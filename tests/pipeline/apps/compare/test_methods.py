@@ -175,6 +175,8 @@ def test_tuning_needs_validation_samples(recipe: Build) -> None:
         ("lr=fast", "no list of numbers"),
         ("lr=1e-3", "at least two"),
         ("lr=-1,1", "above 0"),
+        ("lr=1e-3,inf", "at most 1e\\+06"),
+        ("lr=1e-3,nan", "above 0"),
     ):
         with pytest.raises(RecipeError, match=said):
             tuned_rates(text, tunable)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -22,6 +25,7 @@ from kasa.adapter_file import SavedAdapter
 from kasa.layer import KasaUpdate
 from kasa.spectra import Triplets
 from kasa.targets import Target
+from pipeline.apps import plan as plan_module
 from pipeline.apps.plan import DataFacts, Estimate, estimate, plan_training
 from pipeline.apps.plan_compute import Hardware, hardware_of, spectra_cost, training_flops
 from pipeline.apps.plan_memory import (
@@ -384,6 +388,43 @@ def test_what_is_known_of_the_data_replaces_the_recipes_limits() -> None:
     assert many.step_flops < unknown.step_flops * 20.5 / 512
 
 
+@pytest.mark.parametrize(
+    ("data", "train", "rows", "steps"),
+    [
+        ({}, {}, 90, 6),  # a tenth is held out
+        ({"heldout": "other.jsonl"}, {}, 100, 7),
+        ({"validation_rows": 10}, {"max_steps": 3}, 80, 3),
+        ({"train_rows": 20}, {}, 20, 2),
+        ({"train": ["rows.jsonl", "more.csv", "more.parquet", "more.json"], "heldout": "x.jsonl"}, {}, 106, 7),
+        ({"train": ["rows.jsonl", "absent.jsonl"]}, {"max_steps": 3}, None, 3),
+        ({"train": "damaged.parquet"}, {}, None, None),
+        ({"train": "https://localhost/rows.jsonl"}, {}, None, None),
+    ],
+)
+def test_rows_of_local_files_are_counted(data, train, rows, steps, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "a"}\n\n' * 100)
+    Path("more.csv").write_text('text\na\n"b\nc"\n')
+    Path("more.json").write_text('[{"text": "a"},\n{"text": "b"}]')
+    Path("damaged.parquet").write_text("PAR1")
+    pq.write_table(pa.table({"text": ["a", "b"]}), "more.parquet")
+    result = estimate(_recipe(data={"train": "rows.jsonl", **data}, train=train), meta_model(_small_llama()), [])
+    assert (result.train_rows, result.optimizer_steps) == (rows, steps)
+    assert any("optimizer steps" in line for line in result.unknown) == (rows is None)
+
+
+def test_more_memory_than_there_is_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(plan_module, "memory_gib", lambda: (4.0, 2.0))
+    model, targets = meta_model(_small_llama()), find_targets(meta_model(_small_llama()), "all-linear")
+    for workers, said in ((1, False), (16, True)):
+        warnings = estimate(_recipe(train={"workers": workers}), model, targets).warnings
+        assert bool(warnings) is said
+        assert all(
+            re.match(r"memory: 16 workers need \d+\.\d GiB and this machine has 4\.0", line) for line in warnings
+        )
+    assert estimate(_recipe(train={"workers": 16, "gpu": True}), model, targets).warnings == ()
+
+
 def test_packed_samples_fill_one_row() -> None:
     model = meta_model(_small_llama())
     packed = _recipe(data={"max_tokens": 64}, train={"pack_tokens": 256, "micro_batch_size": 3})
@@ -426,6 +467,9 @@ def test_the_lowest_stage_that_fits_is_recommended(memory_gib: float | None, rec
     assert result.recommended == recommended
     refused = [stage.deepspeed for stage in result.stages if stage.refused]
     assert refused == ["cpu_zero0"]
+    assert [stage.refused for stage in result.stages if stage.refused] == [
+        "ZeRO stage 0 does not go with train.precision bf16"
+    ]
 
 
 def test_unknown_model_is_said_not_guessed() -> None:
