@@ -25,6 +25,7 @@ from kasa.errors import KasaError
 from pipeline.cli import compare, models, run
 from pipeline.core.console import console
 from pipeline.core.errors import WorkspaceError
+from pipeline.core.redaction import redacted
 
 app = typer.Typer(
     add_completion=False,
@@ -83,7 +84,7 @@ def end_on_sigterm() -> None:
 
 def _fail(error: Exception) -> None:
     with tempfile.NamedTemporaryFile("w", prefix="kasa-failure-", suffix=".txt", delete=False) as file:
-        traceback.print_exception(error, file=file)
+        file.write(redacted("".join(traceback.format_exception(error))))
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     console.print(f"[bold red]failed:[/] {type(error).__name__}: {escape(first)}", soft_wrap=True)
     console.print(f"the traceback is in {file.name}; the same command resumes from here", soft_wrap=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.core.errors import DataError
+from pipeline.core.redaction import shell_command
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
@@ -67,7 +68,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8 (0x{raw[error.start]:02x}); "
-                    f"convert the file, e.g. `iconv -f latin1 -t utf-8 {path.name}`"
+                    f"convert the file, e.g. `{shell_command('iconv', '-f', 'latin1', '-t', 'utf-8', path.name)}`"
                 ) from None
             yield number, line.removeprefix("\ufeff") if number == 1 else line
 
