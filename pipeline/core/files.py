@@ -58,9 +58,13 @@ def local_folder(location: Path | str) -> Path:
     if not is_remote(location):
         return Path(str(location).removeprefix(_FILE))
     url = redacted(str(location)).rstrip("/")
-    cache = Path(os.environ.get("KASA_CACHE") or Path.home() / ".cache" / "kasa").expanduser().resolve()
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[-40:].strip("-")
-    return cache / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return machine_cache() / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+def machine_cache() -> Path:
+    """The folder in which this machine keeps what any run of this user may use again: `$KASA_CACHE` (`~/.cache/kasa`)."""
+    return Path(os.environ.get("KASA_CACHE") or Path.home() / ".cache" / "kasa").expanduser().resolve()
 
 
 def workspace_option(location: Path | str) -> list[str]:
