@@ -16,8 +16,6 @@ import torch
 
 from kasa import lapack
 
-# From this K on, two factorisations and the iterations take less than the reduction to tridiagonal form.
-LANCZOS_FROM = 1024
 # A wider block takes fewer steps, a narrower one a smaller space; 8 columns cost a triangular solve little more than one.
 BLOCK = 8
 # Of an eigenvalue: far below what neighbouring singular values differ by, so that they do not mix.

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kasa.bottom import LANCZOS_FROM, Operand, by_eigensolver, by_lanczos, gram_norm, is_complete, spectral_norm
+from kasa.bottom import Operand, by_eigensolver, by_lanczos, gram_norm, is_complete, spectral_norm
 from kasa.errors import SpectrumError
+from kasa.truncation import LANCZOS_FROM
 from kasa.weighting import Weighting
 
 RESIDUAL_LIMIT = 1e-9

@@ -20,6 +20,9 @@ Truncation = Literal["loss", "activation", "weight", "authors", "none"]
 
 # The rules that look at text.
 CALIBRATED: tuple[Truncation, ...] = ("loss", "activation")
+# How the bottom of a spectrum is found depends on K, the smaller side of the weight: from this K on, two factorisations and
+# the iterations of `kasa.bottom.by_lanczos` take less than the reduction to tridiagonal form. A plan reads it without torch.
+LANCZOS_FROM = 1024
 
 
 def dropped_rank(target: Target, truncation: Truncation, rank: int) -> int:

@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput") and hasattr(os, "pidfd_open"):
         folder = tempfile.mkdtemp(prefix="kasa-tests-")
         os.environ[forking.VARIABLE] = f"{os.getpid()}:{folder}/socket"
+        os.environ["KASA_CACHE"] = f"{folder}/cache"  # not the user's own
     sys.addaudithook(_refuse_unmarked_processes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kasa.targets import Target
 from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
@@ -14,7 +15,7 @@ from pipeline.data.forms import check_first_rows
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import BaseModel, find_base
-from pipeline.models.shapes import meta_model, model_config
+from pipeline.models.paper import planned_model
 from pipeline.registry.store import open_registry
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import PREPARE, STAGES, stage_keys
@@ -68,10 +69,9 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
     if sources is not None:
         check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
     base = find_base(recipe.base, recipe.workspace, fetch=False)
-    config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
-    model = meta_model(config, recipe.base.head) if config is not None else None
     if base is not None:
         base.targets(recipe.adapter.targets)  # refuses a checkpoint that does not fit its configuration
+    model: Any = planned_model(recipe.base, base.folder if base else None)
     targets = checked_targets(recipe, model) if model is not None else []
     stages = _stages(recipe, base, sources.digest if sources else None, targets, recompute)
     return RunPlan(

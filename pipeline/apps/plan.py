@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from kasa.targets import Target, select_targets
 from kasa.truncation import dropped_rank
@@ -39,6 +37,9 @@ from pipeline.methods.choice import check_ranks
 from pipeline.models.prompting import head_modules
 from pipeline.models.shapes import base_outline, built_in_names, meta_model, model_config
 from pipeline.training.job import optimizer_steps
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 

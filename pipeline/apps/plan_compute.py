@@ -6,14 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from kasa import find_targets
-from kasa.bottom import LANCZOS_FROM
 from kasa.errors import KasaError
 from kasa.targets import Target
-from kasa.truncation import CALIBRATED, Truncation
+from kasa.truncation import CALIBRATED, LANCZOS_FROM, Truncation
 from pipeline.apps.plan_memory import GIB, AdaptedModule, BlockShape
 from pipeline.config.deepspeed import config_names
 from pipeline.config.recipe import Recipe, parse_recipe, plain_values
@@ -21,6 +19,9 @@ from pipeline.config.settings import DataSettings
 from pipeline.core.errors import RecipeError
 from pipeline.data.readers import read_rows
 from pipeline.data.sources import resolve_source
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # FLOPs per second in fp64 on one core, by the count below; 25e9 to 55e9 were measured on an AMD EPYC for sides of 1024 to 4096.
 SPECTRA_FLOPS_PER_CORE = 3e10

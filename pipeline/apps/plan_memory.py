@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from kasa.targets import Target
 from pipeline.config.deepspeed import (
@@ -24,6 +22,9 @@ from pipeline.config.deepspeed import (
     workers_of_a_copy,
     zero_stage,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GIB = 2**30
 

@@ -32,6 +32,7 @@ from pipeline.core import stopping
 from pipeline.core.code import package_versions
 from pipeline.core.console import console
 from pipeline.core.errors import mendable
+from pipeline.core.redaction import redacted
 
 
 def _print_version(asked: bool) -> None:
@@ -114,7 +115,7 @@ def _fail(error: Exception) -> NoReturn:
     console.print(f"[bold red]failed:[/] {type(error).__name__}: {escape(first)}", soft_wrap=True)
     try:
         with tempfile.NamedTemporaryFile("w", prefix="kasa-failure-", suffix=".txt", delete=False) as file:
-            traceback.print_exception(error, file=file)
+            file.write(redacted("".join(traceback.format_exception(error))))
         console.print(f"the traceback is in {file.name}; the same command resumes from here", soft_wrap=True)
     except OSError as full:
         console.print(f"the traceback cannot be written ({full}); the same command resumes from here", soft_wrap=True)

@@ -65,9 +65,13 @@ def local_folder(location: Path | str) -> Path:
     if not is_remote(location):
         return user_path(str(location).removeprefix(_FILE))
     url = redacted(str(location)).rstrip("/")
-    cache = user_path(os.environ.get("KASA_CACHE") or "~/.cache/kasa").resolve()
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[-40:].strip("-")
-    return cache / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return machine_cache() / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+def machine_cache() -> Path:
+    """The folder in which this machine keeps what any run of this user may use again: `$KASA_CACHE` (`~/.cache/kasa`)."""
+    return user_path(os.environ.get("KASA_CACHE") or "~/.cache/kasa").resolve()
 
 
 def workspace_option(location: Path | str) -> list[str]:

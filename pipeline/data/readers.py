@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from pipeline.core.errors import DataError, one_line
+from pipeline.core.redaction import shell_command
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 GZIP = ".gz"
@@ -130,7 +131,7 @@ def _lines(name: str, file: IO[bytes]) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{name}:{number}: byte {error.start + 1} of the line is not UTF-8 (0x{raw[error.start]:02x}); "
-                "convert the file, e.g. with `iconv -f latin1 -t utf-8`"
+                f"convert the file, e.g. `{shell_command('iconv', '-f', 'latin1', '-t', 'utf-8', Path(name).name)}`"
             ) from None
         yield number, line.removeprefix("\ufeff") if number == 1 else line
 

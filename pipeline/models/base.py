@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from pipeline.config.settings import BaseSettings, HeadKind
 from pipeline.core.code import code_digests, package_versions
 from pipeline.core.console import console
 from pipeline.core.errors import BaseModelError, one_line
-from pipeline.core.files import atomic_write, content_digest, user_path
+from pipeline.core.files import atomic_write, content_digest, machine_cache, user_path
 from pipeline.models.embedded import PREFIX, embedded_base, embedded_path_if_present
 from pipeline.models.pickled import PICKLES, convert, converted_folder, pickle_files
 
@@ -67,13 +68,13 @@ class BaseModel:
         name: Its name in the recipe.
         folder: Its Hugging Face folder.
         head: The kind of head that it gets.
-        outlines: The folder in which outlines are stored; None to store none.
+        outlines: The folder in which outlines are stored.
     """
 
     name: str
     folder: Path
     head: HeadKind = "language-model"
-    outlines: Path | None = None
+    outlines: Path = field(default_factory=lambda: machine_cache() / "outlines")
 
     @cached_property
     def digest(self) -> str:
@@ -140,7 +141,7 @@ class BaseModel:
 
             return draw_outline(self.folder, self.head)
 
-        return draw() if self.outlines is None else remembered_outline(self.outlines, self.digest, self.head, draw)
+        return remembered_outline(self.outlines, self.digest, self.head, draw)
 
     @property
     def weights(self) -> CheckpointWeights:
@@ -165,7 +166,7 @@ def find_base(settings: BaseSettings, workspace: Path, fetch: bool = True) -> Ba
     folder = find_folder(settings, workspace, fetch)
     if folder is None:
         return None
-    return BaseModel(settings.model, folder, settings.head, workspace / "outlines" if fetch else None)
+    return BaseModel(settings.model, folder, settings.head)
 
 
 def find_folder(settings: BaseSettings, workspace: Path, fetch: bool = True) -> Path | None:
@@ -177,13 +178,6 @@ def find_folder(settings: BaseSettings, workspace: Path, fetch: bool = True) -> 
     if list(folder.glob("*.safetensors")):
         return folder.resolve()
     return _as_safetensors(folder, settings.model, workspace / "sources", fetch)
-
-
-def user_cache() -> Path:
-    """Where a command without a workspace stores what it fetches or converts: beside the hub's own cache."""
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME) / "kasa"
 
 
 def folder_digest(folder: Path, digest: Callable[[Path], str] = file_digest) -> str:
@@ -211,7 +205,8 @@ def remembered_outline(folder: Path, base_digest: str, head: HeadKind, draw: Cal
     if (known := _read_outline(file)) is not None:
         return known
     outline = draw()
-    atomic_write(file, json.dumps(dataclasses.asdict(outline)))
+    with suppress(OSError):  # a home that cannot be written is no obstacle
+        atomic_write(file, json.dumps(dataclasses.asdict(outline)))
     return outline
 
 

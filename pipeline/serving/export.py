@@ -7,7 +7,6 @@ bases by name, and compares the logits of a merged model with those of its base 
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import BaseModelError, ModelError
 from pipeline.core.machine import GIB, memory_gib
-from pipeline.models.base import BaseModel, find_base, user_cache
+from pipeline.core.redaction import shell_command
+from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import DTYPES, load_base
 from pipeline.models.prompting import PROMPTING_FILE, Prompting, load_tokenizer
 from pipeline.serving.answer import located_adapter
@@ -222,7 +222,7 @@ def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
         rank=adapter.config.rank,
         dtypes=("float32",),
         logits=None,
-        command=f'kasa generate {shlex.quote(str(out))} "..."',
+        command=f'{shell_command("kasa", "generate", out)} "..."',
         notes=notes,
     )
 
@@ -234,7 +234,7 @@ def _merged(source: ModelSource, out: Path, dtype: Dtype) -> Exported:
     if note is None:
         logits = logit_difference(source.base, source.adapter, out)
         note = coarse(logits, written.dtypes)
-    command = f"vllm serve {shlex.quote(str(out))}"
+    command = shell_command("vllm", "serve", out)
     return Exported(
         out=out,
         format="merged",
@@ -266,8 +266,8 @@ def _serve_lora(source: ModelSource, out: Path, rank: int) -> str:
         limit = vllm_rank(rank)
     except InterchangeError:
         return _load_with_peft(source, out)
-    module = shlex.quote(f"{out.name}={out}")
-    return f"vllm serve {shlex.quote(source.base_name)} --enable-lora --max-lora-rank {limit} --lora-modules {module}"
+    options = ["--enable-lora", "--max-lora-rank", limit, "--lora-modules", f"{out.name}={out}"]
+    return shell_command("vllm", "serve", source.base_name, *options)
 
 
 def _peft_kasa(source: ModelSource, out: Path) -> Exported:
@@ -337,7 +337,7 @@ def _with_base(
 def _folder_of(name: str, given: Path) -> Path:
     if not given.is_dir():
         raise BaseModelError(f"--base {given} is no folder; name the Hugging Face folder of the base model")
-    found = find_base(BaseSettings(model=name), user_cache())
+    found = find_base(BaseSettings(model=name), machine_cache())
     assert found is not None  # only a look without fetching finds nothing
     return found.folder
 

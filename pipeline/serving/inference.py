@@ -24,7 +24,7 @@ from kasa.files import check_sealed_folder
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
 from pipeline.methods.loading import attach_folder
-from pipeline.models.base import BaseModel, find_base, user_cache
+from pipeline.models.base import BaseModel, find_base
 from pipeline.models.forward import Sample, collate_labelled, head_outputs, padding_token, vocabulary_size
 from pipeline.models.loading import end_tokens, load_base
 from pipeline.models.prompting import (
@@ -228,13 +228,13 @@ def _find_base(config: Mapping[str, Any], base: Path | None) -> BaseModel:
         raise ModelError(f"{option} is {given}, which is no model folder; it should hold {name}")
     for place in (given, recorded):
         if place and _is_model(place):
-            placed = find_base(BaseSettings(model=str(Path(place).absolute())), user_cache())
+            placed = find_base(BaseSettings(model=str(Path(place).absolute())), machine_cache())
             assert placed is not None  # only a look without fetching finds nothing
             return replace(placed, name=name)
     try:
         if not is_hub_id(name):
             raise ModelError("it has no hub id")
-        found = find_base(BaseSettings(model=name, revision=config["base_revision"]), user_cache())
+        found = find_base(BaseSettings(model=name, revision=config["base_revision"]), machine_cache())
     except KasaError as error:
         raise ModelError(
             f"the base model {name} is not at {recorded} ({error}); set {BASE_VARIABLE} to the folder that holds it"

@@ -21,7 +21,7 @@ from pipeline.core import stopping
 from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError, WorkspaceError, one_line
 from pipeline.core.files import make_once
-from pipeline.core.machine import TIMEOUT_S, Finding, answers, backoff_s
+from pipeline.core.machine import TIMEOUT_S, Finding, answers, backoff_s, connects, host_and_port
 from pipeline.core.redaction import redacted, shell_command
 
 Result = TypeVar("Result")
@@ -36,6 +36,8 @@ _SILENT_TRIES = 1
 
 _UNAVAILABLE_STATUS = {408, 429, 500, 502, 503, 504}
 _UNAVAILABLE_CODES = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
+_DATABASE_PORTS = {"postgres": 5432, "mysql": 3306, "mssql": 1433}
+_ANSWER_S = 10.0
 _REFUSALS = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
 # Marks of database errors that retrying does not help against. Of SQLite's own errors, only that of a lock passes.
 _LASTING = ("disk is full", "disk i/o", "readonly", "unable to open", "no such table", "malformed", "not a database")
@@ -116,6 +118,16 @@ def check_store(uri: str | None, timeout_s: float = TIMEOUT_S) -> Finding:
     if "://" not in uri or uri.startswith("file:"):
         remedy = "set MLFLOW_TRACKING_URI to sqlite:///PATH or to a server, or unset it"
         return Finding("MLflow", "fail", f"{shown} is a file store, which MLflow 3.17 refuses", remedy)
+    return _check_database(uri, shown, timeout_s)
+
+
+def _check_database(uri: str, shown: str, timeout_s: float) -> Finding:
+    port = next((port for kind, port in _DATABASE_PORTS.items() if uri.startswith(kind)), None)
+    where = host_and_port(uri, port) if port else None
+    if where and (problem := connects(*where, timeout_s)):
+        # Left to itself, MLflow tries a database that does not answer fifteen times, with growing pauses.
+        remedy = "start the database, or correct or unset MLFLOW_TRACKING_URI"
+        return Finding("MLflow", "fail", f"{shown}: {problem}", remedy)
     return Finding("MLflow", "warn", f"{shown} was not checked", "see that this store can be reached from all nodes")
 
 
@@ -169,9 +181,14 @@ def connect(workspace: Path) -> RetryingMlflow:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    uri = tracking_uri(workspace)
+    # A server is asked below, with a time-out of its own.
+    if os.environ.get("MLFLOW_TRACKING_URI") and not uri.startswith(("http://", "https://")):
+        found = check_store(uri, _ANSWER_S)
+        if found.status == "fail":
+            raise WorkspaceError(f"{found.detail}; {found.remedy}")
     import mlflow
 
-    uri = tracking_uri(workspace)
     registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or uri
     # Logging and loading models goes past the client, to the module's own URIs.
     with _environment_kept():

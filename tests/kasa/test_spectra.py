@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kasa import bottom, spectra
+from kasa import bottom, spectra, truncation
 from kasa.errors import SpectrumError
 from kasa.spectra import bottom_triplets
 from kasa.spectra_file import load_spectra, save_spectra
@@ -78,7 +78,7 @@ def test_the_svd_is_the_safety_net(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Wide enough for the Lanczos route, which smaller weights do not take.
 
-LARGE = bottom.LANCZOS_FROM
+LARGE = truncation.LANCZOS_FROM
 
 
 def large_spectrum(kind: str) -> torch.Tensor:

@@ -34,6 +34,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "train: {workers: 2, deepspeed: cpu_zero2, precision: fp32}\nevaluate: {kind: text}\n"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KASA_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
