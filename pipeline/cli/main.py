@@ -13,15 +13,10 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import re
-import shlex
-import shutil
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 
 import typer
 from rich.markup import escape
@@ -31,9 +26,6 @@ from pipeline.cli import compare, models, run
 from pipeline.core import stopping
 from pipeline.core.console import console
 from pipeline.core.errors import WorkspaceError
-
-# A login or a query in a URL, or a setting whose name says what it is.
-_SECRET = re.compile(r"://[^/\s]*@|://\S*\?|(token|password|secret|key)=", re.IGNORECASE)
 
 app = typer.Typer(
     add_completion=False,
@@ -59,9 +51,9 @@ app.add_typer(models.artifacts_app, name="artifacts")
 
 
 def main() -> None:
-    """Entry point of the `kasa` command."""
+    """Run the command that the arguments name, and end as the exit codes say."""
     warnings.filterwarnings("ignore")
-    with stopping.on_signals(command_line(sys.argv)):
+    with stopping.on_signals(sys.argv):
         _run()
 
 
@@ -84,14 +76,6 @@ def _run() -> None:
     finally:
         # Else the interpreter's last garbage collection goes through all that torch and Ray have imported: 2 to 3 s.
         gc.freeze()
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """The command as it can be typed again; empty where an argument may hold a login or a token, which no log must show."""
-    if any(_SECRET.search(argument) for argument in arguments[1:]):
-        return ""
-    named = Path(arguments[0]).name == "kasa" and not shutil.which("kasa")
-    return shlex.join([arguments[0] if named else "kasa", *arguments[1:]])
 
 
 def _fail(error: Exception) -> None:

@@ -201,7 +201,7 @@ def _job_config() -> Any:
     """
     from ray.job_config import JobConfig
 
-    class OwnPath(JobConfig):  # type: ignore[misc]
+    class OwnPath(JobConfig):
         def _get_proto_job_config(self) -> Any:
             # An installed package is found without help, and its folder must not come before the standard library.
             self._py_driver_sys_path = [] if _ROOT.name in ("site-packages", "dist-packages") else [str(_ROOT)]
