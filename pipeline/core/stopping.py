@@ -54,10 +54,10 @@ class _Stop:
     Attributes:
         command: by which the user goes on; empty if it must not be shown.
         handled: the signals that this process ends on.
-        signal: the first signal, if one has come, and `since` when, on the monotonic clock.
+        signal: the first signal, if one has come.
         asked: whether one has come.
         raised: whether the main thread has been told.
-        deadline: when the grace is over.
+        deadline: when the grace is over, on the monotonic clock.
         words: what is said at the end in place of the usual.
         duties: what an end without unwinding still owes.
         ending: held by the thread that ends the process.
@@ -66,7 +66,6 @@ class _Stop:
     command: str = ""
     handled: tuple[signal.Signals, ...] = ()
     signal: int | None = None
-    since: float = 0.0
     asked: threading.Event = field(default_factory=threading.Event)
     raised: bool = False
     deadline: float = float("inf")
@@ -76,8 +75,7 @@ class _Stop:
 
     def ask(self, signum: int) -> None:
         if self.signal is None:
-            self.since = time.monotonic()
-            self.deadline = self.since + GRACE_S
+            self.deadline = time.monotonic() + GRACE_S
             self.signal = signum
             self.asked.set()
 
@@ -241,6 +239,7 @@ def _raise(signum: int, frame: FrameType | None) -> None:
 
 
 def _watch(heard: int) -> None:
+    first: float | None = None
     while True:
         ready, _, _ = select.select([heard], [], [], _POLL_S if requested() else None)
         signals = os.read(heard, 64) if ready else b""
@@ -250,8 +249,10 @@ def _watch(heard: int) -> None:
         for signum in signals:
             if signum not in _stop.handled:
                 continue
-            if requested() and time.monotonic() - _stop.since > _SAME_SIGNAL_S:
+            # By when this thread heard the first one: on a busy machine the main thread may have been told long before.
+            if first is not None and time.monotonic() - first > _SAME_SIGNAL_S:
                 end()
+            first = first or time.monotonic()
             _stop.ask(signum)
         if time.monotonic() > _stop.deadline:
             _within(DUTIES_S, list(_stop.duties))

@@ -14,7 +14,7 @@ import pytest
 from pipeline.core import stopping
 
 PROGRAM = """
-import signal, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time, types
 from concurrent.futures import ThreadPoolExecutor
 from pipeline.core import stopping
 
@@ -26,6 +26,16 @@ def in_order():
     try:
         stopping.pause(300)
     finally:
+        print("in order", flush=True)
+
+def in_order_where_the_listener_is_late():
+    stopping.GRACE_S = 10
+    late = lambda *arguments: (time.sleep(0.8), os.read(*arguments))[1]
+    stopping.os = types.SimpleNamespace(**vars(os) | {"read": late})
+    try:
+        time.sleep(300)
+    finally:
+        time.sleep(1.5)
         print("in order", flush=True)
 
 def in_an_endless_call():
@@ -86,6 +96,7 @@ def start(what: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
         ("in_order", signal.SIGTERM, 143, "in order\n"),
         ("in_order", signal.SIGINT, 130, "in order\n"),
         ("in_order", signal.SIGHUP, 129, "in order\n"),
+        ("in_order_where_the_listener_is_late", signal.SIGINT, 130, "in order\n"),
         ("in_an_endless_call", signal.SIGINT, 130, ""),
         ("in_a_thread", signal.SIGINT, 130, ""),
         ("behind_a_handler_of_a_library", signal.SIGINT, 130, "owed\n"),
