@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.cli.main import main
+from pipeline.cli.start import start
 
 
 def run_job() -> None:
     """Hand the job's arguments to `kasa run`."""
     sys.argv[1:1] = ["run"]
-    main()
+    start()
 
 
 if __name__ == "__main__":

@@ -12,15 +12,10 @@ from __future__ import annotations
 
 import gc
 import os
-import re
-import shlex
-import shutil
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -40,9 +35,6 @@ def _print_version(asked: bool) -> None:
         print(f"kasa {package_versions(['kasa-pipeline'])['kasa-pipeline']}")
         raise typer.Exit
 
-
-# A login or a query in a URL, or a setting whose name says what it is.
-_SECRET = re.compile(r"://[^/\s]*@|://\S*\?|(token|password|secret|key)=", re.IGNORECASE)
 
 app = typer.Typer(
     add_completion=False,
@@ -77,9 +69,9 @@ def options(
 
 
 def main() -> None:
-    """Entry point of the `kasa` command."""
+    """Run the command that the arguments name, and end as the exit codes say."""
     warnings.filterwarnings("ignore")
-    with stopping.on_signals(command_line(sys.argv)):
+    with stopping.on_signals(sys.argv):
         _run()
 
 
@@ -95,14 +87,6 @@ def _run() -> None:
     finally:
         # Else the interpreter's last garbage collection goes through all that torch and Ray have imported: 2 to 3 s.
         gc.freeze()
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """The command as it can be typed again; empty where an argument may hold a login or a token, which no log must show."""
-    if any(_SECRET.search(argument) for argument in arguments[1:]):
-        return ""
-    named = Path(arguments[0]).name == "kasa" and not shutil.which("kasa")
-    return shlex.join([arguments[0] if named else "kasa", *arguments[1:]])
 
 
 def _refuse(error: KasaError) -> NoReturn:

@@ -183,10 +183,17 @@ class _Connection:
         with ExitStack() as opened:
             # Linux kills the processes of Ray together with the thread that started them, and a stage may run in a thread that
             # ends before the run. So a thread of the connection's own starts Ray.
-            starter = ThreadPoolExecutor(1, "ray")
-            opened.callback(lambda: None if _left_to_the_end() else starter.shutdown())
-            connected = _connected(self.workspace, self.cpus, self.gpus)
-            starter.submit(opened.enter_context, connected).result()
+            starter, over = ThreadPoolExecutor(1, "ray"), threading.Event()
+
+            def close() -> None:
+                if not _left_to_the_end():
+                    over.set()
+                    starter.shutdown()
+
+            opened.callback(close)
+            starting = starter.submit(opened.enter_context, _connected(self.workspace, self.cpus, self.gpus))
+            starter.submit(over.wait)
+            starting.result()
             self.stack.enter_context(opened.pop_all())
 
 

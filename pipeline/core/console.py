@@ -86,8 +86,9 @@ class ProgressBars:
             unit: its name; where there is none, the note names it.
         """
         name = f"{self._label}{name}"
-        place = f"after {unit} {done} of {total}" if unit else f"in {name} after {done} of {total} {note}"
-        ProgressBars.reached = place.rstrip()
+        where = self._label.removesuffix(": ") if unit else name
+        how_far = f"after {unit} {done} of {total}" if unit else f"after {done} of {total} {note}".rstrip()
+        ProgressBars.reached = f"in {where} {how_far}" if where else how_far
         if console.is_terminal:
             self._update_bar(name, done, total, note)
         else:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how a command ends in order within seconds, whatever it is doing, and leaves no process behind.
+"""Ctrl-C, SIGTERM and a closed terminal: how a command ends in order within seconds and leaves no process behind.
 
 The first signal raises `Stopped` in the main thread; loops of other threads ask `check`. What unwinds then marks its runs and
 gives its locks back. A thread of its own hears the signals as well, through the C handler alone: should the main thread be
@@ -9,7 +9,10 @@ inside of a library, or a library have put a handler of its own in place, it end
 from __future__ import annotations
 
 import os
+import re
 import select
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -32,7 +35,9 @@ GRACE_S, DUTIES_S, WORDS_S, DEATH_S = 4.0, 1.5, 0.5, 1.0
 # A terminal and a program that passes signals on may both deliver one Ctrl-C.
 _SAME_SIGNAL_S = 0.3
 _POLL_S = 0.2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A login or a query in a URL, or a setting whose name says what it is.
+_SECRET = re.compile(r"://[^/\s]*@|://\S*\?|(token|password|secret|key)=", re.IGNORECASE)
 _PROCESSES = Path("/proc")
 # Whether `end` leaves no process of this one's own behind.
 KILLS_BENEATH = (_PROCESSES / "self" / "stat").exists()
@@ -49,10 +54,10 @@ class _Stop:
     Attributes:
         command: by which the user goes on; empty if it must not be shown.
         handled: the signals that this process ends on.
-        signal: the first signal, if one has come, and `since` when, on the monotonic clock.
+        signal: the first signal, if one has come.
         asked: whether one has come.
         raised: whether the main thread has been told.
-        deadline: when the grace is over.
+        deadline: when the grace is over, on the monotonic clock.
         words: what is said at the end in place of the usual.
         duties: what an end without unwinding still owes.
         ending: held by the thread that ends the process.
@@ -61,7 +66,6 @@ class _Stop:
     command: str = ""
     handled: tuple[signal.Signals, ...] = ()
     signal: int | None = None
-    since: float = 0.0
     asked: threading.Event = field(default_factory=threading.Event)
     raised: bool = False
     deadline: float = float("inf")
@@ -71,8 +75,7 @@ class _Stop:
 
     def ask(self, signum: int) -> None:
         if self.signal is None:
-            self.since = time.monotonic()
-            self.deadline = self.since + GRACE_S
+            self.deadline = time.monotonic() + GRACE_S
             self.signal = signum
             self.asked.set()
 
@@ -81,13 +84,16 @@ _stop = _Stop()
 
 
 @contextmanager
-def on_signals(command: str) -> Iterator[None]:
-    """A block, in the main thread, in which SIGINT and SIGTERM stop this process as described above.
+def on_signals(arguments: Sequence[str]) -> Iterator[None]:
+    """A block, in the main thread, in which SIGINT, SIGTERM and SIGHUP stop this process as described above.
 
     Args:
-        command: by which the user goes on, for the last line that is printed; empty if it must not be shown.
+        arguments: `sys.argv`, for the last line that is printed: by what the user goes on.
     """
-    _stop.command = command
+    if _stop.handled:  # a block around this one sees to it
+        yield
+        return
+    _stop.command = command_line(arguments)
     # One that is ignored stays so, as in the background job of a shell.
     before = {one: signal.getsignal(one) for one in _SIGNALS if signal.getsignal(one) != signal.SIG_IGN}
     _stop.handled = tuple(before)
@@ -106,6 +112,14 @@ def on_signals(command: str) -> Iterator[None]:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         os.close(told)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as it can be typed again; empty where an argument may hold a login or a token, which no log must show."""
+    if any(_SECRET.search(argument) for argument in arguments[1:]):
+        return ""
+    named = Path(arguments[0]).name == "kasa" and not shutil.which("kasa")
+    return shlex.join([arguments[0] if named else "kasa", *arguments[1:]])
 
 
 def keep_handlers() -> None:
@@ -225,6 +239,7 @@ def _raise(signum: int, frame: FrameType | None) -> None:
 
 
 def _watch(heard: int) -> None:
+    first: float | None = None
     while True:
         ready, _, _ = select.select([heard], [], [], _POLL_S if requested() else None)
         signals = os.read(heard, 64) if ready else b""
@@ -234,8 +249,10 @@ def _watch(heard: int) -> None:
         for signum in signals:
             if signum not in _stop.handled:
                 continue
-            if requested() and time.monotonic() - _stop.since > _SAME_SIGNAL_S:
+            # By when this thread heard the first one: on a busy machine the main thread may have been told long before.
+            if first is not None and time.monotonic() - first > _SAME_SIGNAL_S:
                 end()
+            first = first or time.monotonic()
             _stop.ask(signum)
         if time.monotonic() > _stop.deadline:
             _within(DUTIES_S, list(_stop.duties))

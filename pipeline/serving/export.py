@@ -24,6 +24,7 @@ from kasa.lora_export import lora_rank, vllm_rank
 from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import BaseModelError, ModelError
+from pipeline.core.files import machine_cache
 from pipeline.core.machine import GIB, memory_gib
 from pipeline.core.redaction import shell_command
 from pipeline.models.base import BaseModel, find_base

@@ -23,6 +23,7 @@ from kasa.adapter_file import check_base
 from kasa.files import check_sealed_folder
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
+from pipeline.core.files import machine_cache
 from pipeline.methods.loading import attach_folder
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.forward import Sample, collate_labelled, head_outputs, padding_token, vocabulary_size

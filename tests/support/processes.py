@@ -27,7 +27,9 @@ def start_kasa(
     Of the surroundings' settings of Ray and MLflow it sees those in `environment` alone. In a test it is a fork of a
     process that has imported everything, unless `is_cold`.
     """
-    surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "KASA_")) or k == "KASA_CACHE"}
+    surroundings = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "KASA_")) or k == "KASA_CACHE"
+    }
     fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return start_python(
         [str(KASA), *arguments],

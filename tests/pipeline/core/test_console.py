@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.core.console import time_left
+from pipeline.core.console import ProgressBars, time_left
 from pipeline.run.stages.train import progress_note
 
 
@@ -18,6 +18,17 @@ from pipeline.run.stages.train import progress_note
 )
 def test_time_left(seconds, done, to_do, said) -> None:
     assert time_left(seconds, done, to_do) == said
+
+
+def test_how_far_the_work_has_come_is_known_to_whoever_stops_it() -> None:
+    bars = ProgressBars()
+    bars.update("prepare", 20, 200, "rows")
+    assert ProgressBars.reached == "in prepare after 20 of 200 rows"
+    bars.update("train", 12, 60, "loss 2.000", unit="step")
+    assert ProgressBars.reached == "after step 12 of 60"
+    with bars.labelled("kasa, seed 1") as inner:
+        inner.update("train", 13, 60, "loss 1.900", unit="step")
+    assert ProgressBars.reached == "in kasa, seed 1 after step 13 of 60"
 
 
 def test_a_training_says_loss_speed_memory_and_what_it_waits_for() -> None:

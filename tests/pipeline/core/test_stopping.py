@@ -14,10 +14,11 @@ import pytest
 from pipeline.core import stopping
 
 PROGRAM = """
-import signal, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time, types
 from concurrent.futures import ThreadPoolExecutor
 from pipeline.core import stopping
 
+stopping.shutil.which = str
 stopping.GRACE_S, stopping.DUTIES_S = 0.5, 0.5
 sleepers = subprocess.Popen(["sh", "-c", "sleep 300 & exec sleep 300"])
 
@@ -25,6 +26,16 @@ def in_order():
     try:
         stopping.pause(300)
     finally:
+        print("in order", flush=True)
+
+def in_order_where_the_listener_is_late():
+    stopping.GRACE_S = 10
+    late = lambda *arguments: (time.sleep(0.8), os.read(*arguments))[1]
+    stopping.os = types.SimpleNamespace(**vars(os) | {"read": late})
+    try:
+        time.sleep(300)
+    finally:
+        time.sleep(1.5)
         print("in order", flush=True)
 
 def in_an_endless_call():
@@ -56,7 +67,7 @@ def asking():
             time.sleep(300)
 
 owed = stopping.otherwise(lambda: print("owed", flush=True))
-with stopping.on_signals("kasa run 'my recipe.yaml'"), owed:
+with stopping.on_signals(["/bin/kasa", "run", "my recipe.yaml"]), owed:
     print(sleepers.pid, flush=True)
     globals()[sys.argv[1]]()
 """
@@ -84,6 +95,8 @@ def start(what: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     [
         ("in_order", signal.SIGTERM, 143, "in order\n"),
         ("in_order", signal.SIGINT, 130, "in order\n"),
+        ("in_order", signal.SIGHUP, 129, "in order\n"),
+        ("in_order_where_the_listener_is_late", signal.SIGINT, 130, "in order\n"),
         ("in_an_endless_call", signal.SIGINT, 130, ""),
         ("in_a_thread", signal.SIGINT, 130, ""),
         ("behind_a_handler_of_a_library", signal.SIGINT, 130, "owed\n"),
@@ -124,7 +137,7 @@ def test_without_a_signal_nothing_differs() -> None:
     stopping.check()
     stopping.pause(0)
     before = signal.getsignal(signal.SIGTERM)
-    with stopping.on_signals("kasa"), stopping.otherwise(lambda: pytest.fail("done though nothing has ended")):
+    with stopping.on_signals(["kasa"]), stopping.otherwise(lambda: pytest.fail("done though nothing has ended")):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
     assert not stopping.requested()
@@ -144,3 +157,24 @@ def test_what_is_beneath_a_process_is_killed_to_the_last(tmp_path: Path) -> None
         stopping.kill_beneath(parent.pid, patience_s=10)
         assert not psutil.wait_procs(found, timeout=10)[1]
         parent.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["run", "my recipe.yaml", "workspace=w s;x"], "kasa run 'my recipe.yaml' 'workspace=w s;x'"),
+        (["run", "r.yaml", "data.max_tokens=64"], "kasa run r.yaml data.max_tokens=64"),
+        (["run", "r.yaml", "data.train=https://host/rows.jsonl"], "kasa run r.yaml data.train=https://host/rows.jsonl"),
+        (["run", "r.yaml", "data.train=https://host/rows.jsonl?sig=abc"], ""),
+        (["run", "r.yaml", "data.train=https://alice:pw@host/rows.jsonl"], ""),
+        (["submit", "r.yaml", "--env", "HF_TOKEN=abc"], ""),
+    ],
+)
+def test_it_can_be_typed_again_and_holds_no_secret(
+    arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/somewhere/{name}")
+    assert stopping.command_line(["/somewhere/kasa", *arguments]) == shown
+    assert stopping.command_line(["/checkout/pipeline/cli/main.py", *arguments]) == shown
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert stopping.command_line([".venv/bin/kasa", *arguments]) == shown.replace("kasa run", ".venv/bin/kasa run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.core import stopping
 from pipeline.core.errors import TrackingAwayError, WorkspaceError
 from pipeline.core.files import Record
 from pipeline.registry.store import Registry
@@ -124,7 +126,7 @@ def test_no_login_gets_into_the_store(sqlite: Tracking) -> None:
     assert sqlite.client.get_run(run_id).data.tags["later"] == "https://host/rows.jsonl?sig=***"
 
 
-def test_a_failure_ends_the_run_and_an_absence_leaves_it(sqlite: Tracking) -> None:
+def test_a_failure_ends_the_run_and_an_absence_leaves_it(sqlite: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     def status_after(error: BaseException) -> str:
         run_id = sqlite.start_run("train", {})
         with pytest.raises(type(error)), sqlite.open_run(run_id):
@@ -134,6 +136,18 @@ def test_a_failure_ends_the_run_and_an_absence_leaves_it(sqlite: Tracking) -> No
     assert status_after(ValueError("no")) == "FAILED"
     assert status_after(KeyboardInterrupt()) == "KILLED"
     assert status_after(TrackingAwayError("away")) == "RUNNING"
+    monkeypatch.setattr(stopping, "requested", lambda: signal.SIGTERM)
+    assert status_after(ValueError("a worker that was killed")) == "KILLED"
+    monkeypatch.undo()
+
+
+def test_the_run_of_a_process_that_ends_without_unwinding_is_killed(sqlite: Tracking) -> None:
+    run_id = sqlite.start_run("train", {})
+    with sqlite.open_run(run_id):
+        (duty,) = stopping._stop.duties
+        duty()
+        assert sqlite.client.get_run(run_id).info.status == "KILLED"
+    assert not stopping._stop.duties
 
 
 def test_a_run_of_another_store_is_not_resumed(sqlite: Tracking) -> None:
