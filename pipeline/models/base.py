@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kasa.files import file_digest
+from kasa.errors import DamagedFileError
+from kasa.files import file_digest, read_sealed_json, sealed_json
 from kasa.targets import Outline, Target, select_targets
 from pipeline.config.settings import BaseSettings, HeadKind
 from pipeline.core.code import code_digests, package_versions
@@ -142,7 +143,7 @@ def remembered_outline(folder: Path, base_digest: str, head: HeadKind, draw: Cal
     if (known := _read_outline(file)) is not None:
         return known
     outline = draw()
-    atomic_write(file, json.dumps(dataclasses.asdict(outline)))
+    atomic_write(file, sealed_json(dataclasses.asdict(outline)))
     return outline
 
 
@@ -192,7 +193,7 @@ def _check_folder(folder: Path, name: str) -> None:
 
 def _read_outline(file: Path) -> Outline | None:
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return Outline(tuple(Target(**target) for target in kept["linear"]), kept["others"])
-    except (OSError, ValueError, TypeError, KeyError):
+        kept = read_sealed_json(file)
+    except (FileNotFoundError, DamagedFileError):
         return None
+    return Outline(tuple(Target(**target) for target in kept["linear"]), kept["others"])
