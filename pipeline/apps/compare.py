@@ -95,7 +95,7 @@ def compare(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None =
     for method in methods:
         check_ranks(method.recipe, targets)
     storage.upload_input(base.folder, base.digest)
-    with alone(storage, f"compare-{plan.name}", f"the comparison {plan.name}"):
+    with alone(storage, f"compare {plan.name}", f"the comparison {plan.name}"):
         return _compare(plan, storage, base, sources, targets, methods, bars, side_by_side)
 
 

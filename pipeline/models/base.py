@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kasa.errors import nearest
-from kasa.files import file_digest
+from kasa.errors import DamagedFileError, nearest
+from kasa.files import file_digest, read_sealed_json, sealed_json
 from kasa.targets import Outline, Target, select_targets
 from pipeline.config.settings import BaseSettings, HeadKind
 from pipeline.core.code import code_digests, package_versions
@@ -206,7 +206,7 @@ def remembered_outline(folder: Path, base_digest: str, head: HeadKind, draw: Cal
         return known
     outline = draw()
     with suppress(OSError):  # a home that cannot be written is no obstacle
-        atomic_write(file, json.dumps(dataclasses.asdict(outline)))
+        atomic_write(file, sealed_json(dataclasses.asdict(outline)))
     return outline
 
 
@@ -316,9 +316,8 @@ def _as_safetensors(folder: Path, name: str, cache: Path, fetch: bool) -> Path |
 
 def _read_outline(file: Path) -> Outline | None:
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return Outline(
-            tuple(Target(**target) for target in kept["linear"]), kept["others"], tuple(kept["remarks"]), kept["drops"]
-        )
-    except (OSError, ValueError, TypeError, KeyError):
+        kept = read_sealed_json(file)
+    except (FileNotFoundError, DamagedFileError):
         return None
+    linear = tuple(Target(**target) for target in kept["linear"])
+    return Outline(linear, kept["others"], tuple(kept["remarks"]), kept["drops"])

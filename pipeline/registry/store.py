@@ -215,7 +215,10 @@ class Registry:
 
         def fetch(new: Path) -> None:
             # MLflow puts what it downloads into a subfolder named after the last part of the path, if there is one.
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            # What a kill leaves has a name that the next attempt cleans up.
+            with tempfile.TemporaryDirectory(
+                dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"
+            ) as scratch:
                 target = Path(scratch, "files")  # not `scratch` itself, which only its owner may read
                 target.mkdir()
                 fetched = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(target))

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,19 +92,21 @@ def alone(storage: Workspace, name: str, what: str) -> Iterator[None]:
 
     Waits as long as another one does; `what` says in words what that is.
     """
-    place = storage.folder / "runs" / name
+    place = storage.folder / "runs" / content_digest(name)[:16]
 
     def say(holder: str) -> None:
         console.print(f"{what} is at work in this workspace already ({holder}); waiting for it to end", soft_wrap=True)
 
     place.parent.mkdir(parents=True, exist_ok=True)
-    with locked(place.with_name(f"{name}.lock"), say), storage.leased(place, say):
+    with locked(place.with_suffix(".lock"), say), storage.leased(place, say):
         yield
 
 
 def one_change_at_a_time(storage: Workspace, model: str) -> AbstractContextManager[None]:
-    """During the block no other command changes the aliases of a registered model from this workspace."""
-    return alone(storage, f"register-{model}", f"another change of the model {model}")
+    """During the block no other command changes the aliases of a registered model from this workspace, if there is one."""
+    if not storage.folder.is_dir():
+        return nullcontext()
+    return alone(storage, f"register {model}", f"another change of the model {model}")
 
 
 def _state_file(workspace: Path, recipe: Recipe) -> Path:
@@ -119,7 +121,7 @@ def _check_folder(workspace: Path) -> None:
         )
     try:
         workspace.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=workspace) as probe:
+        with tempfile.TemporaryFile(dir=workspace) as probe:  # without a name, so that a kill leaves nothing
             probe.write(b"x" * 4096)
             probe.flush()
             os.fsync(probe.fileno())

@@ -236,7 +236,10 @@ def _of_models(workspace: Path) -> set[str]:
 
 
 def _leftovers(store: ArtifactStore) -> Iterator[Path]:
-    yield from sorted(path for path in store.root.glob("*/*") if path.suffix in (".partial", ".old"))
+    """What interrupted work left, and folders that are no artifacts because their manifests are missing or damaged."""
+    for path in sorted(path for path in store.root.glob("*/*") if path.is_dir()):
+        if not _is_complete(path / MANIFEST) or _read(path / MANIFEST) is None:
+            yield path
 
 
 def _changed(folder: Path) -> datetime:

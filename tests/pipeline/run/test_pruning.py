@@ -78,6 +78,16 @@ def test_removed_with_what_interrupted_runs_left(workspace) -> None:
     assert stored_artifacts(ArtifactStore(workspace)) == []
 
 
+def test_what_is_damaged_beyond_reading_is_removed_with_it(workspace) -> None:
+    folder = ArtifactStore(workspace).find(key(1)).folder
+    (folder / "manifest.json").write_text("{")
+    age(folder / "manifest.json", 40)
+    planned = plan_pruning(workspace, 30)
+    assert {removal.key for removal in planned} == {key(0).key, key(1).key, "interrupted"}
+    assert prune(planned) == planned
+    assert not folder.exists()
+
+
 def test_reuse_is_use(workspace) -> None:
     ArtifactStore(workspace).find_or_make(key(1), lambda folder: pytest.fail("made although it was there"))
     assert key(1).key not in {removal.key for removal in plan_pruning(workspace, 30)}
