@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 # What a plan reads of a configuration, by the names that transformers' models have for it.
-_CONFIG = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "head_dim", "num_key_value_heads")
-_CONFIG += ("intermediate_size", "n_inner")
+_CONFIG = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "head_dim", "num_key_value_heads",
+    "intermediate_size", "n_inner",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
