@@ -13,6 +13,7 @@ from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.methods.choice import check_registrable
 from pipeline.models.base import BaseModel, find_base
+from pipeline.models.loading import empty_base
 from pipeline.models.shapes import meta_model, model_config
 from pipeline.registry.store import open_registry
 from pipeline.run.dependencies import KeyInputs
@@ -63,7 +64,7 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
     config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
     model = meta_model(config, recipe.base.head) if config is not None else None
     if base is not None:
-        base.targets(recipe.adapter.targets)  # refuses a checkpoint that does not fit its configuration
+        model = empty_base(base.folder, recipe.base.head)  # refuses a checkpoint that does not fit its configuration
     targets = checked_targets(recipe, model) if model is not None else []
     stages = _stages(recipe, base, sources.digest if sources else None, targets, recompute)
     return RunPlan(
