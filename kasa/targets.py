@@ -118,9 +118,9 @@ def as_target(name: str, module: nn.Module) -> Target | None:
     # Its owner, torch's MultiheadAttention, reads the weight and never calls the module.
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return None
-    transposed = getattr(module, "nf", None), getattr(module, "nx", None)
-    if isinstance(transposed[0], int) and isinstance(transposed[1], int):
-        return Target(name, *transposed, transposed=True)
+    outputs, inputs = getattr(module, "nf", None), getattr(module, "nx", None)
+    if isinstance(outputs, int) and isinstance(inputs, int):
+        return Target(name, outputs, inputs, transposed=True)
     features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if isinstance(features[0], int) and isinstance(features[1], int) and not any(True for _ in module.children()):
         return Target(name, features[0], features[1])

@@ -37,7 +37,7 @@ from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
 from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
-from pipeline.models.shapes import meta_model
+from pipeline.models.loading import empty_base
 from pipeline.run import graph as keys
 from pipeline.run.context import NestedRun, alone, close_context, open_context, ready_workspace
 from pipeline.run.report_facts import environment_tags
@@ -91,9 +91,11 @@ def compare(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None =
     base = find_base(recipe.base, recipe.workspace)
     assert base is not None
     targets = base.targets(recipe.adapter.targets)
-    methods = compared_methods(recipe, plan.methods, targets, meta_model(base.config, recipe.base.head))
+    methods = compared_methods(recipe, plan.methods, targets, empty_base(base.folder, recipe.base.head))
     for method in methods:
         check_ranks(method.recipe, targets)
+    for remark in base.remarks:
+        bars.say(f"base: {remark}")
     storage.upload_input(base.folder, base.digest)
     with alone(storage, f"compare {plan.name}", f"the comparison {plan.name}"):
         return _compare(plan, storage, base, sources, targets, methods, bars, side_by_side)

@@ -25,7 +25,7 @@ from pipeline.data.forms import check_first_rows
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks, matching_rank, trainable_count
 from pipeline.models.base import BaseModel, find_base
-from pipeline.models.shapes import meta_model, model_config
+from pipeline.models.loading import empty_base
 from pipeline.run import graph as keys
 from pipeline.run.context import RunContext
 from pipeline.run.dependencies import KeyInputs
@@ -357,12 +357,11 @@ def plan_trials(plan: ComparisonPlan) -> list[TrialPlan]:
     if sources is not None:
         check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
     base = find_base(recipe.base, recipe.workspace, fetch=False)
-    config = model_config(recipe.base.model, recipe.base.revision, base.folder if base else None)
-    if base is None or sources is None or config is None:
+    if base is None or sources is None:
         names = [f"{method}, seed {seed}" for seed in plan.seeds for method in plan.methods]
         return [TrialPlan(name, None, (), ()) for name in [BASE, *names]]
     targets = base.targets(recipe.adapter.targets)
-    methods = compared_methods(recipe, plan.methods, targets, meta_model(config, recipe.base.head))
+    methods = compared_methods(recipe, plan.methods, targets, empty_base(base.folder, recipe.base.head))
     for method in methods:
         check_ranks(method.recipe, targets)
     store = ArtifactStore(recipe.workspace, look_into(recipe.location))

@@ -72,8 +72,8 @@ def check_inputs(recipe: Recipe, recipe_file: Path, folder: Path) -> list[Path]:
             if not entry.startswith((EMBEDDED, HUB)):
                 found += [(f"data.{side} {entry}", file) for file in files or []]
     if not _is_elsewhere(recipe.base.model):
-        base = find_base(recipe.base, recipe.workspace, fetch=False)
-        if base is not None and Path(recipe.base.model).is_dir():
+        find_base(recipe.base, recipe.workspace, fetch=False)
+        if Path(recipe.base.model).is_dir():
             found.append((f"base.model {recipe.base.model}", Path(recipe.base.model)))
     if recipe.train.deepspeed not in config_names() and not _is_elsewhere(recipe.train.deepspeed):
         found.append((f"train.deepspeed {recipe.train.deepspeed}", Path(recipe.train.deepspeed)))

@@ -47,7 +47,8 @@ class BaseSettings(Section):
 
     model: str = Field(
         "embedded:smollm2-135m-instruct",
-        description="A local Hugging Face folder with safetensors weights, a hub id, or `embedded:NAME`.",
+        description="A local Hugging Face folder, a hub id, or `embedded:NAME`. Weights are safetensors, or `pytorch_model.bin`, "
+        "which is stored once more as safetensors. Code that comes with a model is never run.",
     )
     revision: str | None = Field(None, description="Hub revision; leave out for local folders.")
     head: HeadKind = Field(
@@ -193,7 +194,11 @@ class TrainSettings(Section):
     )
     max_steps: int | None = Field(None, ge=1, description="Upper limit of optimizer steps.")
     batch_size: int = Field(16, ge=1, le=1_000_000, description="Samples per optimizer step over all workers.")
-    micro_batch_size: int = Field(8, ge=1, description="Samples per forward pass of one worker.")
+    micro_batch_size: int = Field(
+        8,
+        ge=1,
+        description="Samples per forward pass of one worker. Without dropout it changes no result but by rounding.",
+    )
     pack_tokens: int | None = Field(
         None,
         ge=1,

@@ -191,7 +191,7 @@ def _content_files(folder: Path) -> list[Path]:
 
 def _file_states(folder: Path) -> dict[str, tuple[int, ...]]:
     """Whatever writes, replaces or moves a file changes its state, even if it is put back."""
-    states = {}
+    states: dict[str, tuple[int, ...]] = {}
     for file in _content_files(folder):
         found = file.stat()
         states[file.name] = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

@@ -13,6 +13,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,7 +88,7 @@ def head_modules(model: nn.Module) -> list[str]:
     """The names of the modules of the new head of a model for labels: those beside its body, and those parts of the body that
     begin anew (`pipeline.models.loading` marks them)."""
     body = str(model.base_model_prefix)
-    new_parts: list[str] = getattr(model, "new_parts", [])  # type: ignore[assignment]
+    new_parts: list[str] = getattr(model, "new_parts", [])
     return new_parts + [
         name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())
     ]
@@ -295,6 +296,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many tokenizer formats raise
+        if find_spec("sentencepiece") is None and list(folder.glob("*.model")):
+            raise BaseModelError(
+                f"the tokenizer in {folder} is a sentencepiece model; install the package that reads it: pip install sentencepiece"
+            ) from None
         raise BaseModelError(
             f"no tokenizer can be loaded from {folder}: {one_line(error)}; copy the whole model folder"
         ) from None
@@ -314,7 +319,7 @@ def embedded_tokens(folder: Path) -> int | None:
     return count
 
 
-def check_tokens(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]], count: int | None) -> None:
+def check_tokens(tokenizer: Tokenizer, sequences: Iterable[Any], count: int | None) -> None:
     """Make sure that the model has an embedding for every token of the sequences.
 
     Args:

@@ -245,9 +245,9 @@ def position_count(model: nn.Module) -> int | None:
         return None
     words = any_model.get_input_embeddings()
     for table in model.modules():
-        of_positions = isinstance(table, nn.Embedding) and table is not words and table.num_embeddings == positions
-        if of_positions and table.padding_idx is not None:
-            return positions - table.padding_idx - 1  # they are counted from behind the padding token's
+        if isinstance(table, nn.Embedding) and table is not words and table.num_embeddings == positions:
+            # Counted from behind the padding token's, where there is one.
+            return positions - (0 if table.padding_idx is None else table.padding_idx + 1)
     return positions
 
 

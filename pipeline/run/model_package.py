@@ -38,6 +38,7 @@ SERVING_PACKAGES = (
     "tokenizers",
     "huggingface-hub",
     "safetensors",
+    "sentencepiece",
     "numpy",
     "scipy",
     "threadpoolctl",

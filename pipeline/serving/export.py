@@ -82,7 +82,7 @@ def text_sequences(base: Path) -> list[torch.Tensor]:
     try:
         tokenizer = load_tokenizer(base)
     except BaseModelError:
-        vocabulary = BaseModel("", base).config.vocab_size
+        vocabulary = BaseModel("", base).config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(vocabulary, (1, _RANDOM_TOKENS), generator=generator) for _ in TEXTS]
     return [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]

@@ -126,7 +126,12 @@ class LoadedModel:
 
     @torch.inference_mode()
     def outputs(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Outputs of a trained head for tokenised samples: fp32, on the CPU, shape (B, C)."""
+        """Outputs of a trained head for tokenised samples: fp32, on the CPU, shape (B, C).
+
+        Raises:
+            BaseModelError: a sample has a token that the model has no embedding for.
+        """
+        check_tokens(self.tokenizer, (sample["input_ids"] for sample in samples), vocabulary_size(self.model))
         batch = collate_labelled(samples, padding_token(self.model)).to(next(self.model.parameters()).device)
         return head_outputs(self.model, batch).cpu()
 

@@ -9,9 +9,11 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 from kasa import ModelWeights, find_targets, observe_layers
 from kasa.spectra_file import save_spectra
+from kasa.targets import is_within
 from pipeline.config.recipe import parse_recipe
 from pipeline.methods.choice import method_of
 from pipeline.methods.method import Method
@@ -51,10 +53,24 @@ def build(name: str, base: Path, model: nn.Module, folder: Path) -> Method:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_head_is_trained_saved_and_read_again(base: Path, name: str, tmp_path: Path) -> None:
+    check_head(base, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lora", "layernorm", "full"])
+def test_so_is_a_pooler_that_begins_with_it(name: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = write_encoder(tmp_path / "base", "bert")
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**sizes, vocab_size=100)).save_pretrained(base)
+    assert head_modules(load_base(base, "fp32", HEAD)) == ["bert.pooler", "classifier"]
+    check_head(base, name, tmp_path)
+
+
+def check_head(base: Path, name: str, tmp_path: Path) -> None:
     model = load_base(base, "fp32", HEAD, 0).eval()
     whole = head_modules(model)
     adapted = build(name, base, model, tmp_path).attach(model, 0, 100, whole, HEAD)
-    in_head = [path for path in adapted.parameters if path.split(".")[0] in whole]
+    in_head = [path for path in adapted.parameters if is_within(path, whole)]
     assert in_head
     assert all(parameter.requires_grad for parameter in adapted.parameters.values())
     generator = torch.Generator().manual_seed(1)

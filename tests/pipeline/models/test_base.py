@@ -192,3 +192,14 @@ def test_files_that_change_after_the_digest_was_taken_are_named(tmp_path: Path, 
     change(folder)
     with pytest.raises(BaseModelError, match=f"{name} was changed while the run read it"):
         base.check_unchanged()
+
+
+def test_who_lacks_the_package_for_a_sentencepiece_model_is_told_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_encoder(tmp_path / "base", "deberta-v2")
+    (folder / "tokenizer.json").unlink()
+    (folder / "spm.model").write_bytes(b"x")
+    monkeypatch.setattr("pipeline.models.prompting.find_spec", lambda name: None)
+    with pytest.raises(BaseModelError, match="pip install sentencepiece"):
+        load_tokenizer(folder)

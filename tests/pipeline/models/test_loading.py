@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from kasa import KasaConfig, attach, attach_saved, capture_adapter, read_adapter, save_adapter
 from kasa.errors import TargetError
 from kasa.targets import check_rank, find_targets
 from pipeline.core.errors import BaseModelError
@@ -237,3 +238,20 @@ def test_what_a_model_says_of_itself(
     assert read_config(tmp_path / "base").model_type == config.model_type
     if kind != "Bloom":
         assert BaseModel("base", tmp_path / "base", "classification").drops is drops
+
+
+def test_a_kasa_adapter_holds_the_new_pooler(tmp_path: Path) -> None:
+    folder = write(tmp_path / "mlm", "Bert", "ForMaskedLM")
+    model = load_base(folder, "fp32", CLASSES).eval()
+    config = KasaConfig(rank=4, truncation="none", dropped_rank=0)
+    targets = BaseModel("base", folder, "classification").targets("all-linear")
+    attach(model, targets, config, trained_modules=head_modules(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    save_adapter(tmp_path / "adapter", capture_adapter(model, config, folder))
+    again = load_base(folder, "fp32", CLASSES, seed=5).eval()
+    attach_saved(again, read_adapter(tmp_path / "adapter"))
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
