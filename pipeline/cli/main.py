@@ -40,7 +40,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fine-tune LLaMA-class models with KaSA: Ray, DeepSpeed ZeRO, MLflow.",
 )
 app.command()(run.run)
 app.command()(run.retrain)

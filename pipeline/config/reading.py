@@ -209,10 +209,8 @@ def explain(error: ValidationError, root: type[BaseModel], where: str, overrides
 def _blamed(path: tuple[str, ...], where: str, overrides: Collection[tuple[str, ...]]) -> str:
     if any(path[: len(override)] == override for override in overrides):
         return "command line"
-    within = [override for override in overrides if override[: len(path)] == path]
-    return (
-        f"{where} with {', '.join('.'.join(override) for override in within)} of the command line" if within else where
-    )
+    within = [".".join(override)[:_LONGEST_KEY] for override in overrides if override[: len(path)] == path]
+    return f"{where} with {', '.join(within)} of the command line" if within else where
 
 
 def _in_words(problem: Any, path: tuple[str, ...], root: type[BaseModel]) -> str:
