@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,14 @@ def test_an_outline_is_drawn_once_for_a_base_and_head(tmp_path: Path) -> None:
     assert len(drawn) == 3
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"linear": [{"name": "q"}], "others": {}}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"linear": [{"name": "q"}], "others": {}}', "one digit"])
 def test_a_damaged_outline_is_drawn_anew(tmp_path: Path, damage: str) -> None:
     remembered_outline(tmp_path, "a", "language-model", lambda: OUTLINE)
     (file,) = tmp_path.iterdir()
-    file.write_text(damage)
+    text = file.read_text()
+    width = re.search(r'"out_features": (\d+)', text)
+    assert width
+    file.write_text(text.replace(width[0], f"{width[0]}0") if damage == "one digit" else damage)
     assert remembered_outline(tmp_path, "a", "language-model", lambda: OUTLINE) == OUTLINE
     assert remembered_outline(tmp_path, "a", "language-model", pytest.fail) == OUTLINE
 
