@@ -114,7 +114,10 @@ class DataSettings(Section):
         0.01, ge=0, le=1, description="Share of rows that may be unusable before the run stops."
     )
     heldout_share: float = Field(
-        0.1, gt=0, lt=1, description="Share of the distinct prompts held out, if no source is named."
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the distinct prompts held out, if neither a source nor `heldout_rows` is named.",
     )
     train_rows: int | None = Field(None, ge=1, description="Use at most this many training samples (after the split).")
     heldout_rows: int | None = Field(

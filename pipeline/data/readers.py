@@ -254,7 +254,6 @@ def _check_header(header: Sequence[str], location: str) -> None:
 
 
 def _read_parquet(name: str, file: IO[bytes]) -> Iterator[RawRow]:
-    import pyarrow
     import pyarrow.parquet
 
     if not file.seek(0, os.SEEK_END):
@@ -267,7 +266,9 @@ def _read_parquet(name: str, file: IO[bytes]) -> Iterator[RawRow]:
                 for values, defect in _batch_rows(batch):
                     number += 1
                     yield RawRow(f"{name}:row {number}", values, defect)
-    except (pyarrow.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # damage of a binary file shows as errors of any kind
         raise DataError(f"{name}: damaged parquet after row {number}: {one_line(error)}") from None
 
 
@@ -285,8 +286,8 @@ def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
         for column, cells in zip(batch.schema.names, batch.columns, strict=True):
             try:
                 values[column] = cells[row].as_py()
-            except _NO_PYTHON_VALUE as error:
-                defect = f"column {column} cannot be read: {one_line(error)}"
+            except _NO_PYTHON_VALUE:
+                defect = f"column {column} has a {cells.type} that cannot be read, such as one out of range"
         yield values, defect
 
 

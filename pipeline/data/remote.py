@@ -12,6 +12,7 @@ asks the hub for it. A revision that is named is fetched once: a branch or a tag
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
 import re
@@ -67,7 +68,7 @@ def web_file(address: str, key: str, workspace: Path, fetch: bool) -> Path | Non
     file = workspace / "sources" / "web" / hashlib.sha256(shown.encode()).hexdigest()[:16] / name
     if not fetch:
         return file if file.exists() else None
-    return _stored(file, shown, shown, lambda new: _download(address, key, new))
+    return _stored(file, shown, shown, lambda new: _download(address, f"{key}: {shown}", new))
 
 
 @dataclass(frozen=True)
@@ -162,20 +163,21 @@ def _stored(file: Path, name: str, subject: str, make: Callable[[Path], None]) -
         raise WorkspaceError(f"{name} cannot be stored in {file}: {error}; free space or rights?") from None
 
 
-def _download(address: str, key: str, file: Path) -> None:
+def _download(address: str, subject: str, file: Path) -> None:
+    """Fetch a file; `subject` begins the errors."""
     try:
-        with _opener().open(address, timeout=_DOWNLOAD_TIMEOUT_S) as answer, file.open("wb") as out:
+        with _opener().open(_request(address), timeout=_DOWNLOAD_TIMEOUT_S) as answer, file.open("wb") as out:
             _check_room(answer.length, file)
             missing = _copy(answer, out)
     except _AnswerError as error:
-        raise DataError(f"{key}: {redacted(address)} {error}") from None
+        raise DataError(f"{subject} {error}") from None
     except _FETCH_ERRORS as error:
         reason = getattr(error, "reason", None) or one_line(error)
         raise DataError(
-            f"{key}: {redacted(address)} cannot be fetched ({reason}); check the address and the network, or name a local copy"
+            f"{subject} cannot be fetched ({reason}); check the address and the network, or name a local copy"
         ) from None
     if missing:
-        raise DataError(f"{key}: {redacted(address)} broke off {missing} bytes before its end; run again")
+        raise DataError(f"{subject} broke off {missing} bytes before its end; run again")
 
 
 # An OSError of another kind is one of the disk's.
@@ -204,6 +206,16 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
                 "address into the recipe, or name a local copy"
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _request(address: str) -> urllib.request.Request:
+    """The request for an address. A login in it goes into a header, for urllib would take it for a part of the host."""
+    parts = urlparse(address)
+    login, _, place = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=place).geturl())
+    if login:
+        request.add_header("Authorization", f"Basic {base64.b64encode(unquote(login).encode()).decode()}")
+    return request
 
 
 def _opener() -> urllib.request.OpenerDirector:

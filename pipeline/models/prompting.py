@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import BaseModelError, DataError, ModelError, one_line
+from pipeline.models.token_ids import continued_ids, cut_after_eos, ids_of, ids_with_bos, start_ids, until_eos
 
 if TYPE_CHECKING:
     from torch import nn
@@ -216,8 +217,8 @@ class Prompting:
         """
         turns = self.wrapped(conversation)
         if not self.chat_template:
-            return _start(tokenizer, "\n\n".join(turn.content for turn in turns))
-        return _tokens(tokenizer, self._render(tokenizer, turns, generation=True))
+            return start_ids(tokenizer, "\n\n".join(turn.content for turn in turns))
+        return ids_of(tokenizer, self._render(tokenizer, turns, generation=True))
 
     def answer_ids(self, tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
         """The token ids of an answer, ended by EOS as in training. They continue `prompt_ids` of the same prompt.
@@ -257,17 +258,17 @@ class Prompting:
             before = self._render(tokenizer, conversation[:index], generation=True)
             if not before.startswith(text):
                 raise TemplateError(_rewrites("use single-turn data, "))
-            ids = _continue(tokenizer, ids, text, before)
+            ids = continued_ids(tokenizer, ids, text, before)
             labels += [IGNORED] * (len(ids) - len(labels))
             prompt_tokens = len(ids)
             text = self._render(tokenizer, conversation[: index + 1], generation=False)
             if not text.startswith(before):
                 asked = self._render(tokenizer, conversation[:index], generation=False)
                 raise TemplateError(_opening_differs(before, text) if text.startswith(asked) else _rewrites("use "))
-            ids = _until_eos(tokenizer, _continue(tokenizer, ids, before, text), prompt_tokens)
+            ids = until_eos(tokenizer, continued_ids(tokenizer, ids, before, text), prompt_tokens)
             labels += ids[prompt_tokens:] if turn.learned else [IGNORED] * (len(ids) - prompt_tokens)
             # Text that the template writes after EOS, often a line break, belongs to the prefix of the next turn.
-            text = _cut_after_eos(tokenizer, before, text)
+            text = cut_after_eos(tokenizer, before, text)
         if ids[-1] != tokenizer.eos_token_id:
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
         return Encoded(ids, labels, prompt_tokens)
@@ -355,36 +356,17 @@ def _check_form(data: DataSettings, form: str, chat: bool) -> None:
 
 
 def _encode_text(tokenizer: Tokenizer, text: str) -> Encoded:
-    ids = [*_tokens_with_bos(tokenizer, text), tokenizer.eos_token_id]
+    ids = [*ids_with_bos(tokenizer, text), tokenizer.eos_token_id]
     return Encoded(ids, list(ids), 0)
 
 
 def _encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
-    start = _start(tokenizer, prompt)
-    whole = _tokens_with_bos(tokenizer, prompt + completion)
+    start = start_ids(tokenizer, prompt)
+    whole = ids_with_bos(tokenizer, prompt + completion)
     if whole[: len(start)] != start:
-        whole = start + _tokens(tokenizer, prompt[len(prompt.rstrip(" ")) :] + completion)
+        whole = start + ids_of(tokenizer, prompt[len(prompt.rstrip(" ")) :] + completion)
     ids = [*whole, tokenizer.eos_token_id]
     return Encoded(ids, [IGNORED] * len(start) + ids[len(start) :], len(start))
-
-
-def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids before an answer. Spaces at the end of the prompt are moved to the answer.
-
-    Tokenizers join a space to the word after it. After a space that is a token of its own, a model has hardly ever seen a
-    word begin.
-    """
-    return _tokens_with_bos(tokenizer, prompt.rstrip(" "))
-
-
-def _continue(tokenizer: Tokenizer, ids: list[int], text: str, longer: str) -> list[int]:
-    """The ids of `longer`, which begins with `text`. They begin with `ids`, the ids of `text`.
-
-    If a token spans the boundary ("a" + "b" -> "ab"), the rest is tokenised by itself, because generation could never meet
-    such a token there. Otherwise it is not, because some tokenizers put a space before text that stands alone.
-    """
-    whole = _tokens(tokenizer, longer)
-    return whole if whole[: len(ids)] == ids else ids + _tokens(tokenizer, longer[len(text) :])
 
 
 def _rewrites(advice: str) -> str:
@@ -409,30 +391,3 @@ def _refuse_bos(tokenizer: Tokenizer, conversation: Sequence[Message]) -> None:
         raise TemplateError(
             f"a turn begins with {bos!r}, which is for the chat template to write; remove it, or set data.chat_template: false"
         )
-
-
-def _until_eos(tokenizer: Tokenizer, ids: list[int], start: int) -> list[int]:
-    """Cut what follows the last EOS at or after `start`. Without an EOS everything is kept."""
-    for index in range(len(ids) - 1, start - 1, -1):
-        if ids[index] == tokenizer.eos_token_id:
-            return ids[: index + 1]
-    return ids
-
-
-def _cut_after_eos(tokenizer: Tokenizer, before: str, text: str) -> str:
-    end = text.rfind(tokenizer.eos_token, len(before))
-    return text if end < 0 else text[: end + len(tokenizer.eos_token)]
-
-
-def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _tokens_with_bos(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids = list(tokenizer(text)["input_ids"])
-    # Some tokenizers end every text with EOS, after which nothing could follow.
-    while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids.pop()
-    bos = tokenizer.bos_token
-    twice = bos and text.startswith(bos) and not text.startswith(bos * 2) and ids[:2] == [tokenizer.bos_token_id] * 2
-    return ids[1:] if twice else ids  # the text spells it out, and the tokenizer puts another before it

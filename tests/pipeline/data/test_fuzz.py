@@ -23,24 +23,30 @@ from pipeline.data.prepared import load_prepared
 from pipeline.data.readers import FORMATS
 from pipeline.data.sources import DataSources, SourceFile
 
-ASKED, ANSWERED = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", "weight": 1}
+# `NUMBER` differs from row to row, and `CLASS` is one of two.
+ASKED, ANSWERED = {"role": "user", "content": "NUMBER?"}, {"role": "assistant", "content": "4", "weight": 1}
 ROWS: list[dict[str, Any]] = [
-    {"prompt": "p", "completion": "c", "references": ["c", "d"], "system": "s"},
-    {"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["a", "b"]]},
+    {"prompt": "p NUMBER", "completion": "c", "references": ["c", "d"], "system": "s"},
+    {"instruction": "i NUMBER", "input": "x", "output": "o", "system": "s", "history": [["a", "b"]]},
     {
-        "instruction": "Option1: x Option2: y Answer format: option1/option2",
+        "instruction": "NUMBER Option1: x Option2: y Answer format: option1/option2",
         "input": "",
         "output": "the correct answer is option2",
         "answer": "option2",
     },
-    {"question": "q", "choices": ["x", "y"], "answer": "1"},
-    {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+    {"question": "q NUMBER", "choices": ["x", "y"], "answer": "1"},
+    {"question": "q NUMBER", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
     {"messages": [{"role": "developer", "content": [{"type": "text", "text": "b"}]}, ASKED, ANSWERED]},
-    {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], "system": "s", "tools": None},
-    {"text": "plain text"},
-    {"text": "one", "text_pair": "two", "label": 1},
-    {"sentence1": "one", "sentence2": "two", "label": "yes"},
-    {"meaning_representation": "m", "human_reference": "r"},
+    {"messages": [ASKED, {**ANSWERED, "weight": 0}, ASKED, ANSWERED]},
+    {
+        "conversations": [{"from": "human", "value": "NUMBER"}, {"from": "gpt", "value": "a"}],
+        "system": "s",
+        "tools": None,
+    },
+    {"text": "plain NUMBER text"},
+    {"meaning_representation": "m NUMBER", "human_reference": "r"},
+    {"text": "one NUMBER", "text_pair": "two", "label": "CLASS"},
+    {"sentence1": "one NUMBER", "sentence2": "two", "label": "CLASS"},
 ]
 # What a cell may hold: odd numbers, texts that are hard to write or print, wrong types, and depth.
 ODD: list[Any] = [
@@ -49,19 +55,15 @@ ODD: list[Any] = [
     {"role": None}, [{"role": "user"}], [ASKED, ANSWERED, ASKED], [{"type": "image_url"}], json.loads("[" * 300 + "]" * 300),
 ]  # fmt: skip
 HOSTILE = [
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"\0",
-    b'"',
-    b"\r",
-    b"\n",
-    b"[",
-    b"[" * 100_000,
-    b"9" * 5000,
-    b"NaN",
-    b"\\ud800",
-    b",",
-]
+    b"", b"\xff", b"\xef\xbb\xbf", b"\0", b'"', b"\r", b"\n", b"[", b"[" * 100_000, b"9" * 5000, b"NaN", b"\\ud800", b",", b"||",
+]  # fmt: skip
+
+
+def _numbered(row: dict[str, Any], number: int) -> dict[str, Any]:
+    numbered: dict[str, Any] = json.loads(
+        json.dumps(row).replace("NUMBER", str(number)).replace("CLASS", str(number % 2))
+    )
+    return numbered
 
 
 def _mutated(value: Any, chance: random.Random) -> Any:
@@ -87,7 +89,7 @@ def _parquet(rows: list[dict[str, Any]], chance: random.Random) -> bytes:
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
         names = {name.encode("utf-8", "replace").decode() for row in rows for name in row}
         table = pa.table({name: [repr(row.get(name)) for row in rows] for name in sorted(names)})
-    if chance.random() < 0.2:
+    if chance.random() < 0.2 and table.num_columns:
         days = pa.array([chance.choice([0, 2**31 - 1, -(2**31)]) for _ in rows], pa.date32())
         table = table.append_column(chance.choice(["day", "text"]), days)
     file = io.BytesIO()
@@ -102,48 +104,49 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
-def data_file(folder: Path, chance: random.Random) -> Path:
-    """A data file of some format with rows of some form, something in which is changed: values, bytes, or both."""
-    suffix = chance.choice(FORMATS)
-    row = chance.choice(ROWS)
-    rows = [
-        row,
-        *(_mutated(row, chance) if chance.random() < 0.7 else dict(row) for _ in range(chance.randrange(1, 6))),
-    ]
-    rows = [each if isinstance(each, dict) else {"text": each} for each in rows]
-    chance.shuffle(rows)
+def _content(rows: list[dict[str, Any]], suffix: str, chance: random.Random) -> bytes:
+    """The rows as a file of a format, whose bytes are sometimes changed as well."""
     content = {
         ".jsonl": lambda: "\n".join(map(json.dumps, rows)).encode(),
         ".json": lambda: json.dumps(rows, indent=chance.choice([None, 1])).encode(),
         ".csv": lambda: _csv(rows),
-        ".txt": lambda: "\n".join(str(next(iter(each.values()), "")) for each in rows).encode("utf-8", "surrogatepass"),
+        ".txt": lambda: "\n".join(f"{row.get('text', 'x')}||{row}" for row in rows).encode("utf-8", "surrogatepass"),
         ".parquet": lambda: _parquet(rows, chance),
     }[suffix]()
-    for _ in range(chance.choice([0, 0, 0, 1, 3])):
+    for _ in range(chance.choice([0, 0, 0, 0, 1, 3])):
         place = chance.randrange(len(content) + 1)
-        content = content[:place] + chance.choice([b"", *HOSTILE]) + content[place + chance.randrange(4) :]
-    if chance.random() < 0.1:
-        content, suffix = gzip.compress(content)[: chance.choice([None, -5])], f"{suffix}.gz"
-    path = folder / f"rows{suffix}"
+        content = content[:place] + chance.choice(HOSTILE) + content[place + chance.randrange(4) :]
+    return content
+
+
+def _source(path: Path, content: bytes) -> tuple[SourceFile, ...]:
     path.write_bytes(content)
-    return path
+    return (SourceFile(path, hashlib.sha256(content).hexdigest()),)
 
 
 def try_out(folder: Path, seed: int) -> str:
-    """What became of the file of a seed: the error, or `prepared`."""
+    """What became of the file of a seed, some of whose rows are changed: the error, or `prepared`."""
     chance = random.Random(seed)
-    path = data_file(folder, chance)
-    head = chance.choice(["language-model", "language-model", "language-model", "classification", "regression"])
+    suffix, form = chance.choice(FORMATS), chance.choice(ROWS)
+    form = chance.choice([{"text": "NUMBER"}, form]) if suffix == ".txt" else form
+    good = [_numbered(form, number) for number in range(8)]
+    rows = [_mutated(row, chance) if chance.random() < 0.4 else row for row in good]
+    content = _content([row if isinstance(row, dict) else {"text": row} for row in rows], suffix, chance)
+    if chance.random() < 0.1:
+        content, suffix = gzip.compress(content)[: chance.choice([None, None, -5])], f"{suffix}.gz"
+    heads = ["classification", "regression"] if "label" in form else ["language-model"]
+    head = chance.choice(heads if chance.random() < 0.9 else ["language-model", "classification"])
     settings = DataSettings(
-        train=[str(path)],
-        separator="2+2" if path.suffix == ".txt" and chance.random() < 0.3 else None,
-        max_rejected_share=1,
+        train=["rows"],
+        separator="||" if suffix == ".txt" and chance.random() < 0.5 else None,
+        max_rejected_share=chance.choice([0.1, 1, 1]),
         train_on_prompt=chance.random() < 0.1,
-        chat_template=chance.choice([None, None, False]),
+        chat_template=chance.choice([None, None, None, False]),
         labels=chance.choice([[], ["no", "yes"]]) if head == "classification" else [],
+        heldout_rows=chance.choice([None, 1, 100]),
         max_tokens=256,
     )
-    sources = DataSources((SourceFile(path, hashlib.sha256(path.read_bytes()).hexdigest()),))
+    sources = DataSources(_source(folder / f"rows{suffix}", content))
     try:
         check_first_rows(settings, sources.sides, head != "language-model")
         prepare_dataset(settings, sources, folder, 1024, folder / "out", lambda done, total: None, head)

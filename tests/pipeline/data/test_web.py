@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import threading
 import time
@@ -24,6 +25,7 @@ class Site(ThreadingHTTPServer):
 
     content, sent, asked = ROWS, len(ROWS), 0
     raw: Iterable[bytes] = ()
+    login: str | None = None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -31,6 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked += 1
+        self.server.login = self.headers["Authorization"]
         if self.server.raw:
             try:
                 for piece in self.server.raw:
@@ -142,6 +145,18 @@ def test_a_redirect_within_the_host_is_followed(site: Site, tmp_path: Path) -> N
     file = fetch(address(site), tmp_path)
     assert file is not None
     assert (file.read_bytes(), site.asked) == (ROWS, 2)
+
+
+def test_a_login_is_sent_to_the_host_and_shown_in_no_reason(site: Site, tmp_path: Path) -> None:
+    where = address(site).replace("//", "//alice:s%40cret@")
+    file = fetch(where, tmp_path)
+    assert file is not None
+    assert file.read_bytes() == ROWS
+    assert site.login == "Basic " + base64.b64encode(b"alice:s@cret").decode()
+    site.raw = [OK, b"Location: x", b"y" * 70_000]
+    with pytest.raises(DataError) as caught:
+        fetch(where + "?more", tmp_path)
+    assert "cret" not in str(caught.value).replace(where, "")
 
 
 def _then_nothing(site: Site, piece: bytes) -> Iterator[bytes]:
