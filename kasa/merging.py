@@ -68,11 +68,12 @@ def merge(
             f"{base_folder} is quantised, and a sum cannot be stored in it; merge into the unquantised base, "
             "or use --format lora"
         )
+    shards = _shards(base_folder)
     stored = CheckpointWeights(base_folder)
     targets = {stored.tensor_name(target): target for target in adapter.targets}
     with new_folder(out) as folder:
         merger = _Merger(adapter, base_folder, targets, dtype)
-        for shard in _shards(base_folder):
+        for shard in shards:
             merger.write_shard(shard, folder / shard.name)
         merged = merger.summary()
         _copy_other_files(base_folder, folder)
@@ -110,8 +111,6 @@ class _Merger:
         save_file(tensors, new, metadata=metadata or {"format": "pt"})
 
     def summary(self) -> Merged:
-        if self._waiting:
-            raise InterchangeError(f"no weight file of {self._base_folder} in use holds {next(iter(self._waiting))}")
         changed = len(self._adapter.targets)
         return Merged(changed, self._parameters, self._size, tuple(sorted(self._dtypes)))
 
