@@ -41,6 +41,7 @@ DOORS = {
     "ray": {"pipeline/cluster/connection.py", "pipeline/cluster/workers.py", "pipeline/apps/job_client.py"},
     # The store, what is written to it, and MLflow's monitors of the machine; the registry, and what it serves.
     "mlflow": {
+        "pipeline/tracking/availability.py",
         "pipeline/tracking/server.py",
         "pipeline/tracking/runs.py",
         "pipeline/tracking/live_metrics.py",

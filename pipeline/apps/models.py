@@ -13,19 +13,15 @@ from pipeline.core.errors import ModelError
 from pipeline.core.files import workspace_option
 from pipeline.core.redaction import shell_command
 from pipeline.metrics.intervals import Interval
-from pipeline.registry.store import (
-    CHAMPION,
-    PREVIOUS,
-    ModelVersion,
-    Registry,
+from pipeline.registry.aliases import (
     after_promotion,
     after_rollback,
     change_aliases,
     event,
     finish_interrupted_change,
     history,
-    open_registry,
 )
+from pipeline.registry.store import CHAMPION, PREVIOUS, ModelVersion, Registry, open_registry
 from pipeline.run.context import one_change_at_a_time
 from pipeline.storage.workspace import Workspace
 

@@ -17,8 +17,8 @@ from typing import Any
 from pipeline.core.errors import cause_line
 from pipeline.core.files import Record, append_journal, read_journal
 from pipeline.core.machine import backoff_s, in_background
+from pipeline.tracking.availability import FIRST_PAUSE_S, LONGEST_PAUSE_S, unavailable_reason
 from pipeline.tracking.runs import Tracking
-from pipeline.tracking.server import FIRST_PAUSE_S, LONGEST_PAUSE_S, unavailable_reason
 
 # A metric that every sample of the machine has, under MLflow's name for it.
 SYSTEM_SERIES = "system/cpu_utilization_percentage"

@@ -19,7 +19,8 @@ from pipeline.core.console import console
 from pipeline.core.errors import TrackingAwayError
 from pipeline.core.files import Record
 from pipeline.core.redaction import redacted, redacted_values
-from pipeline.tracking.server import connect, if_there, own_database, own_files, tracking_uri, unavailable_reason
+from pipeline.tracking.availability import if_there, unavailable_reason
+from pipeline.tracking.server import connect, own_database, own_files, tracking_uri
 
 _PARENT_TAG = "mlflow.parentRunId"
 _ORIGIN_TAG = "kasa.origin"

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.files import read_journal
 from pipeline.run.graph import STAGES
-from pipeline.tracking.server import RETRY_VARIABLE
+from pipeline.tracking.availability import RETRY_VARIABLE
 from tests.support.postgres import postgres
 from tests.support.processes import wait_for
 from tests.support.tiny_run import PATIENCE_S, STEPS, Bench, parents, runs_under

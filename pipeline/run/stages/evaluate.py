@@ -30,7 +30,8 @@ from pipeline.evaluation.results import (
 from pipeline.metrics.catalogue import metrics_for_classes
 from pipeline.metrics.intervals import Interval, measure, paired_differences
 from pipeline.models.prompting import Head
-from pipeline.registry.store import ModelVersion, finish_interrupted_change
+from pipeline.registry.aliases import finish_interrupted_change
+from pipeline.registry.store import ModelVersion
 from pipeline.run.context import RunContext
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import EVALUATE, PREPARE, STAGE, TRAIN, stage_key

@@ -13,12 +13,7 @@ from typing import Any
 
 from pipeline.core.errors import ModelError
 from pipeline.models.base import BaseModel
-from pipeline.registry.store import (
-    CHAMPION,
-    KEY_TAG,
-    PREVIOUS,
-    ModelVersion,
-    Registry,
+from pipeline.registry.aliases import (
     after_keeping_out,
     after_promotion,
     change_aliases,
@@ -26,6 +21,7 @@ from pipeline.registry.store import (
     finish_interrupted_change,
     history,
 )
+from pipeline.registry.store import CHAMPION, KEY_TAG, PREVIOUS, ModelVersion, Registry
 from pipeline.run.context import one_change_at_a_time
 from pipeline.run.dependencies import REGISTER
 from pipeline.run.model_package import (

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.core.errors import ModelError
-from pipeline.registry.store import after_keeping_out, after_promotion, after_rollback
+from pipeline.registry.aliases import after_keeping_out, after_promotion, after_rollback
 
 
 def after(aliases: dict[str, str], moves: dict[str, str | None]) -> dict[str, str]:

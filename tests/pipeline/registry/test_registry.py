@@ -16,7 +16,8 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.core.errors import ModelError
-from pipeline.registry.store import ModelVersion, Registry, change_aliases, event, finish_interrupted_change, history
+from pipeline.registry.aliases import change_aliases, event, finish_interrupted_change, history
+from pipeline.registry.store import ModelVersion, Registry
 from pipeline.run.stages.register import _check_champion, _set_aliases
 
 NAME = "reviews"

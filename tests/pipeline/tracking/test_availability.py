@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.core.errors import TrackingAwayError, WorkspaceError
-from pipeline.tracking.server import RETRY_VARIABLE, if_there, retry, retry_limit_s, retrying, unavailable_reason
+from pipeline.tracking.availability import RETRY_VARIABLE, if_there, retry, retry_limit_s, retrying, unavailable_reason
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
