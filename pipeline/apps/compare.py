@@ -35,11 +35,11 @@ from pipeline.core.files import append_journal, read_journal
 from pipeline.data.forms import check_first_rows
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
-from pipeline.metrics.catalogue import check_measurable
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import empty_base
 from pipeline.run import graph as keys
 from pipeline.run.context import NestedRun, alone, close_context, open_context, ready_workspace
+from pipeline.run.preflight import check_before_work
 from pipeline.run.report_facts import environment_tags
 from pipeline.run.stages.evaluate import results_of
 from pipeline.storage.artifacts import Artifact, ArtifactStore
@@ -83,7 +83,7 @@ def compare(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None =
         KasaError: a mistake in the recipe, the data, the base or the environment; finished artifacts are kept.
     """
     recipe = plan.recipe
-    check_measurable(recipe.evaluate.measured)
+    check_before_work(recipe).require()
     storage = ready_workspace(recipe)
     sources = resolve_sources(recipe.data, recipe.workspace)
     assert sources is not None
