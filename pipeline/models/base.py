@@ -156,7 +156,7 @@ def _find(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
         return folder.resolve()
     if folder.is_absolute() or settings.model.startswith((".", "~")) or settings.model.count("/") != 1:
         raise BaseModelError(f"base.model {settings.model} is neither a folder nor a hub id (ORGANISATION/NAME)")
-    return _from_hub(settings, fetch, _nearest_folder(folder))
+    return _from_hub(settings, fetch)
 
 
 def _nearest_folder(folder: Path) -> str:
@@ -166,7 +166,7 @@ def _nearest_folder(folder: Path) -> str:
     return nearest(str(folder), [str(other) for other in folder.parent.iterdir() if other.is_dir()])
 
 
-def _from_hub(settings: BaseSettings, fetch: bool, hint: str) -> Path | None:
+def _from_hub(settings: BaseSettings, fetch: bool) -> Path | None:
     from huggingface_hub import snapshot_download
 
     patterns = [*_CONTENT, "*.index.json"]
@@ -179,6 +179,7 @@ def _from_hub(settings: BaseSettings, fetch: bool, hint: str) -> Path | None:
     except Exception as error:  # the hub client raises a dozen unrelated types
         if not fetch:
             return None
+        hint = _nearest_folder(user_path(settings.model))
         raise BaseModelError(
             f"base.model {settings.model} is no folder here{hint}{'' if hint else ';'} and as a hub id it cannot be fetched "
             f"({type(error).__name__}: {one_line(error)}); without a network, name a local folder"
