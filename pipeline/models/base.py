@@ -277,7 +277,7 @@ def _snapshot(settings: BaseSettings, revision: str | None, patterns: Sequence[s
     except Exception as error:  # the hub client raises a dozen unrelated types
         if not fetch:
             return None
-        hint = _nearest_folder(Path(settings.model))
+        hint = _nearest_folder(user_path(settings.model))
         raise BaseModelError(
             f"base.model {settings.model} is no folder here{hint}{'' if hint else ';'} and as a hub id it cannot be fetched "
             f"({type(error).__name__}: {one_line(error)}); without a network, name a local folder"

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import sentencepiece
 import torch
@@ -203,3 +204,18 @@ def test_who_lacks_the_package_for_a_sentencepiece_model_is_told_its_name(
     monkeypatch.setattr("pipeline.models.prompting.find_spec", lambda name: None)
     with pytest.raises(BaseModelError, match="pip install sentencepiece"):
         load_tokenizer(folder)
+
+
+
+def test_a_mistyped_folder_is_no_error_of_the_hub_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    Path("models/tiny").mkdir(parents=True)
+    said = r"models/tny is no folder here; did you mean models/tiny\? and as a hub id it cannot be fetched"
+    with pytest.raises(BaseModelError, match=said):
+        find_base(BaseSettings(model="models/tny"), tmp_path)
+    with pytest.raises(BaseModelError, match=r"organisation/name is no folder here; and as a hub id"):
+        find_base(BaseSettings(model="organisation/name"), tmp_path)

@@ -230,7 +230,7 @@ def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter:
         registry.download(f"{champion.uri}/artifacts/adapter", copy)
     assert registry.champion("tiny") is None
     status, _, said = kasa("export", "models:/tiny/2", "more", "--format", "lora", "-w", "work")
-    assert (status, "models:/tiny/2 cannot be fetched from sqlite" in said) == (2, True)
+    assert (status, "tiny has no version 2; the newest are 1" in said) == (2, True)
 
 
 def test_a_base_elsewhere(kasa: Kasa, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
