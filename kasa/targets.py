@@ -73,7 +73,7 @@ def outline_of(model: nn.Module, trained_modules: Sequence[str] = ()) -> Outline
     linear = tuple(target for target in _linear_modules(model) if not is_within(target.name, trained_modules))
     names = {target.name for target in linear}
     others = {name: type(module).__name__ for name, module in model.named_modules() if name and name not in names}
-    return Outline(linear, others, tuple(_remarks(model, linear)))
+    return Outline(linear, others)
 
 
 def select_targets(outline: Outline, targets: str | Sequence[str]) -> list[Target]:
@@ -153,7 +153,8 @@ def _linear_modules(model: nn.Module) -> list[Target]:
     return found
 
 
-def _remarks(model: nn.Module, linear: Sequence[Target]) -> list[str]:
+def remarks_on(model: nn.Module, linear: Sequence[Target]) -> list[str]:
+    """What `all-linear` leaves out of a model with these linear modules, in sentences: modules that no rank fits, and experts."""
     remarks = []
     if narrow := [target for target in linear if target.smaller_side <= 1]:
         first = narrow[0]

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kasa.checkpoint import stored_tensors
-from kasa.targets import Outline
+from kasa.targets import Outline, remarks_on
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import BaseModelError, one_line
 from pipeline.models.prompting import LANGUAGE_MODEL, Head, head_modules, load_tokenizer
@@ -86,8 +86,9 @@ def empty_base(folder: Path, head: HeadKind) -> nn.Module:
 def draw_outline(folder: Path, head: HeadKind) -> Outline:
     """The outline of a base, with what people should know of how it is loaded. Errors are those of `empty_base`."""
     model: Any = empty_base(folder, head)
-    remarks = (_EAGER,) if model.config._attn_implementation == "eager" else ()
-    return replace(base_outline(model, head, remarks), drops=_drops(model.config))
+    outline = base_outline(model, head)
+    eager = [_EAGER] if model.config._attn_implementation == "eager" else []
+    return replace(outline, remarks=(*remarks_on(model, outline.linear), *eager), drops=_drops(model.config))
 
 
 def _drops(config: Any) -> bool:

@@ -7,7 +7,6 @@ local folder or of the local hub cache, or from the built-in table of published 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,14 +222,9 @@ def meta_model(config: PretrainedConfig, head: HeadKind = "language-model") -> n
     return model
 
 
-def base_outline(model: nn.Module, head: HeadKind, remarks: tuple[str, ...] = ()) -> Outline:
-    """The modules of a model that can carry an adapter. A new head is trained in full and carries none.
-
-    Args:
-        remarks: Joined to those on the model's weights.
-    """
-    outline = outline_of(model, head_modules(model) if head != "language-model" else ())
-    return replace(outline, remarks=(*outline.remarks, *remarks))
+def base_outline(model: nn.Module, head: HeadKind) -> Outline:
+    """The modules of a model that can carry an adapter. A new head is trained in full and carries none."""
+    return outline_of(model, head_modules(model) if head != "language-model" else ())
 
 
 def position_count(model: nn.Module) -> int | None:

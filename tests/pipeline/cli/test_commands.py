@@ -27,7 +27,6 @@ def kasa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(cli, "end_on_sigterm", lambda: None)
     (tmp_path / "recipe.yaml").write_text("name: tiny\ndata: {train: rows.jsonl}\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "2+2?", "completion": "4"}\n' * 20)
     (tmp_path / "file").write_text("no folder")

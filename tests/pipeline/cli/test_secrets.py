@@ -26,7 +26,6 @@ def test_an_error_with_an_address(
         raise error
 
     monkeypatch.setattr(main, "app", fail)
-    monkeypatch.setattr(main, "end_on_sigterm", lambda: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit):
         main.main()

@@ -206,7 +206,6 @@ def test_who_lacks_the_package_for_a_sentencepiece_model_is_told_its_name(
         load_tokenizer(folder)
 
 
-
 def test_a_mistyped_folder_is_no_error_of_the_hub_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no route")
