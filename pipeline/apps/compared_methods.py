@@ -29,7 +29,6 @@ from pipeline.models.loading import empty_base
 from pipeline.run import graph as keys
 from pipeline.run.context import RunContext
 from pipeline.run.dependencies import KeyInputs
-from pipeline.run.preflight import check_before_work
 from pipeline.run.stage_runs import Work, run_stages
 from pipeline.run.stages.train import deepspeed_settings
 from pipeline.storage.artifacts import Artifact, ArtifactStore, StageKey
@@ -354,7 +353,6 @@ def plan_trials(plan: ComparisonPlan) -> list[TrialPlan]:
         KasaError: what the comparison itself would refuse, as far as it can be seen from here.
     """
     recipe = plan.recipe
-    check_before_work(recipe).require()
     sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
     if sources is not None:
         check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")

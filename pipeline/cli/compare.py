@@ -137,8 +137,11 @@ def compare(
     rates = tuned_rates(tune, resolved)
     planned = plan_comparison(resolved, method_names(methods), seeds, seed_from, rates, against)
     if dry_run:
-        trials = plan_trials(planned)
+        from pipeline.run.preflight import check_before_work
+
+        found, trials = check_before_work(resolved), plan_trials(planned)
         print_json(_planned_json(planned, trials)) if as_json else _show_planned(planned, trials)
+        found.require()
         return
     show(compare_methods(planned, ProgressBars(), side_by_side), as_json, _compared_json, show_compared)
 

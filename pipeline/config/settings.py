@@ -90,7 +90,6 @@ class DataSettings(Section):
     )
     separator: str | None = Field(
         None,
-        min_length=1,
         description="Text files only: splits each line into prompt and completion at its first occurrence.",
     )
     prompt_template: str = Field(

@@ -293,6 +293,14 @@ def _check_folder(folder: Path, name: str) -> None:
         ) from None
     except ValueError as error:
         raise BaseModelError(f"base.model {name}: {folder / 'config.json'} is damaged: {error}") from None
+
+
+def check_has_tokenizer(folder: Path, name: str) -> None:
+    """Refuse a base whose folder has no file of a tokenizer; to export or merge it needs none.
+
+    Raises:
+        BaseModelError: That is so.
+    """
     if not any((folder / file).is_file() for file in _TOKENIZERS):
         raise BaseModelError(
             f"base.model {name}: {folder} has no tokenizer ({', '.join(_TOKENIZERS)}); save the base's own there"

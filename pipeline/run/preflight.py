@@ -21,7 +21,7 @@ from pipeline.data.sources import resolve_source
 from pipeline.evaluation.results import check_harness
 from pipeline.methods.choice import check_registrable
 from pipeline.metrics.catalogue import check_measurable
-from pipeline.models.base import find_folder
+from pipeline.models.base import check_has_tokenizer, find_folder
 from pipeline.run.graph import needed_resources
 from pipeline.run.stages.train import deepspeed_settings
 
@@ -88,8 +88,10 @@ def _look_for_inputs(recipe: Recipe, found: Preflight, elsewhere: bool) -> None:
                 found.not_checked.append(f"data.{side} {redacted(entry)}: it is fetched when the run begins")
     if elsewhere and os.path.isabs(os.path.expanduser(recipe.base.model)):
         found.not_checked.append(f"base.model {recipe.base.model}: on storage that the cluster shares")
-    elif find_folder(recipe.base, recipe.workspace, fetch=False) is None:
+    elif (folder := find_folder(recipe.base, recipe.workspace, fetch=False)) is None:
         found.not_checked.append(f"base.model {recipe.base.model}: it is fetched when the run begins")
+    else:
+        check_has_tokenizer(folder, recipe.base.model)
 
 
 def _check_services(found: Preflight) -> None:

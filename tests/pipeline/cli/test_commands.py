@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.apps.models import Change
 from pipeline.cli import main as cli
 from pipeline.cli import plan as plan_commands
-from pipeline.cli.models import _show_change
 from pipeline.core.errors import mendable
 
 Kasa = Callable[..., tuple[int, str, str]]
@@ -131,15 +129,6 @@ def test_a_recipe_is_one_line_where_nobody_wraps_it(kasa: Kasa) -> None:
     _, listed, _ = kasa("recipes", "--json")
     for one in json.loads(listed):
         assert any(one["name"] in line and one["summary"] in line for line in out.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("workspace", "command"),
-    [("workspace", "kasa rollback tiny"), ("w s;x", "kasa rollback tiny --workspace 'w s;x'")],
-)
-def test_the_way_back_works_as_it_is_printed(workspace: str, command: str, capsys) -> None:
-    _show_change(Path(workspace), Change("tiny", "2", "1", "1", "", True))
-    assert f"back again: {command}\n" in capsys.readouterr().out
 
 
 def test_a_workspace_is_an_option_and_a_setting(kasa: Kasa, tmp_path: Path) -> None:

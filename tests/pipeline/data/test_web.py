@@ -169,7 +169,7 @@ def test_addresses_that_lead_nowhere(site: Site, tmp_path: Path) -> None:
         fetch(address(site, "gone.jsonl"), tmp_path)
     with pytest.raises(DataError, match="names no file"):
         fetch(address(site, ""), tmp_path)
-    with pytest.raises(DataError, match="is no address"):
+    with pytest.raises(DataError, match="names no host"):
         fetch("http://[::1/rows.jsonl", tmp_path)
     with pytest.raises(DataError, match="is of no known format"):
         resolve_source(address(site, "rows.pdf"), "data.train", tmp_path, fetch=True)

@@ -195,6 +195,7 @@ def test_promote_and_rollback(kasa: Kasa, registry: Registry) -> None:
     register(registry, True, False)
     code, out, _ = kasa("promote", f"models:/{NAME}@challenger", "--reason", "the  editors\nprefer it")
     assert (code, f"{NAME}: version 2 is the champion now" in out) == (0, True)
+    assert f"back again: kasa rollback {NAME}" in out
     assert registry.aliases(NAME) == {"champion": "2", "previous": "1"}
     version = registry.version(NAME, "2")
     assert version is not None

@@ -18,6 +18,7 @@ from pipeline.cli.main import app
 from pipeline.config.recipe import load_recipe
 from pipeline.run import preflight
 from pipeline.run.preflight import Preflight, check_before_work
+from tests.support.tiny_inputs import write_tiny_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def test_a_sound_recipe_passes_and_nothing_is_made(tiny: Path) -> None:
     ("removed", "message"),
     [
         ("config.json", "has no config.json"),
-        ("model.safetensors", "has no .safetensors weights"),
+        ("model.safetensors", "has no weights, neither"),
         ("tokenizer.json", r"has no tokenizer \(tokenizer.json,"),
     ],
 )
@@ -158,10 +159,10 @@ def test_what_is_not_here_yet_is_listed() -> None:
 
 def test_a_dry_run_shows_the_plan_and_then_refuses(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    (tiny / "base" / "config.json").write_text(
-        json.dumps({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4})
+    write_tiny_inputs(tiny / "whole")
+    done: Any = CliRunner().invoke(
+        app, ["run", "recipe.yaml", "base.model=whole/base", "evaluate.metrics=[meteor]", "--dry-run", "--json"]
     )
-    done: Any = CliRunner().invoke(app, ["run", "recipe.yaml", "evaluate.metrics=[meteor]", "--dry-run", "--json"])
     assert isinstance(done.exception, KasaError)
     plan = json.loads(done.stdout.splitlines()[-1])
     assert "Java" in plan["refused"][0]

@@ -112,7 +112,8 @@ def test_what_was_made_while_its_inputs_changed_is_thrown_away(tmp_path: Path) -
 
     made = tmp_path / "made"
     store = SimpleNamespace(find_or_make=lambda key, make, recompute: make(made))
-    context: Any = SimpleNamespace(recomputed={}, store=store, check_inputs=check)
+    recipe = SimpleNamespace(name="tiny")
+    context: Any = SimpleNamespace(recomputed={}, store=store, check_inputs=check, recipe=recipe)
 
     def make(folder: Path) -> dict[str, Any]:
         (folder / "checkpoints").mkdir(parents=True)
