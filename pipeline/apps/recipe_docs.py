@@ -44,7 +44,7 @@ data:
 ```
 
 Any key can be changed on the command line: `kasa run RECIPE.yaml train.epochs=2 "adapter.targets=[q_proj, v_proj]"`.
-`kasa run RECIPE.yaml --dry-run` shows the resolved recipe and touches nothing. An unknown key or a value out of range is
+`kasa run RECIPE.yaml --dry-run` shows the resolved recipe and makes nothing in the workspace. An unknown key or a value out of range is
 an error that names the file, the key and the nearest valid one. Paths are relative to the working directory.
 """
 

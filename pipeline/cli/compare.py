@@ -124,7 +124,7 @@ def compare(
         int | None, typer.Option(min=1, help="Trials at once at most; default: as many as the cluster has room for.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the trials and what is cached; touch nothing.")
+        bool, typer.Option("--dry-run", help="List the trials and what is cached; make nothing.")
     ] = False,
     workspace: RunWorkspaceOption = None,
     as_json: JsonOption = False,

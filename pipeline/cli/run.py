@@ -61,7 +61,7 @@ def run(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the resolved recipe and the plan; touch nothing.")
+        bool, typer.Option("--dry-run", help="Show the resolved recipe and the plan; make nothing.")
     ] = False,
     force: Annotated[
         list[str] | None, typer.Option("--force", metavar="STAGE", help="Recompute this stage; may be given again.")
