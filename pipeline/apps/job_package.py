@@ -12,6 +12,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -41,8 +42,8 @@ RUBBISH = frozenset(
     {".git", ".hg", ".svn", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".cache"}
     | {".ipynb_checkpoints", ".tox", ".nox", ".idea", ".vscode", "node_modules", "mlruns"}
 )
-# A folder with one of these files is a virtual environment, or a run's workspace.
-_MARKS = ("pyvenv.cfg", "mlflow.db")
+# A folder with one of these files is a virtual environment, or a run's workspace, perhaps one that is just being made.
+_MARKS = ("pyvenv.cfg", "mlflow.db", ".mlflow.db.lock")
 
 
 def check_inputs(recipe: Recipe, recipe_file: Path, folder: Path) -> list[Path]:
@@ -123,7 +124,7 @@ def make_package(folder: Path, needed: Sequence[Path], workspace: Path) -> Packa
         JobError: the files are too large for Ray, one cannot be read, or one is in the place of the pipeline's code or would
             hide a library.
     """
-    try:
+    with _readable():
         files = {
             file.relative_to(folder).as_posix(): file
             for file in _chosen(folder, (workspace.absolute(), folder.resolve()))
@@ -134,6 +135,13 @@ def make_package(folder: Path, needed: Sequence[Path], workspace: Path) -> Packa
         _refuse_shadows(files)
         _check_size(files)
         return Package(files, _digest(files))
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Name a file that cannot be read, or that went away since the folder was listed."""
+    try:
+        yield
     except OSError as error:
         raise JobError(
             f"{error.filename} would go along with the job and cannot be read: {error.strerror}; name it in .gitignore if the "
@@ -142,13 +150,19 @@ def make_package(folder: Path, needed: Sequence[Path], workspace: Path) -> Packa
 
 
 def write_package(package: Package, archive: Path) -> None:
-    """Write a package as a zip archive; the same files give the same bytes."""
+    """Write a package as a zip archive; the same files give the same bytes.
+
+    Raises:
+        JobError: a file went away since `make_package`.
+    """
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out:
         for name in sorted(package.files):
             entry = zipfile.ZipInfo(name)
             entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = (0o100755 if _is_executable(package.files[name]) else 0o100644) << 16
-            with package.files[name].open("rb") as source, out.open(entry, "w", force_zip64=True) as target:
+            with _readable():
+                entry.external_attr = (0o100755 if _is_executable(package.files[name]) else 0o100644) << 16
+                source = package.files[name].open("rb")
+            with source, out.open(entry, "w", force_zip64=True) as target:
                 while block := source.read(2**20):
                     target.write(block)
 

@@ -117,6 +117,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
         make_package(tmp_path, [], tmp_path / "workspace")
 
 
+def test_a_workspace_that_is_just_being_made_stays_behind_and_a_file_that_went_away_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "recipe.yaml", "work/.mlflow.db.lock", "work/.mlflow.db.7.partial-journal")
+    found = make_package(tmp_path, [], tmp_path / "workspace")
+    assert own(found) == {"recipe.yaml"}
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(JobError, match="recipe.yaml would go along with the job and cannot be read: No such file"):
+        write_package(found, tmp_path / "package.zip")
+
+
 def test_the_size_counts_what_many_small_files_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(50):
         write(tmp_path, f"file-{index}", text="")
