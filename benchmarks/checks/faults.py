@@ -165,7 +165,7 @@ MISTAKES = (
     # Other commands.
     Mistake("a setting for a prompt", ("generate", "models:/tiny@champion", "workspace=w"), ("--workspace",)),
     Mistake("no such adapter", ("generate", "./nothing", "count"), ("./nothing",)),
-    Mistake("a registry without the model", ("generate", "models:/tiny@champion", "count"), ("tiny",)),
+    Mistake("a registry without the model", ("generate", "models:/tiny@champion", "count"), ("--workspace",)),
     Mistake("an export to nowhere", ("export", "base", "/proc/x/y", "--format", "lora"), ("base",)),
     Mistake("the version", ("--version",), ("kasa 0.",), code=0),
     Mistake("the recipes, piped", ("recipes",), ("quickstart",), code=0),

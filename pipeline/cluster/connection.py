@@ -53,6 +53,9 @@ _HEAD_CHECK_S, _HEAD_MISSES = 1.0, 3
 
 # The default port of each kind of address.
 _RAY_PORTS = {"": 6379, "ray": 10001}
+# What only Ray's head answers; proxies and other services take a connection, too.
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_NO_RAY = "something answers there that is no Ray"
 # How long a cluster's head may take to say a word.
 _ANSWER_S = 10.0
 
@@ -90,14 +93,14 @@ def check_address(address: str | None, timeout_s: float = TIMEOUT_S) -> Finding:
     target = host_and_port(address, _RAY_PORTS[scheme])
     if target is None:
         return Finding("Ray cluster", "fail", f"{shown} names no host", "write HEAD:6379, or unset it")
-    problem = connects(*target, timeout_s) or _speaks_no_grpc(*target, timeout_s)
+    problem = connects(*target, timeout_s) or _is_no_ray(*target, scheme, timeout_s)
     if problem is None:
         return Finding("Ray cluster", "ok", f"{shown} takes connections")
     remedy = "start that cluster (`ray start --head`), correct RAY_ADDRESS, or unset it to run on this machine"
     return Finding("Ray cluster", "fail", f"{shown}: {problem}", remedy)
 
 
-def _speaks_no_grpc(host: str, port: int, timeout_s: float) -> str | None:
+def _is_no_ray(host: str, port: int, scheme: str, timeout_s: float) -> str | None:
     """Why nothing at this port can be a Ray; None if it may be one."""
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return None  # it wants a certificate before it says a word
@@ -105,9 +108,20 @@ def _speaks_no_grpc(host: str, port: int, timeout_s: float) -> str | None:
 
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=timeout_s)
+            if scheme:
+                grpc.channel_ready_future(channel).result(timeout=timeout_s)
+            else:
+                channel.unary_unary(_ALIVE)(b"", timeout=timeout_s)
         except grpc.FutureTimeoutError:
-            return "something answers there that is no Ray"
+            return _NO_RAY
+        except grpc.RpcError as error:
+            code = error.code()
+            silent = code in (
+                grpc.StatusCode.UNIMPLEMENTED,
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+            )
+            return _NO_RAY if silent else None  # one that wants a token is a Ray
     return None
 
 

@@ -301,7 +301,8 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: Collection[tuple
         RecipeError: Up to five problems, one line each, with the dotted key, the value and the nearest valid key.
     """
     try:
-        return Recipe.model_validate(values)
+        # `promotion:` with nothing below is what is left when all its lines are commented out.
+        return Recipe.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
         raise RecipeError(explain(error, Recipe, where, overrides)) from None
 

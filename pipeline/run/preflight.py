@@ -67,6 +67,8 @@ def check_before_work(recipe: Recipe, *, elsewhere: bool = False) -> Preflight:
     """
     check_registrable(recipe)
     deepspeed_settings(recipe)
+    if recipe.workspace.exists() and not recipe.workspace.is_dir():
+        raise WorkspaceError(f"the workspace {recipe.workspace} is a file; name a folder with workspace=FOLDER")
     found = Preflight()
     _look_for_inputs(recipe, found, elsewhere)
     if elsewhere:

@@ -64,7 +64,7 @@ def located_adapter(model: str, workspace: Path) -> Iterator[tuple[Path, Mapping
         folder = user_path(model)
         if not is_adapter(folder):
             raise ModelError(
-                f"{folder} is neither a registry URI ({SCHEME}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
+                f"{model} is neither a registry URI ({SCHEME}NAME@champion) nor an adapter folder with {ADAPTER_JSON}"
             )
         check_sealed_folder(folder)
         yield folder, None

@@ -187,12 +187,19 @@ def test_compiler_is_optional() -> None:
 
 
 def test_ray_address(closed_port: int, server: str) -> None:
-    head = grpc.server(ThreadPoolExecutor(1))
-    port = head.add_insecure_port("127.0.0.1:0")
+    alive = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
+    head, other = grpc.server(ThreadPoolExecutor(1)), grpc.server(ThreadPoolExecutor(1))
+    head.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", {"CheckAlive": alive})]
+    )
+    port, other_port = (one.add_insecure_port("127.0.0.1:0") for one in (head, other))
     head.start()
+    other.start()
     for address in (None, "", "local", "auto", f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
         assert check_address(address).status == "ok", address
+    assert "no Ray" in check_address(f"127.0.0.1:{other_port}").detail
     head.stop(None)
+    other.stop(None)
     for no_ray in (server, server.removeprefix("http://")):
         assert check_address(no_ray).status == "fail", no_ray
     closed = check_address(f"127.0.0.1:{closed_port}")

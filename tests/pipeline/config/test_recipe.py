@@ -176,6 +176,7 @@ def test_an_error_stays_short_whatever_was_written(file) -> None:
 def test_an_empty_section_can_be_filled_by_an_override(tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(TEXT + "train:\n")
+    assert load_recipe(path, []).train.workers == 1
     assert load_recipe(path, ["train.workers=2"]).train.workers == 2
 
 

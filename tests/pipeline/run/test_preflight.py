@@ -157,6 +157,11 @@ def test_what_is_not_here_yet_is_listed() -> None:
     ]
 
 
+def test_a_workspace_that_is_a_file(tiny: Path) -> None:
+    with pytest.raises(KasaError, match=r"the workspace \S*rows\.jsonl is a file"):
+        look("workspace=rows.jsonl")
+
+
 def test_a_dry_run_shows_the_plan_and_then_refuses(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     write_tiny_inputs(tiny / "whole")

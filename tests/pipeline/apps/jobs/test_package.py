@@ -122,7 +122,7 @@ def test_a_workspace_that_is_just_being_made_stays_behind_and_a_file_that_went_a
     found = make_package(tmp_path, [], tmp_path / "workspace")
     assert own(found) == {"recipe.yaml"}
     (tmp_path / "recipe.yaml").unlink()
-    with pytest.raises(JobError, match="recipe.yaml would go along with the job and cannot be read: No such file"):
+    with pytest.raises(JobError, match=r"recipe\.yaml would go along with the job and cannot be read: No such file"):
         write_package(found, tmp_path / "package.zip")
 
 
