@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -192,11 +193,7 @@ def _process_group(backend: str, timeout_s: int, scratch: Path) -> Any:
     """
     import ray
     from ray.train.torch import TorchConfig
-    from ray.train.torch.config import (  # no public names
-        _set_torch_distributed_env_vars,
-        _setup_torch_process_group,
-        _TorchBackend,
-    )
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend  # no public names
 
     if cluster_address():
         return TorchConfig(backend=backend, timeout_s=timeout_s)
@@ -207,10 +204,9 @@ def _process_group(backend: str, timeout_s: int, scratch: Path) -> Any:
             store.parent.mkdir(parents=True, exist_ok=True)
             worker_group.execute(_set_torch_distributed_env_vars)
             size = len(worker_group)
-            group = {"backend": backend, "world_size": size, "init_method": store.as_uri(), "timeout_s": timeout_s}
             ray.get(
                 [
-                    worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **group)
+                    worker_group.execute_single_async(rank, _meet, str(store), backend, rank, size, timeout_s)
                     for rank in range(size)
                 ]
             )
@@ -219,6 +215,22 @@ def _process_group(backend: str, timeout_s: int, scratch: Path) -> Any:
         backend_cls = MeetInFile
 
     return OnThisMachine(backend=backend, timeout_s=timeout_s)
+
+
+def _meet(store: str, backend: str, rank: int, size: int, timeout_s: int) -> None:
+    """Make this process a member of the group, whose members find each other in the file `store`.
+
+    Not by `init_method`: a path with a space or a semicolon is none as a `file://` address is read there.
+    """
+    from torch import distributed
+
+    distributed.init_process_group(
+        backend,
+        store=distributed.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
 
 
 def _here(function: Callable[..., Result]) -> Callable[..., Result]:

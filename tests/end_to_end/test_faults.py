@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture
 def name(request: pytest.FixtureRequest, bench: Bench, first: dict[str, Any]) -> str:
     """A workspace with all that training begins with: the faults come later."""
-    name = "-".join(request.node.name.split("_")[2:5])
+    name = "; ".join(request.node.name.split("_")[2:5])  # a folder's name may hold any character
     bench.copy_beginning(first["artifacts"], name)
     return name
 
