@@ -98,6 +98,7 @@ class LoadedModel:
         device = next(self.model.parameters()).device
         longest = max(len(prompt) for prompt in prompts)
         settings = greedy_settings(self.model, self.tokenizer)
+        settings.max_new_tokens = max_new_tokens
         pad = settings.pad_token_id
         input_ids_BT = torch.full((len(prompts), longest), pad, device=device)
         mask_BT = torch.zeros_like(input_ids_BT)
@@ -108,7 +109,6 @@ class LoadedModel:
         output_BT = self.model.generate(  # type: ignore[operator]
             input_ids=input_ids_BT,
             attention_mask=mask_BT,
-            max_new_tokens=max_new_tokens,
             generation_config=settings,
         )
         answers = [_before(settings.eos_token_id, ids) for ids in output_BT[:, longest:].tolist()]
