@@ -86,7 +86,6 @@ def _drop_weights(folder: Path, *names: str) -> None:
 
 
 _LAYER = "model.layers.1.mlp.down_proj.weight"
-_QUOTED = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 MISTAKES = (
     # What a recipe says.

@@ -21,7 +21,6 @@ from pipeline.config.section import LARGEST_RATE
 from pipeline.config.settings import HarnessSettings
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import content_digest
-from pipeline.data.forms import check_first_rows
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks, matching_rank, trainable_count
 from pipeline.models.base import BaseModel, find_base
@@ -354,8 +353,6 @@ def plan_trials(plan: ComparisonPlan) -> list[TrialPlan]:
     """
     recipe = plan.recipe
     sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
-    if sources is not None:
-        check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     if base is None or sources is None:
         names = [f"{method}, seed {seed}" for seed in plan.seeds for method in plan.methods]

@@ -11,7 +11,6 @@ from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
 from pipeline.core.redaction import redacted
-from pipeline.data.forms import check_first_rows
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import BaseModel, find_base
@@ -66,8 +65,6 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
     """
     found = check_before_work(recipe)
     sources = resolve_sources(recipe.data, recipe.workspace, fetch=False)
-    if sources is not None:
-        check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
     base = find_base(recipe.base, recipe.workspace, fetch=False)
     if base is not None:
         base.targets(recipe.adapter.targets)  # refuses a checkpoint that does not fit its configuration

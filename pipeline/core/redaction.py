@@ -30,6 +30,8 @@ _HEADER = re.compile(r"(?P<name>\b(?:bearer|basic) )[A-Za-z0-9+/=._~-]{8,}", re.
 _TOKEN = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{12,}")
 
 _SECRET_VARIABLE = re.compile(r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIALS?)$")
+# As in `--env HF_TOKEN=...`.
+_ASSIGNED = re.compile(rf"(?P<name>\b[A-Z0-9_]*{_SECRET_VARIABLE.pattern.removesuffix('$')}=)[^\s'\"]+")
 # A shorter value stands in too many words that are no secret.
 _SHORTEST_VALUE = 8
 
@@ -44,6 +46,7 @@ def redacted(text: str) -> str:
         text = text.replace(value, HIDDEN)
     text = _LOGIN.sub(r"\g<scheme>", text)
     text = _PARAMETER.sub(rf"\g<name>{HIDDEN}", text)
+    text = _ASSIGNED.sub(rf"\g<name>{HIDDEN}", text)
     text = _HEADER.sub(rf"\g<name>{HIDDEN}", text)
     return _TOKEN.sub(HIDDEN, text)
 

@@ -9,7 +9,6 @@ inside of a library, or a library have put a handler of its own in place, it end
 from __future__ import annotations
 
 import os
-import re
 import select
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from pipeline.core.console import ProgressBars, console
+from pipeline.core.redaction import redacted
 
 Result = TypeVar("Result")
 
@@ -36,8 +36,6 @@ GRACE_S, DUTIES_S, WORDS_S, DEATH_S = 4.0, 1.5, 0.5, 1.0
 _SAME_SIGNAL_S = 0.3
 _POLL_S = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# A login or a query in a URL, or a setting whose name says what it is.
-_SECRET = re.compile(r"://[^/\s]*@|://\S*\?|(token|password|secret|key)=", re.IGNORECASE)
 _PROCESSES = Path("/proc")
 # Whether `end` leaves no process of this one's own behind.
 KILLS_BENEATH = (_PROCESSES / "self" / "stat").exists()
@@ -116,7 +114,7 @@ def on_signals(arguments: Sequence[str]) -> Iterator[None]:
 
 def command_line(arguments: Sequence[str]) -> str:
     """The command as it can be typed again; empty where an argument may hold a login or a token, which no log must show."""
-    if any(_SECRET.search(argument) for argument in arguments[1:]):
+    if any(redacted(argument) != argument for argument in arguments[1:]):
         return ""
     named = Path(arguments[0]).name == "kasa" and not shutil.which("kasa")
     return shlex.join([arguments[0] if named else "kasa", *arguments[1:]])

@@ -166,7 +166,11 @@ def inject(
         torch.manual_seed(seed)
         try:
             wrapped = peft.get_peft_model(model, config)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (
+            ValueError,
+            TypeError,
+            NotImplementedError,
+        ) as error:  # the last for layers that a method has no form for
             raise TrainingError(f"PEFT cannot adapt this base so: {one_line(error)}") from error
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)

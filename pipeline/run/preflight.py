@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 from kasa.errors import KasaError
 from pipeline.cluster.connection import check_address, check_size, cluster_address
@@ -17,6 +18,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ClusterError, WorkspaceError
 from pipeline.core.machine import Finding, gpu_names, side_by_side
 from pipeline.core.redaction import redacted
+from pipeline.data.forms import check_first_rows
 from pipeline.data.sources import resolve_source
 from pipeline.evaluation.results import check_harness
 from pipeline.methods.choice import check_registrable
@@ -82,12 +84,17 @@ def check_before_work(recipe: Recipe, *, elsewhere: bool = False) -> Preflight:
 
 
 def _look_for_inputs(recipe: Recipe, found: Preflight, elsewhere: bool) -> None:
+    here: list[list[Path]] = []
     for side in ("train", "heldout", "calibration"):
+        here.append([])
         for entry in getattr(recipe.data, side):
             if elsewhere and os.path.isabs(os.path.expanduser(entry)):
                 found.not_checked.append(f"data.{side} {redacted(entry)}: on storage that the cluster shares")
-            elif resolve_source(entry, f"data.{side}", recipe.workspace, fetch=False) is None:
+            elif (files := resolve_source(entry, f"data.{side}", recipe.workspace, fetch=False)) is None:
                 found.not_checked.append(f"data.{side} {redacted(entry)}: it is fetched when the run begins")
+            else:
+                here[-1] += files
+    check_first_rows(recipe.data, here, recipe.base.head != "language-model")
     if elsewhere and os.path.isabs(os.path.expanduser(recipe.base.model)):
         found.not_checked.append(f"base.model {recipe.base.model}: on storage that the cluster shares")
     elif (folder := find_folder(recipe.base, recipe.workspace, fetch=False)) is None:

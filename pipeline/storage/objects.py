@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 RETRY_S = 120.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
-# Retrying does not help against these.
+# Retrying does not help against these. NotImplementedError is how fsspec says that a file system lacks an operation.
 _FINAL = (PermissionError, FileNotFoundError, FileExistsError, NotImplementedError, TypeError, ValueError)
 # With boto's own time-outs and retries it would take minutes to notice a wrong address.
 _S3 = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 0}}}

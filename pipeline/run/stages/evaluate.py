@@ -249,9 +249,10 @@ def _run_harness(work: Work, candidate: Candidate, folder: Path) -> None:
 
 def _is_whole(results: Path) -> bool:
     try:
-        return isinstance(read_json(results, list), list)
+        read_json(results, list)
     except (FileNotFoundError, DamagedFileError):
         return False
+    return True
 
 
 def _whole_path(path: str | None) -> str | None:

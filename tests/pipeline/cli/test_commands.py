@@ -44,7 +44,7 @@ def kasa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     [
         (("run", "recipe.yaml", "train.lr=1"), "error: command line: unknown key train.lr (value 1); did you mean train.learning_rate?"),
         (("run", "recipe.yaml", "--workspace", ""), "error: command line: workspace: the text is empty"),
-        (("run", "recipe.yaml", "--workspace", "file"), "the workspace file cannot be written (File exists)"),
+        (("run", "recipe.yaml", "--workspace", "file"), "the workspace file is a file; name a folder"),
         (("run", "recipe.yaml", "--workspace", "file/below"), "the workspace file/below cannot be written (Not a directory)"),
         (("run", "recipe.yaml", "register.model=team/tiny", "--dry-run"), "error: command line: register.model: a name consists of"),
         (("retrain", "recipe.yaml", "--workspace", "file"), "the workspace file cannot be written"),
@@ -59,7 +59,7 @@ def kasa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         (("artifacts", "prune", "--unused-days", "1e300", "--workspace", "file"), "unused-days"),
         (("generate", "models:/tiny@champion", "workspace=w"), "workspace=w is no prompt but a setting; write --workspace w"),
         (("generate", "models:/tiny@champion", "max_new_tokens=4"), "write --max-new-tokens 4"),
-        (("generate", "~/adapter", "hello"), "home/adapter is neither a registry URI"),
+        (("generate", "~/adapter", "hello"), "~/adapter is neither a registry URI"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_error_that_names_it(kasa: Kasa, arguments: tuple[str, ...], says: str) -> None:

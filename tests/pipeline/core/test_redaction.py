@@ -28,6 +28,7 @@ from pipeline.core.redaction import redacted, redacted_values, shell_command
             "Max retries exceeded with url: /r?api_key=PW (Caused by",
             "Max retries exceeded with url: /r?api_key=*** (Caused by",
         ),
+        ("kasa submit r.yaml --env HF_TOKEN=PW --env SEED=1", "kasa submit r.yaml --env HF_TOKEN=*** --env SEED=1"),
         ("Authorization: Bearer abcdefgh.ijkl", "Authorization: Bearer ***"),
         ("the token hf_ABCDEFGHIJKLMNOPQRST was refused", "the token *** was refused"),
         ("a base model, rank 8: loss 2.1 @ step 3", "a base model, rank 8: loss 2.1 @ step 3"),
