@@ -171,7 +171,9 @@ def check_first_rows(settings: DataSettings, sides: Iterable[Sequence[Path]], la
     Raises:
         DataError: what reading all of it would raise: an empty or damaged file, columns that no form fits, or
             `data.columns` that map to nothing.
+        RecipeError: the form does not exist.
     """
+    check_form(settings)
     settings = settings_for_head(settings, labelled)
     for side in sides:
         for path in side:
