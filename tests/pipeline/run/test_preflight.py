@@ -157,6 +157,13 @@ def test_what_is_not_here_yet_is_listed() -> None:
     ]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_the_first_rows_show(tiny: Path, elsewhere: bool) -> None:
+    (tiny / "rows.jsonl").write_text('{"q": "a", "r": "b"}\n')
+    with pytest.raises(KasaError, match=r"rows\.jsonl:1: columns q, r"):
+        look(elsewhere=elsewhere)
+
+
 def test_a_workspace_that_is_a_file(tiny: Path) -> None:
     with pytest.raises(KasaError, match=r"the workspace \S*rows\.jsonl is a file"):
         look("workspace=rows.jsonl")
