@@ -8,6 +8,7 @@ from typing import Literal
 from kasa.truncation import Truncation
 
 Regulariser = Literal["paper", "authors"]
+SingularValueStart = Literal["ones", "normal"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class KasaConfig:
         singular_value_weight: beta, weight of L2 = sum of d squared.
         orthogonality_weight: gamma, weight of L3 = ||B^T B - I||_F + ||A A^T - I||_F.
         singular_values: whether d is learned; otherwise it stays 1, and the update is B A.
+        singular_value_start: where a learned d starts: at 1, where the update learns as that of LoRA does, or standard normal,
+            as in the paper, where a direction learns in proportion to its |d|.
     """
 
     rank: int = 8
@@ -36,6 +39,7 @@ class KasaConfig:
     singular_value_weight: float = 1e-4
     orthogonality_weight: float = 1e-3
     singular_values: bool = True
+    singular_value_start: SingularValueStart = "normal"
 
     @property
     def scale(self) -> float:

@@ -63,12 +63,11 @@ class KasaUpdate(nn.Module):
         dropped: tuple[torch.Tensor, torch.Tensor] | None,
         generator: torch.Generator,
     ) -> KasaUpdate:
-        """The paper's start: A kaiming uniform, d standard normal (1 where it is not learned), B zero, so that the layer is
-        the truncated base."""
+        """A kaiming uniform, d as `config` says, B zero: the layer is the truncated base."""
         a_RI = torch.empty(config.rank, target.in_features)
         nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
         d_R = torch.ones(config.rank)
-        if config.singular_values:
+        if config.singular_values and config.singular_value_start == "normal":
             d_R.normal_(generator=generator)
         return cls(a_RI, d_R, torch.zeros(target.out_features, config.rank), dropped, config)
 

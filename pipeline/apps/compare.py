@@ -1,4 +1,7 @@
-"""Running a comparison: the missing trials, side by side where the cluster has room, then the table and the report."""
+"""Running a comparison: the missing trials, side by side where the cluster has room, then the table and the report.
+
+Tuning a recipe's learning rate is the first half of a comparison of one method.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,39 @@ def compare(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None =
     Raises:
         KasaError: a mistake in the recipe, the data, the base or the environment; finished artifacts are kept.
     """
+    with _trials_of(plan, "compare", bars, side_by_side) as (runner, methods):
+        results = runner.run_all(methods)
+        recipe, evaluate = plan.recipe, plan.recipe.evaluate
+        found = findings(results, evaluate.gate_metric, evaluate.measured, plan.against, len(plan.seeds))
+        write_comparison(runner.folder, plan.name, recipe, found)
+        for file in runner.folder.glob("comparison.*"):
+            runner.storage.save(file)
+            runner.tracking.log_files(runner.run_id, file)
+        _log_findings(runner.tracking, runner.run_id, plan, found)
+    return Compared(plan, found, runner.folder, runner.done, runner.reused, runner.run_id)
+
+
+def tune(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None = None) -> ChosenRate:
+    """Train the plan's one method at each of its rates; after an interruption the same call resumes.
+
+    The training at the chosen rate is what a run of the recipe with that rate reuses.
+
+    Raises:
+        KasaError: as `compare`; or training diverged at every rate.
+    """
+    with _trials_of(plan, "tune", bars, side_by_side) as (runner, methods):
+        (chosen,) = runner.tune(methods).values()
+    if chosen is None:
+        rates = ", ".join(f"{rate:g}" for rate in plan.rates)
+        raise TrainingError(f"training diverged at every learning rate tried ({rates}); name smaller ones")
+    return chosen
+
+
+@contextmanager
+def _trials_of(
+    plan: ComparisonPlan, kind: str, bars: ProgressBars, side_by_side: int | None
+) -> Iterator[tuple[_ComparisonRunner, list[ComparedMethod]]]:
+    """What runs the plan's trials, and its methods, on a cluster and within the MLflow run `KIND NAME`."""
     recipe = plan.recipe
     check_before_work(recipe).require()
     storage = ready_workspace(recipe)
@@ -97,35 +133,14 @@ def compare(plan: ComparisonPlan, bars: ProgressBars, side_by_side: int | None =
     for remark in base.remarks:
         bars.say(f"base: {remark}")
     storage.upload_input(base.folder, base.digest)
-    with alone(storage, f"compare {plan.name}", f"the comparison {plan.name}"):
-        return _compare(plan, storage, base, sources, targets, methods, bars, side_by_side)
-
-
-def _compare(
-    plan: ComparisonPlan,
-    storage: Workspace,
-    base: BaseModel,
-    sources: DataSources,
-    targets: Sequence[Target],
-    methods: Sequence[ComparedMethod],
-    bars: ProgressBars,
-    side_by_side: int | None,
-) -> Compared:
-    recipe = plan.recipe
-    tracking = Tracking(recipe.workspace, recipe.name)
-    tags = {**environment_tags(), **code_tags(), "kasa.comparison": plan.name}
-    run_id = tracking.start_run(f"compare {plan.name}", tags, origin=f"compare.{plan.name}")
-    tracking.resume_run(run_id)
-    runner = _ComparisonRunner(plan, storage, base, sources, targets, bars, run_id, side_by_side)
-    with tracking.open_run(run_id), ray_cluster(recipe.workspace, *keys.needed_resources(recipe)), bars.showing():
-        results = runner.run_all(methods)
-        found = findings(results, recipe.evaluate.gate_metric, recipe.evaluate.measured, plan.against, len(plan.seeds))
-        write_comparison(runner.folder, plan.name, recipe, found)
-        for file in runner.folder.glob("comparison.*"):
-            storage.save(file)
-            tracking.log_files(run_id, file)
-        _log_findings(tracking, run_id, plan, found)
-    return Compared(plan, found, runner.folder, runner.done, runner.reused, run_id)
+    with alone(storage, f"{kind} {plan.name}", f"the comparison {plan.name}"):
+        tracking = Tracking(recipe.workspace, recipe.name)
+        tags = {**environment_tags(), **code_tags(), "kasa.comparison": plan.name}
+        run_id = tracking.start_run(f"{kind} {plan.name}", tags, origin=f"{kind}.{plan.name}")
+        tracking.resume_run(run_id)
+        runner = _ComparisonRunner(plan, kind, storage, base, sources, targets, bars, tracking, run_id, side_by_side)
+        with tracking.open_run(run_id), ray_cluster(recipe.workspace, *keys.needed_resources(recipe)), bars.showing():
+            yield runner, methods
 
 
 @dataclass
@@ -141,17 +156,20 @@ class _ComparisonRunner:
     """Runs the trials of one comparison.
 
     Attributes:
+        kind: `compare`, or `tune` where only a learning rate is chosen.
         done: trials finished, those of earlier calls included.
         reused: trials finished by earlier calls.
         total: trials of the comparison.
     """
 
     plan: ComparisonPlan
+    kind: str
     storage: Workspace
     base: BaseModel
     sources: DataSources
     targets: Sequence[Target]
     bars: ProgressBars
+    tracking: Tracking
     run_id: str
     side_by_side: int | None
     done: int = 0
@@ -167,11 +185,9 @@ class _ComparisonRunner:
     def run_all(self, methods: Sequence[ComparedMethod]) -> list[MethodResult]:
         """Run or find all trials; the results, the base's first."""
         plan = self.plan
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.storage.load(self.folder / _FINISHED)
-        self.total = 1 + len(methods) * (len(plan.seeds) + len(plan.rates))
+        self.total = 1 + len(methods) * len(plan.seeds)
         base = Trial(BASE, plan.recipe)
-        rates = self._tune(methods)
+        rates = self.tune(methods)
         trials = {
             method.name: [trial(method, seed, chosen.rate) for seed in plan.seeds]
             for method in methods
@@ -186,9 +202,10 @@ class _ComparisonRunner:
             for method in methods
         ]
 
-    def _tune(self, methods: Sequence[ComparedMethod]) -> dict[str, ChosenRate | None]:
+    def tune(self, methods: Sequence[ComparedMethod]) -> dict[str, ChosenRate | None]:
         """The learning rate of each method; None where it diverged at all of them."""
         plan = self.plan
+        self.total += len(methods) * len(plan.rates)
         if not plan.rates:
             own = ChosenRate(plan.recipe.train.learning_rate, {}, False)
             return {method.name: own for method in methods}
@@ -220,6 +237,8 @@ class _ComparisonRunner:
 
     def _run(self, trials: Iterable[Trial]) -> dict[str, _Outcome]:
         """Run trials, or find them in the workspace; their outcomes by name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.storage.load(self.folder / _FINISHED)
         store = ArtifactStore(self.storage.folder, self.storage)
         finished = {record["trial"] for record in read_journal(self.folder / _FINISHED)}
         outcomes, missing = {}, []
@@ -269,7 +288,7 @@ class _ComparisonRunner:
 
     @contextmanager
     def _opened(self, one: Trial, bars: ProgressBars) -> Iterator[Any]:
-        nested = NestedRun(one.name, self.run_id, f"compare.{self.plan.name}.{one.name}")
+        nested = NestedRun(one.name, self.run_id, f"{self.kind}.{self.plan.name}.{one.name}")
         with self._opening:  # MLflow is configured through the environment, which threads share
             context = open_context(one.recipe, self.storage, bars, {"kasa.trial": one.name}, within=nested)
         with context.tracking.open_run(context.parent_run):
@@ -279,7 +298,7 @@ class _ComparisonRunner:
 
     def _count(self) -> None:
         self.done += 1
-        self.bars.update("compare", self.done, self.total, "trials")
+        self.bars.update(self.kind, self.done, self.total, "trials")
 
 
 def _log_findings(tracking: Tracking, run_id: str, plan: ComparisonPlan, found: Findings) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # From what suits full fine-tuning to what methods with few parameters need.
-DEFAULT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+DEFAULT_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 BASE = "base"
 # Name -> what it is, with its unit.
@@ -291,6 +291,22 @@ class ComparisonPlan:
         values.pop("workspace")
         key = content_digest([values, self.methods, self.seeds, self.rates, self.against])
         return f"{self.recipe.name}-{key[:8]}"
+
+    def recipe_at(self, rate: float) -> Recipe:
+        """The recipe with another learning rate."""
+        train = self.recipe.train.model_copy(update={"learning_rate": rate})
+        return self.recipe.model_copy(update={"train": train})
+
+
+def plan_tuning(recipe: Recipe, text: str) -> ComparisonPlan:
+    """The trainings of the recipe's own method that `kasa run --tune TEXT` begins with.
+
+    Raises:
+        RecipeError: as `tuned_rates`; or the recipe starts from the champion, whose rate is a matter of its own.
+    """
+    rates = tuned_rates(text, recipe)
+    recipe_for(recipe, recipe.adapter.method)
+    return ComparisonPlan(recipe, (recipe.adapter.method,), (recipe.train.seed,), rates, BASE)
 
 
 @dataclass(frozen=True)

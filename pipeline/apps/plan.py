@@ -292,7 +292,7 @@ def _of_model(
         "step_flops": _step_flops(recipe, model, shape, adapted, mean),
         "checkpoint_gib": 3 * 4 * trainable / GIB,
         "adapter_gib": 4 * (trainable + frozen) / GIB,
-        "spectra": spectra_cost(targets, recipe.spectra_rank, recipe.adapter.truncation),
+        "spectra": spectra_cost(targets, recipe.spectra_rank, recipe.adapter.truncation) if recipe.decomposes else None,
     }
 
 

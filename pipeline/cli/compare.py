@@ -18,6 +18,7 @@ from pipeline.cli.shared import (
     OverridesArgument,
     RecipeArgument,
     RunWorkspaceOption,
+    TuneOption,
     WorkspaceOption,
     out,
     plain_table,
@@ -111,12 +112,7 @@ def compare(
     ] = "kasa,lora",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each method.")] = 3,
     seed_from: Annotated[int | None, typer.Option(help="The first seed; default: train.seed.")] = None,
-    tune: Annotated[
-        str | None,
-        typer.Option(
-            metavar="lr|learning_rate=A,B,...", help="Choose each method's rate on the validation samples first."
-        ),
-    ] = None,
+    tune: TuneOption = None,
     against: Annotated[
         str | None, typer.Option(metavar="METHOD", help="What all are held against; default: lora, or else the base.")
     ] = None,

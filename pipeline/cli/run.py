@@ -17,6 +17,7 @@ from pipeline.cli.shared import (
     OverridesArgument,
     RecipeArgument,
     RunWorkspaceOption,
+    TuneOption,
     WorkspaceOption,
     out,
     plain_table,
@@ -25,10 +26,12 @@ from pipeline.cli.shared import (
     show,
     with_workspace,
 )
-from pipeline.core.console import ProgressBars
+from pipeline.core.console import ProgressBars, console
 
 if TYPE_CHECKING:
+    from pipeline.apps.compared_methods import ComparisonPlan
     from pipeline.apps.doctor import Finding
+    from pipeline.config.recipe import Recipe
     from pipeline.metrics.intervals import Interval
     from pipeline.run.flow import RunResult
 
@@ -69,26 +72,48 @@ def run(
     from_: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Recompute this stage and all after it.")
     ] = None,
+    tune: TuneOption = None,
     workspace: RunWorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe: prepare, spectra, audit, train, evaluate, register. What is unchanged is reused."""
     resolved = read_recipe(recipe, overrides, workspace)
+    from pipeline.apps.compared_methods import plan_tuning
     from pipeline.run.graph import stages_to_recompute
 
     recompute = stages_to_recompute(force or [], from_)
+    tuning = plan_tuning(resolved, tune) if tune else None
     if dry_run:
         from pipeline.apps.dry_run import plan_run
         from pipeline.cli.plan import plan_json, show_plan
 
+        if tuning:
+            rates = ", ".join(f"{rate:g}" for rate in tuning.rates)
+            console.print(
+                f"tune: {len(tuning.rates)} trainings first, at the learning rates {rates}; the best one is kept"
+            )
         planned = plan_run(resolved, recompute)
         show(planned, as_json, plan_json, show_plan)
         if planned.refused:
             raise KasaError("\n".join(planned.refused))
         return
+    if tuning:
+        resolved = _tuned(tuning)
     from pipeline.run.flow import run as run_flow
 
     show(run_flow(resolved, ProgressBars(), recompute), as_json, result_json, show_result)
+
+
+def _tuned(tuning: ComparisonPlan) -> Recipe:
+    """The recipe at the learning rate with the lowest validation loss, which is said."""
+    from pipeline.apps.compare import tune
+
+    chosen = tune(tuning, ProgressBars())
+    losses = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in sorted(chosen.losses.items()))
+    console.print(f"tuned: train.learning_rate={chosen.rate:g} (validation loss {losses})")
+    if chosen.at_edge:
+        console.print("tuned: a better rate may lie beyond those tried; name others with --tune learning_rate=A,B,...")
+    return tuning.recipe_at(chosen.rate)
 
 
 def retrain(

@@ -29,6 +29,10 @@ WorkspaceOption = Annotated[
     Path,
     typer.Option("--workspace", "-w", metavar="FOLDER|URL", parser=local_folder, help="The workspace of the runs."),
 ]
+TuneOption = Annotated[
+    str | None,
+    typer.Option(metavar="lr|learning_rate=A,B,...", help="Choose the learning rate on the validation samples first."),
+]
 RunWorkspaceOption = Annotated[
     str | None,
     typer.Option("--workspace", "-w", metavar="FOLDER|URL", help="The run's workspace: the same as workspace=FOLDER."),

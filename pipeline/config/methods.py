@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from kasa.config import KasaConfig, Regulariser
+from kasa.config import KasaConfig, Regulariser, SingularValueStart
 from kasa.targets import REGEX_PREFIX
 from kasa.truncation import Truncation
 from pipeline.config.section import OneOf, Section
@@ -108,6 +108,7 @@ _SPECS = (
             "truncation_rank",
             "regulariser",
             "singular_values",
+            "singular_value_start",
             "singular_value_weight",
             "orthogonality_weight",
         },
@@ -243,6 +244,11 @@ class AdapterSettings(Section):
     singular_values: bool = Field(
         _DEFAULTS.singular_values,
         description="Learn d, the singular values of the update; `false` leaves B A, without their regulariser L2.",
+    )
+    singular_value_start: SingularValueStart = Field(
+        _DEFAULTS.singular_value_start,
+        description="Where a learned d starts. `ones`: each direction learns as fast as in LoRA; `normal`: at random, as in the "
+        "paper, and a direction learns in proportion to the size of its d.",
     )
     singular_value_weight: float = Field(
         _DEFAULTS.singular_value_weight, ge=0, description="beta, the weight of the L2 term on d."

@@ -138,6 +138,7 @@ class Recipe(Section):
             singular_value_weight=adapter.singular_value_weight if adapter.singular_values else 0.0,
             orthogonality_weight=adapter.orthogonality_weight,
             singular_values=adapter.singular_values,
+            singular_value_start=adapter.singular_value_start,
         )
 
     @property
@@ -162,10 +163,10 @@ class Recipe(Section):
 
     @property
     def spectra_rank(self) -> int:
-        """How many singular triplets are computed per weight (at least one, so that the report can show them)."""
+        """How many singular triplets are computed per weight."""
         if self.adapter.spec.components == "leading":
             return self.adapter.rank
-        return self.spectra.rank or max(self.dropped_rank, 1)
+        return self.spectra.rank or self.dropped_rank
 
     @model_validator(mode="before")
     @classmethod

@@ -124,27 +124,27 @@ def build(
     return KasaMethod(base.name, base.folder, targets, recipe.kasa_config, spectra, start)
 
 
-def write_layers(file: Path, adapter: Path, spectra: Path) -> None:
+def write_layers(file: Path, adapter: Path, spectra: Path | None) -> None:
     """Write a JSON list with `name`, `learned`, `dropped` and `largest` of each layer, as in `pipeline.report.facts.LayerFacts`.
 
     Args:
         file: the JSON file to write.
         adapter: folder of the trained KaSA adapter.
-        spectra: folder of the spectra that it was started from.
+        spectra: folder of the spectra that it was started from; None where it drops nothing.
     """
     trained = read_adapter(adapter)
-    decomposed, _ = load_spectra(spectra)
+    decomposed = load_spectra(spectra)[0] if spectra else {}
     config, layers = trained.config, []
     for target in trained.targets:
         a_RI, d_R, b_OR = (trained.tensors[f"{target.name}.{part}"] for part in ("a", "d", "b"))
-        spectrum = decomposed[target.name]
-        dropped = spectrum.dropped_factors(dropped_rank(target, config.truncation, config.dropped_rank))
+        spectrum = decomposed.get(target.name)
+        rank = dropped_rank(target, config.truncation, config.dropped_rank)
         layers.append(
             {
                 "name": target.name,
                 "learned": product_singular_values(config.scale * b_OR * d_R, a_RI),
-                "dropped": product_singular_values(*dropped),
-                "largest": spectrum.largest,
+                "dropped": product_singular_values(*spectrum.dropped_factors(rank)) if spectrum else [],
+                "largest": spectrum.largest if spectrum else None,
             }
         )
     file.write_text(json.dumps(layers), encoding="utf-8")

@@ -251,14 +251,16 @@ def lost_shares(layers: list[LayerFacts]) -> Markup | None:
     axes.plot(shares, range(len(shown)), "o", color=COLOURS["base"], markersize=6, markeredgewidth=0)
     axes.set_xscale("log")
     axes.set_xlim(min(shares) / 2, max(shares) * 2)
-    _name_rows(axes, shown)
+    _name_rows(axes, shown, are_shares=True)
     return inline_svg(
         figure, "lost-shares", f"Share of output lost by {shown[0].name} and {len(shown) - 1} more layers"
     )
 
 
 def relative(value: float, layer: LayerFacts) -> float:
-    """A singular value as a share of the base weight's largest."""
+    """A singular value as a share of the base weight's largest; as it is where that is not known."""
+    if layer.largest is None:
+        return value
     return value / layer.largest if layer.largest > 0 else 0.0
 
 
@@ -271,13 +273,15 @@ def _panel_chart(panel: LayerPanel, limits: tuple[float, float], name: str) -> M
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.set_yscale("log")
     axes.set_ylim(limits)
-    _share_ticks(axes, "y")
-    said = f"{panel.title}: largest learned and largest dropped singular value in {len(panel.layers)} blocks"
+    are_shares = all(layer.largest is not None for layer in panel.layers.values())
+    _ticks(axes, "y", are_shares)
+    what = "learned and largest dropped" if are_shares else "learned"
+    said = f"{panel.title}: largest {what} singular value in {len(panel.layers)} blocks"
     return inline_svg(figure, name, said)
 
 
 def _within(values: list[float], layer: LayerFacts, limits: tuple[float, float]) -> list[float]:
-    """Values as shares of the base weight's largest; those too small for the scale are put on its lower edge."""
+    """Values as `relative` gives them; those too small for the scale are put on its lower edge."""
     return [max(relative(value, layer), limits[0]) for value in values]
 
 
@@ -306,15 +310,17 @@ def _named_rows(layers: list[LayerFacts], limits: tuple[float, float]) -> LayerF
                 )
     axes.set_xscale("log")
     axes.set_xlim(limits)
-    _name_rows(axes, shown)
+    are_shares = all(layer.largest is not None for layer in shown)
+    _name_rows(axes, shown, are_shares)
     title = "Weights" if len(shown) == len(layers) else f"The {len(shown)} of {len(layers)} weights that learned most"
-    return LayerFigure(title, inline_svg(figure, "layers", f"{title}: largest learned and dropped singular value"))
+    said = f"{title}: largest {'learned and dropped' if are_shares else 'learned'} singular value"
+    return LayerFigure(title, inline_svg(figure, "layers", said))
 
 
-def _name_rows(axes: Axes, layers: list[LayerFacts]) -> None:
+def _name_rows(axes: Axes, layers: list[LayerFacts], are_shares: bool) -> None:
     axes.set_yticks(range(len(layers)), [layer.name for layer in layers])
     axes.set_ylim(len(layers) - 0.4, -0.6)
-    _share_ticks(axes, "x")
+    _ticks(axes, "x", are_shares)
     axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.8)
 
 
@@ -325,9 +331,9 @@ def _limits(layers: list[LayerFacts]) -> tuple[float, float]:
     return min(positive) / 4, max(positive) * 1.6
 
 
-def _share_ticks(axes: Axes, which: str) -> None:
+def _ticks(axes: Axes, which: str, are_shares: bool) -> None:
     axis = axes.yaxis if which == "y" else axes.xaxis
     axes.grid(axis="y" if which == "y" else "x", color=COLOURS["rule"], linewidth=0.8)
     axis.set_major_locator(LogLocator(numticks=5))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.6g}%"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%" if are_shares else f"{value:.6g}"))

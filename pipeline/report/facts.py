@@ -64,14 +64,14 @@ class LayerFacts:
         name: name of the layer.
         learned: singular values of the update s * B diag(d) A, in the weight's units, descending.
         dropped: singular values that truncation took from the base weight, likewise.
-        largest: the base weight's largest singular value.
+        largest: the base weight's largest singular value; None where nothing was dropped, and so no weight decomposed.
         output_share: share of the energy of the layer's output that truncation takes, on held-out text.
     """
 
     name: str
     learned: list[float]
     dropped: list[float]
-    largest: float
+    largest: float | None
     output_share: float
 
 
@@ -123,7 +123,7 @@ class ReportFacts:
         differences: metric -> adapted - base.
         harness: results of lm-evaluation-harness.
         heldout_rows: number of held-out samples.
-        truncation: the cost of the truncation.
+        truncation: the cost of the truncation; None where nothing was dropped.
         training: a record per optimizer step with `step`, `loss`, `task_loss`, `singular_value_penalty`,
             `orthogonality_penalty`, `learning_rate`, `tokens_per_second`, `gradient_norm` where DeepSpeed computes it (not at
             stage 0 without clipping), and `validation_loss` at some steps.
@@ -150,7 +150,7 @@ class ReportFacts:
     differences: dict[str, Interval]
     harness: list[HarnessRow]
     heldout_rows: int
-    truncation: TruncationFacts
+    truncation: TruncationFacts | None
     training: list[dict[str, float]]
     layers: list[LayerFacts]
     samples: list[SampleFacts]

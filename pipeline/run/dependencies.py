@@ -24,9 +24,8 @@ class KeyInputs:
         base, sources: digests of the base model and of the data.
         targets: the modules that carry an adapter.
         registry: where models are registered.
-        until: the last stage that is wanted. What ends with `register` is a whole run, and its report shows the spectra
-            and the audit whatever the method; a trial of a comparison ends with `evaluate`, or, to choose a learning
-            rate, with `train`.
+        until: the last stage that is wanted. A whole run ends with `register`; a trial of a comparison with `evaluate`,
+            or, to choose a learning rate, with `train`.
         trains: whether there is an adapter; without one the plain base is evaluated.
         champion: key of the training whose adapter this one starts from; None where it starts from scratch.
         taken_over: keys of artifacts that are used as they are, in the place of those that would be made.

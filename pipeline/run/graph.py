@@ -76,7 +76,7 @@ def _prepare(known: KeyInputs) -> Dependencies:
 def _spectra(known: KeyInputs) -> Dependencies | None:
     """The base's bytes, which weights, how many triplets, and the calibration text where the rule looks at one."""
     recipe = known.recipe
-    if not known.trains or not (known.registers or recipe.decomposes):
+    if not known.trains or not recipe.decomposes:
         return None
     if known.champion:
         # What the adapter of that training drops, read from the adapter itself.
@@ -106,7 +106,7 @@ def _spectra(known: KeyInputs) -> Dependencies | None:
 def _audit(known: KeyInputs) -> Dependencies | None:
     """What is dropped, and the held-out text."""
     recipe = known.recipe
-    if not known.trains or not (known.registers or recipe.dropped_rank):
+    if not known.trains or not recipe.dropped_rank:
         return None
     return Dependencies(
         settings={

@@ -100,7 +100,7 @@ def _facts(
         differences=evaluation.differences["base"],
         harness=evaluation.harness,
         heldout_rows=len(prepared.heldout),
-        truncation=_truncation(context, artifacts["audit"]),
+        truncation=_truncation(context, artifacts["audit"]) if "audit" in artifacts else None,
         training=records,
         layers=_layers(artifacts),
         samples=_samples(prepared.heldout, evaluation),
@@ -134,7 +134,7 @@ def _truncation(context: RunContext, audited: Artifact) -> TruncationFacts:
 
 def _layers(artifacts: Mapping[str, Artifact]) -> list[LayerFacts]:
     layers = read_json(artifacts["train"].folder / LAYERS, list)
-    shares = read_json(artifacts["audit"].folder / AUDIT_JSON)["shares"]
+    shares = read_json(artifacts["audit"].folder / AUDIT_JSON)["shares"] if "audit" in artifacts else {}
     return [LayerFacts(**layer, output_share=shares.get(layer["name"], 0.0)) for layer in layers]
 
 

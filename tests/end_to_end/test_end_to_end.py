@@ -103,21 +103,19 @@ def test_another_learning_rate_trains_again_and_only_that(bench: Bench, first: d
     assert trained.data.tags["kasa.made_anew_for"] == "train.learning_rate 0.0005 -> 0.01"
 
 
-def test_stages_are_made_anew_where_asked(bench: Bench, first: dict[str, Any]) -> None:
-    again, said = bench.finish_saying(bench.start("workspace", "--force", "audit", "--from", "evaluate"))
-    assert again["stages"] == dict.fromkeys(STAGES, "reused") | dict.fromkeys(
-        ["audit", "evaluate", "register"], "computed"
-    )
-    assert again["artifacts"] == first["artifacts"]
-    assert again["model"]["version"] != first["model"]["version"]
-    assert "evaluate: recomputed: you asked for it" in said
-
-
-def test_tasks_of_the_harness_are_part_of_the_evaluation(bench: Bench, first: dict[str, Any]) -> None:
+def test_a_forced_stage_and_tasks_of_the_harness_are_made_anew(bench: Bench, first: dict[str, Any]) -> None:
     pytest.importorskip("lm_eval")
     write_harness_tasks(bench.folder / "tasks")
-    found = bench.run("workspace", "evaluate.harness={tasks: [counting, reading], include: tasks}")
-    assert found["stages"] == dict.fromkeys(STAGES, "reused") | dict.fromkeys(["evaluate", "register"], "computed")
+    tasks = "evaluate.harness={tasks: [counting, reading], include: tasks}"
+    found, said = bench.finish_saying(bench.start("workspace", "--force", "audit", tasks))
+    assert found["stages"] == dict.fromkeys(STAGES, "reused") | dict.fromkeys(
+        ["audit", "evaluate", "register"], "computed"
+    )
+    assert "audit: recomputed: you asked for it" in said
+    assert {stage: path for stage, path in found["artifacts"].items() if stage != "evaluate"} == {
+        stage: path for stage, path in first["artifacts"].items() if stage != "evaluate"
+    }
+    assert found["model"]["version"] != first["model"]["version"]
     assert found["metrics"] == first["metrics"]
     assert [row["name"] for row in found["harness"]] == [
         "counting/acc",
@@ -142,3 +140,20 @@ def test_a_retraining_finds_everything_made_and_then_nothing_new(bench: Bench, f
     assert ticks[0]["artifacts"] == first["artifacts"]
     assert len(client.search_model_versions("name = 'tiny'")) == before
     assert ticks[1]["last"]["run_id"] == ticks[0]["run_id"]
+
+
+def test_a_tuned_run_that_drops_nothing_trains_once_at_each_rate(bench: Bench) -> None:
+    few = ("adapter.truncation=none", "data.validation_rows=8", "train.max_steps=4", "train.workers=1")
+    result, said = bench.finish_saying(bench.start("tuned", "--tune", "learning_rate=1e-9,1e-2", *few))
+    assert "tuned: train.learning_rate=0.01 (validation loss " in said
+    assert "a better rate may lie beyond those tried" in said
+    assert result["stages"] == {
+        "prepare": "reused",
+        "train": "reused",
+        "evaluate": "computed",
+        "register": "computed",
+    }
+    assert len(list((bench.folder / "tuned" / "artifacts" / "train").glob("*/manifest.json"))) == 2
+    page = (bench.folder / result["report"]).read_text(encoding="utf-8")
+    assert "Nothing was cut from the base weights." in page
+    assert "learning_rate: 0.01" in page

@@ -22,7 +22,7 @@ def write_tiny_inputs(folder: Path) -> None:
         "name": "tiny",
         "base": {"model": "./base"},
         "data": {"train": "rows.jsonl", "max_tokens": 64, "heldout_rows": 8},
-        "adapter": {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]},
+        "adapter": {"rank": 4, "truncation": "loss", "targets": ["q_proj", "v_proj", "down_proj"]},
         "train": {
             "workers": 2, "deepspeed": "cpu_zero2", "precision": "fp32", "epochs": 2, "max_steps": STEPS,
             "batch_size": 8, "micro_batch_size": 2, "checkpoint_every": 2,

@@ -170,8 +170,8 @@ def _finished(work: Work, job: TrainJob, prepared: Artifact, spectra: Artifact |
     folder = job.work
     shutil.copy(prepared.folder / PROMPTING_FILE, folder / ADAPTER / PROMPTING_FILE)
     Head.load(prepared.folder).save(folder / ADAPTER)
-    if spectra and work.recipe.adapter.spec.components == "dropped":
-        write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA)
+    if work.recipe.adapter.spec.registrable:
+        write_layers(folder / LAYERS, folder / ADAPTER, spectra.folder / SPECTRA if spectra else None)
     seal_folder(folder / ADAPTER)  # it will be copied to the registry and from there
     attached = read_json(folder / ATTACHED)
     for finished_with in (job.checkpoints, folder / ROLL_CALL, folder / ERRORS):

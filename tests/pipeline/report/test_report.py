@@ -307,6 +307,16 @@ def test_layers_that_learned_or_lost_nothing_are_drawn(blocks: int, tmp_path: Pa
     assert f"q_proj: largest learned and largest dropped singular value in {blocks} blocks" in page.labels
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.q_proj", "head"])
+def test_what_drops_nothing_shows_what_was_learned_and_no_shares(name: str, tmp_path: Path) -> None:
+    text, page = rendered(full_facts(truncation=None, layers=[LayerFacts(name, [0.5, 0.2], [], None, 0.0)]), tmp_path)
+    assert "Nothing was cut from the base weights." in page.text
+    assert any("largest learned singular value" in label for label in page.labels)
+    layers = text[text.index('<section id="layers">') : text.index('<section id="samples">')]
+    assert "ropped" not in layers
+    assert "%" not in re.sub("<style.*?</style>|<[^>]*>", "", layers, flags=re.DOTALL)
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [

@@ -96,7 +96,6 @@ def test_a_change_of_an_input_too(recipe, inputs, stages) -> None:
         ({"train.precision": "fp32"}, ALL - {"prepare", "spectra"}),
         ({"spectra.calibration_tokens": 100}, set()),
         ({"adapter.truncation": "authors"}, ALL - {"prepare", "spectra"}),
-        ({"adapter.truncation": "none", "spectra.rank": 8}, ALL - {"prepare", "spectra"}),
     ],
     ids=named,
 )
@@ -159,7 +158,8 @@ def test_of_a_deepspeed_file_only_what_is_inexact_counts(recipe, tmp_path) -> No
         ({}, {}, "prepare, spectra, audit, train, evaluate, register"),
         (WEIGHT, {}, "prepare + spectra, audit, train, evaluate, register"),
         ({}, {"champion": "k"}, "prepare + spectra, audit, train, evaluate, register"),
-        ({"adapter.truncation": "none"}, {}, "prepare + spectra, audit, train, evaluate, register"),
+        ({"adapter.truncation": "none"}, {}, "prepare, train, evaluate, register"),
+        ({"adapter.truncation": "none"}, {"champion": "k"}, "prepare, train, evaluate, register"),
         ({"adapter.truncation": "none"}, {"until": "evaluate"}, "prepare, train, evaluate"),
         (WEIGHT, {"until": "evaluate"}, "prepare + spectra, audit, train, evaluate"),
         ({"adapter.method": "corda"}, {"until": "evaluate"}, "prepare, spectra, train, evaluate"),
