@@ -33,13 +33,13 @@ class KasaConfig:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    truncation: Truncation = "loss"
+    truncation: Truncation = "none"
     dropped_rank: int = 8
     regulariser: Regulariser = "authors"
     singular_value_weight: float = 1e-4
     orthogonality_weight: float = 1e-3
     singular_values: bool = True
-    singular_value_start: SingularValueStart = "normal"
+    singular_value_start: SingularValueStart = "ones"
 
     @property
     def scale(self) -> float:

@@ -27,4 +27,4 @@ def spectra(model: Shapes) -> dict:
 
 @pytest.fixture
 def config() -> KasaConfig:
-    return KasaConfig(rank=6, alpha=9.0, dropped_rank=4)
+    return KasaConfig(rank=6, alpha=9.0, truncation="loss", dropped_rank=4, singular_value_start="normal")

@@ -71,7 +71,7 @@ def test_a_trained_layer_is_a_plain_lora_of_rank_r_plus_dropped_on_the_untouched
 
 
 def test_the_paper_start(model, spectra) -> None:
-    config = KasaConfig(rank=6, dropped_rank=6)
+    config = KasaConfig(rank=6, truncation="loss", dropped_rank=6, singular_value_start="normal")
     layers = attach(model, find_targets(model, "all-linear"), config, spectra, seed=3)
     for layer in layers.values():
         a, b = layer.update.a, layer.update.b
@@ -156,7 +156,7 @@ def test_nothing_dropped_needs_no_spectra(model) -> None:
 
 
 def test_dropout_touches_the_update_alone_and_only_in_training(model, spectra) -> None:
-    config = KasaConfig(rank=6, dropped_rank=4, dropout=0.5)
+    config = KasaConfig(rank=6, truncation="loss", dropped_rank=4, dropout=0.5)
     layer = attach(model, find_targets(model, "square"), config, spectra)["square"].train()
     x = inputs("square")
     assert torch.equal(layer(x), layer(x))  # B is zero: no update, so nothing to drop

@@ -20,7 +20,7 @@ from kasa import (
 from tests.kasa import tiny
 from tests.kasa.shapes import WIDTHS, Shapes, randomise, weight_of
 
-CONFIG = KasaConfig(rank=6, alpha=9.0, dropped_rank=4)
+CONFIG = KasaConfig(rank=6, alpha=9.0, truncation="loss", dropped_rank=4)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -95,7 +95,7 @@ def test_disabling_switching_and_removing_restore_the_base(model, spectra, dtype
         assert changed(model, before) == set()
     assert all(torch.equal(y, folded[name]) for name, y in outputs(model).items())
 
-    attach(model, find_targets(model, "wide"), KasaConfig(rank=3, dropped_rank=2), spectra, name="second")
+    attach(model, find_targets(model, "wide"), KasaConfig(rank=3, truncation="loss", dropped_rank=2), spectra, name="second")
     assert changed(model, before) == {"wide.weight"}
     expected = before["wide.weight"].double() - torch.linalg.multi_dot(
         [model.wide.update.dropped_left.double(), model.wide.update.dropped_right.double()]

@@ -15,7 +15,7 @@ from kasa.errors import InterchangeError
 from kasa.lora_export import lora_rank, vllm_rank
 from tests.kasa import tiny
 
-CONFIG = KasaConfig(rank=4, alpha=6.0, dropped_rank=3)
+CONFIG = KasaConfig(rank=4, alpha=6.0, truncation="loss", dropped_rank=3)
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -14,7 +14,7 @@ from kasa.errors import InterchangeError, SpectrumError
 from kasa.interchange import update_factors
 from tests.kasa import tiny
 
-CONFIG = KasaConfig(rank=4, alpha=6.0, dropped_rank=3)
+CONFIG = KasaConfig(rank=4, alpha=6.0, truncation="loss", dropped_rank=3)
 INDEX = "model.safetensors.index.json"
 
 

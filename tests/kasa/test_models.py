@@ -28,7 +28,7 @@ from kasa.targets import as_target
 from tests.kasa.shapes import randomise
 from tests.kasa.tiny import TOKENS, load, logits, save_gpt2, save_llama
 
-CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=3)
+CONFIG = KasaConfig(rank=4, alpha=8.0, truncation="loss", dropped_rank=3)
 LABELS = torch.tensor([0, 2, 1])
 
 
@@ -148,7 +148,7 @@ def test_padding_on_either_side_leaves_the_real_positions_alone(folder, side) ->
 
 
 def test_a_new_layer_is_in_its_models_mode(folder) -> None:
-    model = add(load(folder), config=KasaConfig(rank=4, alpha=8.0, dropped_rank=3, dropout=0.5))
+    model = add(load(folder), config=KasaConfig(rank=4, alpha=8.0, truncation="loss", dropped_rank=3, dropout=0.5))
     assert torch.equal(logits(model), logits(model))
     assert not torch.equal(logits(model.train()), logits(model))
 

@@ -17,7 +17,7 @@ from kasa.targets import Target
 from tests.kasa.shapes import randomise
 from tests.kasa.tiny import TOKENS, assert_same, load, logits, save_llama
 
-CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=3)
+CONFIG = KasaConfig(rank=4, alpha=8.0, truncation="loss", dropped_rank=3)
 KINDS = ["4bit", "8bit"]
 
 

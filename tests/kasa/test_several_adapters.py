@@ -9,8 +9,8 @@ from kasa.errors import TargetError
 from kasa.layer import KasaLayer
 from tests.kasa.shapes import WIDTHS, Shapes, randomise
 
-FIRST = KasaConfig(rank=6, alpha=9.0, dropped_rank=4)
-SECOND = KasaConfig(rank=3, alpha=6.0, dropped_rank=2)
+FIRST = KasaConfig(rank=6, alpha=9.0, truncation="loss", dropped_rank=4)
+SECOND = KasaConfig(rank=3, alpha=6.0, truncation="loss", dropped_rank=2)
 FIRST_TARGETS, SECOND_TARGETS = ["square", "tall", "conv"], ["square", "wide"]
 
 

@@ -7,13 +7,18 @@ import pytest
 
 from pipeline.config.recipe import Recipe, parse_recipe
 
-# The precision, too: its default is a matter of the hardware.
-VALUES: dict[str, Any] = {"name": "tiny", "data": {"train": ["rows.jsonl"]}, "train": {"precision": "bf16"}}
+# With a rule that drops something, so that there is every stage. The precision, too: its default is a matter of the hardware.
+VALUES: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"train": ["rows.jsonl"]},
+    "adapter": {"truncation": "loss"},
+    "train": {"precision": "bf16"},
+}
 
 
 @pytest.fixture
 def recipe() -> Callable[..., Recipe]:
-    """`recipe({"train.workers": 2})`: the smallest recipe with some keys changed."""
+    """`recipe({"train.workers": 2})`: a small recipe with some keys changed."""
 
     def build(changes: dict[str, Any] | None = None) -> Recipe:
         values: dict[str, Any] = {name: dict(v) if isinstance(v, dict) else v for name, v in VALUES.items()}

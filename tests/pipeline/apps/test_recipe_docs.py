@@ -131,7 +131,7 @@ def test_the_recipe_in_the_introduction_is_complete() -> None:
         {"train": {"workers": 2, "min_workers": 3}},
         {"train": {"pack_tokens": 128}, "data": {"train": "a.jsonl", "max_tokens": 256}},
         {"train": {"patience": 2}},
-        {"spectra": {"rank": 2}, "adapter": {"rank": 4}},
+        {"spectra": {"rank": 2}, "adapter": {"rank": 4, "truncation": "weight"}},
         {"evaluate": {"kind": "text", "choices": ["a", "b"]}},
         {"evaluate": {"kind": "choice", "choices": ["a"]}},
         {"evaluate": {"kind": "answer", "extract": True}},

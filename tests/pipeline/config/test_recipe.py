@@ -60,7 +60,6 @@ def test_overrides(file, override, section, key, value) -> None:
         ),
         ("train.workers=20", r"train\.batch_size 16 leaves some of the 20 workers idle"),
         ("train.min_workers=2", r"train\.min_workers 2 is more than train\.workers 1"),
-        ("spectra.rank=4", r"spectra\.rank 4 is smaller than the 8 triplets the adapter drops"),
         (
             "evaluate.metric=accuracy",
             r"metric accuracy is not measured here; choose one of bleu, chrf, exact_match, loss, perplexity, rouge_l",
@@ -218,10 +217,15 @@ def test_no_file_and_no_text(tmp_path) -> None:
         load_recipe(tmp_path / "binary.yaml")
 
 
+def test_too_few_triplets_for_what_is_dropped(recipe) -> None:
+    with pytest.raises(RecipeError, match=r"spectra\.rank 4 is smaller than the 8 triplets the adapter drops"):
+        recipe({"spectra.rank": 4})
+
+
 def test_what_the_adapter_drops(recipe) -> None:
     assert (recipe().dropped_rank, recipe().spectra_rank) == (8, 8)
     none = recipe({"adapter.truncation": "none"})
-    assert (none.dropped_rank, none.spectra_rank) == (0, 1)
+    assert (none.dropped_rank, none.spectra_rank) == (0, 0)
     other = recipe({"adapter.truncation_rank": 3})
     assert (other.dropped_rank, other.spectra_rank) == (3, 3)
     assert recipe({"spectra.rank": 32}).spectra_rank == 32

@@ -30,7 +30,8 @@ TREE = SourceTree()
 
 
 def recipe(**sections: object) -> Recipe:
-    values = {"name": "tiny", "data": {"train": ["rows.jsonl"]}, "train": {"precision": "bf16"}, **sections}
+    values = {"name": "tiny", "data": {"train": ["rows.jsonl"]}, "train": {"precision": "bf16"}}
+    values |= {"adapter": {"truncation": "loss"}} | sections
     return parse_recipe(values, "recipe.yaml")
 
 

@@ -37,7 +37,7 @@ from pipeline.training.step import (  # noqa: E402
 from tests.support.ranks import process_group  # noqa: E402
 
 STEPS, HALF, BATCH, MICRO = 6, 3, 8, 2
-CONFIG = KasaConfig(rank=4, alpha=8.0, dropped_rank=4, singular_value_weight=1e-2, orthogonality_weight=1e-2)
+CONFIG = KasaConfig(rank=4, alpha=8.0, truncation="loss", dropped_rank=4, singular_value_weight=1e-2, orthogonality_weight=1e-2)
 RATES = [2e-3, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3]
 WEIGHT_DECAY, CLIPPING, HEAD_FASTER = 0.1, 1.0, 3
 

@@ -64,6 +64,7 @@ def _empty_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _recipe(**sections: dict[str, Any]) -> Recipe:
     values: dict[str, Any] = {"name": "t", "data": {"train": "x.jsonl"}, "train": {"precision": "bf16"}}
+    values["adapter"] = {"truncation": "loss"}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
     return parse_recipe(values, "test")
