@@ -95,7 +95,13 @@ def test_disabling_switching_and_removing_restore_the_base(model, spectra, dtype
         assert changed(model, before) == set()
     assert all(torch.equal(y, folded[name]) for name, y in outputs(model).items())
 
-    attach(model, find_targets(model, "wide"), KasaConfig(rank=3, truncation="loss", dropped_rank=2), spectra, name="second")
+    attach(
+        model,
+        find_targets(model, "wide"),
+        KasaConfig(rank=3, truncation="loss", dropped_rank=2),
+        spectra,
+        name="second",
+    )
     assert changed(model, before) == {"wide.weight"}
     expected = before["wide.weight"].double() - torch.linalg.multi_dot(
         [model.wide.update.dropped_left.double(), model.wide.update.dropped_right.double()]
