@@ -250,7 +250,7 @@ def _ways(samples: Sequence[Sample]) -> dict[str, list[Batch]]:
     steps = len(samples) // PACKED_BATCH
 
     def batches(make: Callable[..., Batch], pack_tokens: int | None) -> list[Batch]:
-        plan = BatchPlan(lengths, steps, PACKED_BATCH, MICRO_BATCH, 1, 0, pack_tokens)
+        plan = BatchPlan(lengths, lengths, steps, PACKED_BATCH, MICRO_BATCH, 1, 0, pack_tokens)
         passes = [chosen for step in range(steps) for chosen in plan.micro_batches(step, rank=0)]
         return [make([samples[index] for index in chosen]) for chosen in passes]
 

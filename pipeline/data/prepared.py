@@ -25,6 +25,7 @@ from pipeline.core.errors import WorkspaceError
 from pipeline.models.prompting import PAIR_SEPARATOR, Head, Message, Prompting
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 
@@ -155,3 +156,24 @@ def load_prepared(folder: Path) -> PreparedDataset:
         return PreparedDataset(folder, read_json(folder / "summary.json"))
     except (OSError, DamagedFileError) as error:
         raise WorkspaceError(f"{error}; run the same command again, which makes it again") from None
+
+
+def token_counts(samples: Dataset) -> np.ndarray:
+    """The number of tokens of each sample, shape (N,), from Arrow's offsets: no token is read."""
+    import numpy as np
+
+    chunks = samples.data.column("input_ids").chunks
+    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks])
+
+
+def label_counts(samples: Dataset) -> np.ndarray:
+    """The number of learned tokens of each sample, shape (N,); the first token is predicted by nothing and never counts."""
+    import numpy as np
+
+    counts = []
+    for chunk in samples.data.column("labels").chunks:
+        offsets = chunk.offsets.to_numpy() - chunk.offsets[0].as_py()
+        learned = np.concatenate([[0], np.cumsum(chunk.flatten().to_numpy() >= 0)])
+        second = np.minimum(offsets[:-1] + 1, offsets[1:])
+        counts.append(learned[offsets[1:]] - learned[second])
+    return np.concatenate(counts)

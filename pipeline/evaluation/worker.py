@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from pipeline.config.settings import EvaluateSettings
 from pipeline.core.files import JournalWriter, Record, read_journal
-from pipeline.data.prepared import PreparedDataset, load_prepared
+from pipeline.data.prepared import PreparedDataset, load_prepared, token_counts
 from pipeline.evaluation.results import choices_of, continuation_ids, named_choice, right_choice, score_choices
 from pipeline.models.forward import IGNORED, Sample, collate, label_losses, limits_logits, sample_losses
 from pipeline.models.prompting import Message, Prompting
@@ -231,8 +231,7 @@ def evaluate_shard(shard: EvaluationShard) -> int:
     torch.set_num_threads(1)
     prepared = load_prepared(shard.prepared)
     samples = prepared.heldout
-    lengths = [len(ids) for ids in samples["input_ids"]]
-    batches = batches_of(lengths, shard.settings.batch_size)[shard.index :: shard.count]
+    batches = batches_of(token_counts(samples).tolist(), shard.settings.batch_size)[shard.index :: shard.count]
     known = {record["sample"] for record in read_journal(shard.journal)}
     whole = {index for batch in batches if known.issuperset(batch) for index in batch}
     journal = JournalWriter(shard.journal, keep=lambda record: record["sample"] in whole)

@@ -75,6 +75,7 @@ class BatchPlan:
 
     Attributes:
         lengths: number of tokens of each training sample.
+        labels: number of losses of each training sample.
         steps: optimizer steps of the run.
         batch_size: samples per optimizer step, over all workers.
         micro_batch_size: samples per forward pass of one worker; unused where samples are packed.
@@ -84,6 +85,7 @@ class BatchPlan:
     """
 
     lengths: Sequence[int]
+    labels: Sequence[int]
     steps: int
     batch_size: int
     micro_batch_size: int
@@ -97,6 +99,10 @@ class BatchPlan:
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.lengths))
         return np.array([self._order(int(epoch))[offset] for epoch, offset in zip(epochs, offsets, strict=True)])
+
+    def batch_labels(self, step: int) -> int:
+        """The number of losses in the global batch of `step`."""
+        return sum(int(self.labels[index]) for index in self.samples(step))
 
     @cached_property
     def accumulation_steps(self) -> int:

@@ -159,28 +159,33 @@ def optimizer_step(
     """
     started, waited = time.perf_counter(), 0.0
     world, rank, device = dist.get_world_size(), dist.get_rank(), engine.device
-    batch_labels = sum(objective.count(samples[int(index)]) for index in plan.samples(step))
+    batch_labels = plan.batch_labels(step)
     micro_batches = plan.micro_batches(step, rank)
     # Dropout depends on seed, step and rank alone, so a resumed run repeats it.
     torch.manual_seed(hash((plan.seed, step, rank)) & 0x7FFFFFFF)
     regularised = list(adapted.parameters.values()) if adapted.penalties else []
     penalties: dict[str, torch.Tensor] = {}
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for indices in micro_batches:
+    # DeepSpeed averages over ranks and accumulation steps; this makes it the mean over the labels of the global batch.
+    share = world * len(micro_batches) / batch_labels
+    for number, indices in enumerate(micro_batches, start=1):
         asked = time.perf_counter()
         batch = _batch(indices, plan, samples, objective).to(device)
         waited += time.perf_counter() - asked
         loss_sum = objective.losses(engine, batch).sum()
-        # Gathered after the forward pass: in it stage 3 releases each layer's parameters behind it, gathered before or not.
-        with zero.gathered(engine, regularised):
-            penalties = adapted.penalties() if adapted.penalties else {}
-            # DeepSpeed averages over ranks and accumulation steps; this makes it the mean over the labels of the global batch.
-            share = world * len(micro_batches) / batch_labels
-            engine.backward(loss_sum * share + sum(penalties.values()))
+        if number < len(micro_batches):
+            engine.backward(loss_sum * share)
+        else:
+            # Once a step, for the adapter does not change before. Gathered after the forward pass: in it stage 3 releases each
+            # layer's parameters behind it, gathered before or not.
+            with zero.gathered(engine, regularised):
+                penalties = adapted.penalties() if adapted.penalties else {}
+                engine.backward(loss_sum * share + len(micro_batches) * sum(penalties.values()))
         if adapted.allocation and engine.is_gradient_accumulation_boundary():
             adapted.allocation.before_step()
         engine.step()
-        totals += torch.tensor([loss_sum.item(), batch.token_count], dtype=torch.float64, device=device)
+        # Added up where they are: reading a value here would wait for the GPU in every pass.
+        totals += torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(batch.token_count, dtype=torch.float64)])
     if adapted.allocation:
         adapted.allocation.after_step(step)
     dist.all_reduce(totals)

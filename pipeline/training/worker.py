@@ -31,7 +31,7 @@ from pipeline.config.deepspeed import with_accumulation
 from pipeline.config.settings import TrainSettings
 from pipeline.core.errors import TrainingError, WorkerError
 from pipeline.core.files import ADAPTER, JournalWriter, append_journal, read_journal
-from pipeline.data.prepared import load_prepared
+from pipeline.data.prepared import label_counts, load_prepared, token_counts
 from pipeline.methods.method import Adapted
 from pipeline.models.loading import load_base
 from pipeline.models.prompting import Head, head_modules
@@ -259,7 +259,8 @@ def _start(job: TrainJob) -> _Training:
     prepared = load_prepared(job.prepared)
     samples = prepared.train
     plan = BatchPlan(
-        lengths=[len(ids) for ids in samples["input_ids"]],
+        lengths=token_counts(samples).tolist(),
+        labels=[1] * len(samples) if prepared.head.is_new else label_counts(samples).tolist(),
         steps=optimizer_steps(settings, len(samples)),
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size,

@@ -9,7 +9,7 @@ LENGTHS = list(np.random.default_rng(0).integers(4, 90, 40))
 
 
 def plan(workers: int = 1, micro: int = 2, seed: int = 0, batch: int = 8, pack_tokens: int | None = None) -> BatchPlan:
-    return BatchPlan(LENGTHS, 20, batch, micro, workers, seed, pack_tokens)
+    return BatchPlan(LENGTHS, LENGTHS, 20, batch, micro, workers, seed, pack_tokens)
 
 
 def test_every_sample_once_per_epoch_and_in_another_order_in_the_next() -> None:

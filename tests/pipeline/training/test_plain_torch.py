@@ -130,7 +130,9 @@ def train_plainly(recipe: Recipe, spectra: Spectra) -> Outcome:
     layers = plain_layers(model, config, spectra, trainable_parameters(started))
     parameters = [parameter for layer in layers.values() for parameter in (layer.a, layer.d, layer.b)]
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
-    order = BatchPlan([len(s["input_ids"]) for s in samples], STEPS, BATCH, settings.micro_batch_size, 1, settings.seed)
+    order = BatchPlan(
+        [len(s["input_ids"]) for s in samples], [], STEPS, BATCH, settings.micro_batch_size, 1, settings.seed
+    )
     records = []
     for step in range(STEPS):
         rate = learning_rate(step, STEPS, settings.learning_rate, settings.warmup_share, settings.schedule)

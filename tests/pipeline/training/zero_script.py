@@ -37,7 +37,9 @@ from pipeline.training.step import (  # noqa: E402
 from tests.support.ranks import process_group  # noqa: E402
 
 STEPS, HALF, BATCH, MICRO = 6, 3, 8, 2
-CONFIG = KasaConfig(rank=4, alpha=8.0, truncation="loss", dropped_rank=4, singular_value_weight=1e-2, orthogonality_weight=1e-2)
+CONFIG = KasaConfig(
+    rank=4, alpha=8.0, truncation="loss", dropped_rank=4, singular_value_weight=1e-2, orthogonality_weight=1e-2
+)
 RATES = [2e-3, 1e-2, 8e-3, 6e-3, 4e-3, 2e-3]
 WEIGHT_DECAY, CLIPPING, HEAD_FASTER = 0.1, 1.0, 3
 
@@ -92,7 +94,8 @@ LABELS = Task(
 
 def batch_plan(task: Task, workers: int, pack_tokens: int | None) -> BatchPlan:
     lengths = [len(sample["input_ids"]) for sample in task.samples]
-    return BatchPlan(lengths, STEPS, BATCH, MICRO, workers, 0, pack_tokens)
+    labels = [task.objective.count(sample) for sample in task.samples]
+    return BatchPlan(lengths, labels, STEPS, BATCH, MICRO, workers, 0, pack_tokens)
 
 
 def plain_losses(task: Task) -> list[float]:
