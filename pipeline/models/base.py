@@ -309,6 +309,18 @@ def check_has_tokenizer(folder: Path, name: str) -> None:
         )
 
 
+def tokenizer_facts(folder: Path) -> tuple[bool, str]:
+    """Whether a base's tokenizer has a chat template, and how it writes the end of a text, as far as its files say so."""
+    try:
+        values = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        end = values.get("eos_token") or ""
+        inside = bool(values.get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        end, inside = "", False
+    beside = any(folder.rglob("*.jinja")) or (folder / "chat_template.json").is_file()
+    return inside or beside, str(end.get("content", "") if isinstance(end, dict) else end)
+
+
 def _as_safetensors(folder: Path, name: str, cache: Path, fetch: bool) -> Path | None:
     if not pickle_files(folder):
         raise BaseModelError(

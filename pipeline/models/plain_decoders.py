@@ -77,7 +77,9 @@ class _Config(BaseModel):
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         inside = self.pad_token_id is None or self.pad_token_id < self.vocab_size
         layered = self.layer_types is None or len(self.layer_types) == self.num_hidden_layers
-        if not (whole and grouped and inside and layered and all(map(_turns, (self.rope_parameters, self.rope_scaling)))):
+        if not (
+            whole and grouped and inside and layered and all(map(_turns, (self.rope_parameters, self.rope_scaling)))
+        ):
             raise ValueError("left to transformers")
         return self
 
