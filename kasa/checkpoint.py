@@ -6,12 +6,15 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from kasa.errors import SpectrumError, nearest
 from kasa.targets import Target
+
+if TYPE_CHECKING:
+    import torch
 
 
 class CheckpointWeights:
@@ -62,6 +65,8 @@ class CheckpointWeights:
 
 def weight_digest(weight: torch.Tensor) -> str:
     """SHA-256 over storage type, shape and bytes of a weight: what ties spectra and adapters to their base."""
+    import torch
+
     digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} ".encode())
     digest.update(weight.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -90,19 +95,26 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, on the meta device: their shapes without their bytes.
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors by name, from the headers of its files.
 
     Raises:
         SpectrumError: there are none, or a file is missing or damaged.
     """
-    shapes = {name: shape for shard in weight_files(folder) for name, shape in _shapes(shard).items()}
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {name: shape for shard in weight_files(folder) for name, shape in _shapes(shard).items()}
 
 
-def _shapes(shard: Path) -> dict[str, list[int]]:
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, on the meta device: their shapes without their bytes. Errors as `stored_shapes`."""
+    import torch
+
+    return {name: torch.empty(shape, device="meta") for name, shape in stored_shapes(folder).items()}
+
+
+def _shapes(shard: Path) -> dict[str, tuple[int, ...]]:
     try:
-        with safe_open(shard, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (no mapping)
+        # Not "pt", which would import torch.
+        with safe_open(shard, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
         raise SpectrumError(f"{shard} is damaged: {error}") from None

@@ -45,12 +45,14 @@ class Outline:
         others: the class names of all other modules by their full names.
         remarks: what of the model carries no adapter under `all-linear`, and why, in sentences.
         drops: whether the model itself drops activations at random in training.
+        positions: the length of the longest sequence that it was made for; None where it has no limit of its own.
     """
 
     linear: tuple[Target, ...]
     others: dict[str, str]
     remarks: tuple[str, ...] = ()
     drops: bool = False
+    positions: int | None = None
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str], trained_modules: Sequence[str] = ()) -> list[Target]:

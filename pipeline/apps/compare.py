@@ -35,14 +35,14 @@ from pipeline.core.code import code_tags
 from pipeline.core.console import ProgressBars
 from pipeline.core.errors import TrainingError
 from pipeline.core.files import append_journal, read_journal
-from pipeline.data.forms import check_first_rows
+from pipeline.data.first_rows import check_first_rows
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.loading import empty_base
 from pipeline.run import graph as keys
 from pipeline.run.context import NestedRun, alone, close_context, open_context, ready_workspace
-from pipeline.run.preflight import check_before_work
+from pipeline.run.preflight import check_before_work, check_lengths
 from pipeline.run.report_facts import environment_tags
 from pipeline.run.stages.evaluate import results_of
 from pipeline.storage.artifacts import Artifact, ArtifactStore
@@ -123,13 +123,14 @@ def _trials_of(
     storage = ready_workspace(recipe)
     sources = resolve_sources(recipe.data, recipe.workspace)
     assert sources is not None
-    check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
+    check_first_rows(recipe.data, sources.sides, recipe.base.head)
     base = find_base(recipe.base, recipe.workspace)
     assert base is not None
     targets = base.targets(recipe.adapter.targets)
     methods = compared_methods(recipe, plan.methods, targets, empty_base(base.folder, recipe.base.head))
     for method in methods:
         check_ranks(method.recipe, targets)
+    check_lengths(recipe, base.context_tokens)
     for remark in base.remarks:
         bars.say(f"base: {remark}")
     storage.upload_input(base.folder, base.digest)

@@ -19,7 +19,7 @@ from pipeline.registry.store import open_registry
 from pipeline.run.dependencies import KeyInputs
 from pipeline.run.graph import PREPARE, STAGES, stage_keys
 from pipeline.run.lineage import Ingredients, ingredients_by_name, of_recipe, stored_artifacts, why_made
-from pipeline.run.preflight import check_before_work
+from pipeline.run.preflight import check_before_work, check_lengths
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
 from pipeline.storage.artifacts import ArtifactStore, StageKey
 from pipeline.storage.workspace import look_into
@@ -70,6 +70,8 @@ def plan_run(recipe: Recipe, recompute: Sequence[str] = ()) -> RunPlan:
         base.targets(recipe.adapter.targets)  # refuses a checkpoint that does not fit its configuration
     model: Any = planned_model(recipe.base, base.folder if base else None)
     targets = checked_targets(recipe, model) if model is not None else []
+    if model is not None and model.positions is not None:
+        check_lengths(recipe, model.positions)
     stages = _stages(recipe, base, sources.digest if sources else None, targets, recompute)
     return RunPlan(
         recipe=recipe,

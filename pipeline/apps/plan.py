@@ -35,7 +35,8 @@ from pipeline.core.machine import memory_gib
 from pipeline.data.forms import check_form
 from pipeline.methods.choice import check_ranks
 from pipeline.models.prompting import head_modules
-from pipeline.models.shapes import base_outline, built_in_names, meta_model, model_config
+from pipeline.models.shapes import base_outline, built_in_names, meta_model, model_config, position_count
+from pipeline.run.preflight import check_lengths
 from pipeline.training.job import optimizer_steps
 
 if TYPE_CHECKING:
@@ -186,6 +187,8 @@ def plan_training(recipe: Recipe, hardware: Hardware) -> Estimate:
             f"config.json, or one of {', '.join(built_in_names())}"
         )
     model = meta_model(config, recipe.base.head)
+    if (positions := position_count(model)) is not None:
+        check_lengths(recipe, positions)
     return estimate(recipe, model, checked_targets(recipe, model), hardware=hardware)
 
 

@@ -78,11 +78,14 @@ def run(
 ) -> None:
     """Run a recipe: prepare, spectra, audit, train, evaluate, register. What is unchanged is reused."""
     resolved = read_recipe(recipe, overrides, workspace)
-    from pipeline.apps.compared_methods import plan_tuning
     from pipeline.run.graph import stages_to_recompute
 
     recompute = stages_to_recompute(force or [], from_)
-    tuning = plan_tuning(resolved, tune) if tune else None
+    tuning = None
+    if tune:
+        from pipeline.apps.compared_methods import plan_tuning  # torch
+
+        tuning = plan_tuning(resolved, tune)
     if dry_run:
         from pipeline.apps.dry_run import plan_run
         from pipeline.cli.plan import plan_json, show_plan

@@ -259,12 +259,14 @@ class AdapterSettings(Section):
 
     @field_validator("targets")
     @classmethod
-    def _expression_compiles(cls, value: str | list[str]) -> str | list[str]:
+    def _names_something(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, str) and value.startswith(REGEX_PREFIX):
             try:
                 re.compile(value.removeprefix(REGEX_PREFIX))
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"no regular expression: {error}") from None
+        if not value:
+            raise ValueError("no module is named; leave the key out for all linear modules")
         return value
 
     @property

@@ -75,6 +75,19 @@ _ELSEWHERE = {
     "output_dir": "workspace",
 }
 
+# What a single value in the place of a section is most likely meant for, by the kind of the value.
+_INSTEAD_OF_SECTION: dict[str, tuple[tuple[type, str], ...]] = {
+    "about": ((str, "about.summary"),),
+    "base": ((str, "base.model"),),
+    "data": ((str, "data.train"), (list, "data.train")),
+    "train": ((str, "data.train"), (list, "data.train")),
+    "adapter": ((str, "adapter.method"), (int, "adapter.rank"), (list, "adapter.targets")),
+    "spectra": ((int, "spectra.rank"),),
+    "evaluate.harness": ((str, "evaluate.harness.tasks"), (list, "evaluate.harness.tasks")),
+    "promotion": ((int, "promotion.margin"), (float, "promotion.margin")),
+    "register": ((str, "register.model"),),
+}
+
 _LONGEST_KEY = 100  # that is shown
 _shown = reprlib.Repr()
 _shown.maxstring, _shown.maxother, _shown.maxdict, _shown.maxlevel, _shown.maxlong = 120, 120, 6, 3, 40
@@ -186,7 +199,8 @@ def apply_override(values: dict[str, Any], override: str) -> tuple[str, ...]:
             block[section] = {}
         block = block[section]
         if not isinstance(block, dict):
-            raise RecipeError(f"override {_shown.repr(override)}: {section} is a value, not a section")
+            hint = _instead_of(section, block)
+            raise RecipeError(f"override {_shown.repr(override)}: {section} is a value, not a section{hint}")
     block[key] = value
     return (*sections, key)
 
@@ -217,6 +231,11 @@ def _in_words(problem: Any, path: tuple[str, ...], root: type[BaseModel]) -> str
     kind, value = problem["type"], problem["input"]
     dotted, shown = ".".join(path)[:_LONGEST_KEY] or "recipe", _shown.repr(value)
     message = problem["msg"].removeprefix("Value error, ")
+    if kind == "model_type":
+        return (
+            f"{dotted}: a section with keys of its own belongs here, not "
+            f"{'a list' if isinstance(value, list) else 'a single value'} (value {shown}){_instead_of(dotted, value)}"
+        )
     if kind == "extra_forbidden":
         return f"unknown key {dotted} (value {shown}){_meant(path, root)}"
     if kind == "missing":
@@ -228,6 +247,11 @@ def _in_words(problem: Any, path: tuple[str, ...], root: type[BaseModel]) -> str
     if kind == "literal_error" and isinstance(value, str):
         message += nearest(value, re.findall(r"'([^']*)'", str(problem["ctx"]["expected"])))
     return f"{dotted}: {message} (value {shown})"
+
+
+def _instead_of(section: str, value: Any) -> str:
+    key = next((key for kind, key in _INSTEAD_OF_SECTION.get(section, ()) if type(value) is kind), None)
+    return f"; did you mean {key}: {_shown.repr(value)}?" if key else ""
 
 
 def _meant(path: tuple[str, ...], root: type[BaseModel]) -> str:

@@ -9,9 +9,8 @@ from are named as not used.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from kasa.errors import nearest
@@ -30,7 +29,7 @@ from pipeline.data.conversations import (
 )
 from pipeline.data.fields import RowError, given_fields, is_given, printable, text_of, texts_of
 from pipeline.data.prepared import Rejection, Sample
-from pipeline.data.readers import RawRow, read_rows
+from pipeline.data.readers import RawRow
 from pipeline.models.prompting import PAIR_SEPARATOR, Message
 
 # The form that the columns of the first row decide.
@@ -159,28 +158,6 @@ def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str)
                 f"{nearest(field, known)}"
             )
     return chosen
-
-
-def check_first_rows(settings: DataSettings, sides: Iterable[Sequence[Path]], labelled: bool) -> None:
-    """Refuse what the first row of each file shows to be wrong with the data; nothing more of the files is read.
-
-    Args:
-        sides: the files of each side, those to train on first.
-        labelled: whether the samples are for a new head.
-
-    Raises:
-        DataError: what reading all of it would raise: an empty or damaged file, columns that no form fits, or
-            `data.columns` that map to nothing.
-        RecipeError: the form does not exist.
-    """
-    check_form(settings)
-    settings = settings_for_head(settings, labelled)
-    for side in sides:
-        for path in side:
-            first = next(read_rows(path, settings.separator))
-            form = decide_form(settings, first.values, first.location)
-            check_head(form, labelled)
-            settings = settings.model_copy(update={"form": form})
 
 
 def settings_for_head(settings: DataSettings, labelled: bool) -> DataSettings:

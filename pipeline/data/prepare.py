@@ -21,11 +21,10 @@ import numpy.typing as npt
 
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import DataError, WorkspaceError
-from pipeline.data.forms import check_head, decide_form, read_samples, settings_for_head
+from pipeline.data.first_rows import LOCATIONS_SHOWN, Rows, check_rejected, read_sides
 from pipeline.data.labels import Labels, check_sides, find_labels, label_summary
 from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS, Rejection, Sample
-from pipeline.data.readers import read_rows
-from pipeline.data.sources import DataSources, SourceFile
+from pipeline.data.sources import DataSources
 from pipeline.data.split import Split, split_samples
 from pipeline.models.prompting import (
     IGNORED,
@@ -42,7 +41,6 @@ from pipeline.models.prompting import (
 PROGRESS_EVERY_ROWS = 256
 # One Arrow array of lists holds at most 2**31 tokens, so the rows are written in batches.
 ROWS_PER_BATCH = 10_000
-LOCATIONS_SHOWN = 5
 
 Progress = Callable[[int, int], None]
 
@@ -103,22 +101,18 @@ def prepare_dataset(
         BaseModelError: The tokenizer cannot be loaded.
         WorkspaceError: `out` cannot be written.
     """
-    if settings.max_tokens > context_tokens:
-        raise DataError(
-            f"data.max_tokens {settings.max_tokens} is more than the {context_tokens} tokens the base model takes; "
-            f"set data.max_tokens to {context_tokens} or less"
-        )
+    check_length(settings, context_tokens)
     tokenizer = load_tokenizer(tokenizer_folder)
     labelled = head != "language-model"
-    rows, settings = _read_sides(settings, sources, labelled)
-    _check_rejected(rows.rejected, rows.count, settings)  # before the minutes that tokenising may take
+    rows, settings = read_sides(settings, sources, labelled)
+    check_rejected(rows.rejected, rows.count, settings)  # before the minutes that tokenising may take
     labels = find_labels(head, settings.labels, [*rows.train, *rows.heldout]) if labelled else None
     prompting = Prompting() if labelled else Prompting.from_settings(settings, tokenizer, settings.form)
     tokenise = partial(_tokenise_labelled, labels) if labels else partial(_tokenise, prompting)
     train, heldout, calibration = _tokenise_sides(
         rows, lambda sample: tokenise(sample, tokenizer, settings.max_tokens), on_progress
     )
-    _check_rejected(rows.rejected, rows.count, settings)
+    check_rejected(rows.rejected, rows.count, settings)
     tokenised = itertools.chain(train, heldout, calibration)
     check_tokens(tokenizer, (sample.input_ids for sample in tokenised), embedded_tokens(tokenizer_folder))
     split = _split([train, heldout], settings, has_heldout=bool(sources.heldout))
@@ -130,6 +124,19 @@ def prepare_dataset(
             labels.head.save(out)
         _write_facts(out, rows.rejected, summary)
     return summary
+
+
+def check_length(settings: DataSettings, context_tokens: int) -> None:
+    """Refuse samples longer than the base was made for.
+
+    Raises:
+        DataError: naming both lengths in tokens.
+    """
+    if settings.max_tokens > context_tokens:
+        raise DataError(
+            f"data.max_tokens {settings.max_tokens} is more than the {context_tokens} tokens the base model takes; "
+            f"set data.max_tokens to {context_tokens} or less"
+        )
 
 
 def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Tokenised]:
@@ -150,40 +157,8 @@ def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Token
     return joined
 
 
-@dataclass
-class _Rows:
-    """What was read from the sources.
-
-    Attributes:
-        train, heldout, calibration: The usable rows of each side.
-        rejected: The others.
-        count: How many rows there were.
-        unread: Columns that say something and are not used, each with the first place where that is so.
-    """
-
-    train: list[Sample]
-    heldout: list[Sample]
-    calibration: list[Sample]
-    rejected: list[Rejection]
-    count: int
-    unread: dict[str, str]
-
-
-def _read_sides(settings: DataSettings, sources: DataSources, labelled: bool) -> tuple[_Rows, DataSettings]:
-    """The rows of all sides, and the settings with the form that they have."""
-    unread: dict[str, str] = {}
-    form, train, rejected = _read(sources.train, settings_for_head(settings, labelled), unread)
-    check_head(form, labelled)
-    settings = settings.model_copy(update={"form": form})
-    _, heldout, heldout_rejected = _read(sources.heldout, settings, unread)
-    _, calibration, calibration_rejected = _read(sources.calibration, settings, unread)
-    rejected += heldout_rejected + calibration_rejected
-    count = len({item.location for item in itertools.chain[Sample | Rejection](train, heldout, calibration, rejected)})
-    return _Rows(train, heldout, calibration, rejected, count, unread), settings
-
-
 def _tokenise_sides(
-    rows: _Rows, tokenise: Callable[[Sample], Tokenised | Rejection], on_progress: Progress
+    rows: Rows, tokenise: Callable[[Sample], Tokenised | Rejection], on_progress: Progress
 ) -> list[list[Tokenised]]:
     """The tokenised rows of each side. Rows that turn out unusable are added to the rejected ones."""
     sides: list[list[Tokenised]] = [[], [], []]
@@ -201,24 +176,6 @@ def _tokenise_sides(
     return sides
 
 
-def _read(
-    files: Sequence[SourceFile], settings: DataSettings, unread: dict[str, str]
-) -> tuple[str, list[Sample], list[Rejection]]:
-    samples: list[Sample] = []
-    rejected: list[Rejection] = []
-    for file in files:
-        rows = read_rows(file.path, settings.separator, file.sha256)
-        head = [next(rows)]
-        form = decide_form(settings, head[0].values, head[0].location)
-        settings = settings.model_copy(update={"form": form})  # the first file decides for all
-        for item in read_samples(itertools.chain(head, rows), settings, form, unread):
-            if isinstance(item, Sample):
-                samples.append(item)
-            else:
-                rejected.append(item)
-    return settings.form, samples, rejected
-
-
 def _split(sides: list[list[Tokenised]], settings: DataSettings, has_heldout: bool) -> Split[Tokenised]:
     join = partial(join_references, by_prompt=settings.group_references)
     split = split_samples(sides[0], sides[1] if has_heldout else None, settings, join)
@@ -234,7 +191,7 @@ def _label_summary(labels: Labels, split: Split[Tokenised]) -> dict[str, Any]:
 
 
 def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
-    sample = _without_eos(sample, tokenizer.eos_token)
+    sample = without_eos(sample, tokenizer.eos_token)
     if not sample.turns[-1].content.strip():
         return Rejection(sample.location, "the answer is nothing but the end-of-sequence token")
     turns = prompting.wrapped(sample.turns)
@@ -257,7 +214,7 @@ def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_to
     return Tokenised(sample, np.array(ids, np.int32), np.array(labels, np.int32), prompt_tokens)
 
 
-def _without_eos(sample: Sample, eos: str) -> Sample:
+def without_eos(sample: Sample, eos: str) -> Sample:
     """The sample without the end-of-sequence token that data may spell out after an answer; each answer gets one anyway."""
 
     def cut(text: str) -> str:
@@ -283,23 +240,7 @@ def _tokenise_labelled(labels: Labels, sample: Sample, tokenizer: Tokenizer, max
     return Tokenised(sample, ids, ids[:0], token_type_ids=types, label=label)
 
 
-def _check_rejected(rejected: list[Rejection], rows_read: int, settings: DataSettings) -> None:
-    if len(rejected) <= settings.max_rejected_share * rows_read:
-        return
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(r.reason for r in rejected).most_common())
-    first = ", ".join(row.location for row in rejected[:LOCATIONS_SHOWN])
-    raise DataError(
-        f"{len(rejected)} of {rows_read} rows ({len(rejected) / rows_read:.1%}) are unusable: {reasons}; first: "
-        f"{first}. Mend them{_length_hint(rejected)} or raise data.max_rejected_share "
-        f"(now {settings.max_rejected_share:g})"
-    )
-
-
-def _length_hint(rejected: list[Rejection]) -> str:
-    return ", raise data.max_tokens" if any(row.reason.startswith("longer than") for row in rejected) else ""
-
-
-def _summary(split: Split[Tokenised], rows: _Rows, form: str) -> dict[str, Any]:
+def _summary(split: Split[Tokenised], rows: Rows, form: str) -> dict[str, Any]:
     rejected = rows.rejected
     both = split.train + split.heldout + split.validation
     return {

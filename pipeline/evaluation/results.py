@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from kasa.files import read_json
 from pipeline.config.settings import EvaluateSettings, HarnessSettings
 from pipeline.core.errors import RecipeError, WorkspaceError, one_line
 from pipeline.core.files import Record
-from pipeline.data.prepared import PreparedDataset
 from pipeline.metrics.intervals import Interval, mean_differences
 from pipeline.models.prompting import Prompting
 
@@ -80,16 +79,18 @@ def continuation_ids(prompting: Prompting, tokenizer: Any, prompt: str, choice: 
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
-def check_suitable(settings: EvaluateSettings, prepared: PreparedDataset) -> None:
+def check_suitable(settings: EvaluateSettings, heldout: Iterable[Mapping[str, Any]], form: str) -> None:
     """Check that the held-out samples have what the evaluation needs.
+
+    Args:
+        heldout: the `references`, `choices`, `choice_labels` and `source` of each.
+        form: the form of the data.
 
     Raises:
         RecipeError: the samples are plain text without a prompt, have no choices, or an answer that is none of them.
     """
     if settings.kind in ("loss", "classification", "regression"):
         return
-    heldout = prepared.heldout.select_columns(["references", "choices", "choice_labels", "source"])
-    form = prepared.summary["form"]
     for sample in heldout:
         if not sample["references"]:
             raise RecipeError(

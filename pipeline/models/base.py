@@ -1,7 +1,8 @@
 """The base model: its folder, the digest of its content, and its outline (the modules that can carry an adapter).
 
-Nothing here loads weights. An outline is drawn from an empty model, which needs torch and transformers, and then stored by
-the digest of the base. So a run that finds everything made, or a retraining with nothing to do, imports neither.
+Nothing here loads weights. An outline is drawn from the configuration where that says all of it, else from an empty model,
+which needs torch and transformers, and then stored by the digest of the base. So a run that finds everything made, or a
+retraining with nothing to do, imports neither.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pipeline.core.console import console
 from pipeline.core.errors import BaseModelError, one_line
 from pipeline.core.files import atomic_write, content_digest, machine_cache, user_path
 from pipeline.models.embedded import PREFIX, embedded_base, embedded_path_if_present
+from pipeline.models.paper import plain_outline
 from pipeline.models.pickled import PICKLES, convert, converted_folder, pickle_files
 
 if TYPE_CHECKING:
     from kasa import CheckpointWeights
 
-# The module that draws an outline: a change of its code makes the stored outlines stale.
-_CODE = ("pipeline.models.loading",)
+# The modules that draw an outline: a change of their code makes the stored outlines stale.
+_CODE = ("pipeline.models.loading", "pipeline.models.paper")
 # A tokenizer has at least one of these.
 _TOKENIZERS = (
     "tokenizer.json",
@@ -111,9 +113,7 @@ class BaseModel:
     @property
     def context_tokens(self) -> int:
         """The length of the longest sequence that it was made for."""
-        from pipeline.models.shapes import meta_model, position_count  # torch and transformers
-
-        return position_count(meta_model(self.config, self.head)) or _ANY_LENGTH
+        return self._outline.positions or _ANY_LENGTH
 
     def targets(self, wanted: str | Sequence[str]) -> list[Target]:
         """The modules that carry an adapter, found without loading weights.
@@ -137,6 +137,8 @@ class BaseModel:
     @cached_property
     def _outline(self) -> Outline:
         def draw() -> Outline:
+            if (plain := plain_outline(self.folder, self.head)) is not None:
+                return plain
             from pipeline.models.loading import draw_outline  # torch and transformers
 
             return draw_outline(self.folder, self.head)
@@ -307,6 +309,18 @@ def check_has_tokenizer(folder: Path, name: str) -> None:
         )
 
 
+def tokenizer_facts(folder: Path) -> tuple[bool, str]:
+    """Whether a base's tokenizer has a chat template, and how it writes the end of a text, as far as its files say so."""
+    try:
+        values = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        end = values.get("eos_token") or ""
+        inside = bool(values.get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        end, inside = "", False
+    beside = any(folder.rglob("*.jinja")) or (folder / "chat_template.json").is_file()
+    return inside or beside, str(end.get("content", "") if isinstance(end, dict) else end)
+
+
 def _as_safetensors(folder: Path, name: str, cache: Path, fetch: bool) -> Path | None:
     if not pickle_files(folder):
         raise BaseModelError(
@@ -328,4 +342,4 @@ def _read_outline(file: Path) -> Outline | None:
     except (FileNotFoundError, DamagedFileError):
         return None
     linear = tuple(Target(**target) for target in kept["linear"])
-    return Outline(linear, kept["others"], tuple(kept["remarks"]), kept["drops"])
+    return Outline(linear, kept["others"], tuple(kept["remarks"]), kept["drops"], kept["positions"])

@@ -25,7 +25,7 @@ from kasa.targets import Outline, remarks_on
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import BaseModelError, one_line
 from pipeline.models.prompting import LANGUAGE_MODEL, Head, head_modules, load_tokenizer
-from pipeline.models.shapes import base_outline, meta_model, read_config
+from pipeline.models.shapes import base_outline, meta_model, position_count, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,7 +88,8 @@ def draw_outline(folder: Path, head: HeadKind) -> Outline:
     model: Any = empty_base(folder, head)
     outline = base_outline(model, head)
     eager = [_EAGER] if model.config._attn_implementation == "eager" else []
-    return replace(outline, remarks=(*remarks_on(model, outline.linear), *eager), drops=_drops(model.config))
+    remarks = (*remarks_on(model, outline.linear), *eager)
+    return replace(outline, remarks=remarks, drops=_drops(model.config), positions=position_count(model))
 
 
 def _drops(config: Any) -> bool:

@@ -1,7 +1,7 @@
 """A base model on paper: names, classes and sizes of its parts, which is all that a plan asks of it.
 
-To draw one takes torch and transformers, whose import alone is five seconds of a core. So it is remembered on this machine,
-by the configuration that it follows from.
+A plain decoder is drawn from its configuration. To draw another takes torch and transformers, whose import alone is five
+seconds of a core, so it is remembered on this machine, by the configuration that it follows from.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from kasa.targets import Target, as_target
-from pipeline.config.settings import BaseSettings
+from kasa.targets import Outline, Target, as_target
+from pipeline.config.settings import BaseSettings, HeadKind
 from pipeline.core.code import code_digests, package_versions
 from pipeline.core.files import atomic_write, content_digest, machine_cache
-from pipeline.models.shapes import KNOWN_SHAPES, meta_model, model_config
+from pipeline.models.plain_decoders import PlainDecoder, fitting_decoder, plain_decoder
+from pipeline.models.shapes import base_outline, known_values, meta_model, model_config, position_count
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,6 +87,7 @@ class PaperModel(PaperModule):
         self._drawing = drawing
         self.config = SimpleNamespace(**drawing["config"])
         self.base_model_prefix = str(drawing["prefix"])
+        self.positions: int | None = drawing["positions"]
         super().__init__("", self, drawing["parts"][""])
 
     @cached_property
@@ -116,7 +118,10 @@ def planned_model(settings: BaseSettings, folder: Path | None) -> PaperModel | N
     Raises:
         BaseModelError: its configuration cannot be used, or transformers has no such model.
     """
-    file = _file(settings, folder)
+    values = known_values(settings.model, folder)
+    if settings.head == "language-model" and (decoder := plain_decoder(values or {})) is not None:
+        return _on_paper(decoder)
+    file = _file(settings, values) if values else None
     with suppress(OSError, ValueError, KeyError, TypeError):
         if file is not None:
             return PaperModel(json.loads(file.read_text(encoding="utf-8")))
@@ -128,6 +133,23 @@ def planned_model(settings: BaseSettings, folder: Path | None) -> PaperModel | N
         if file is not None:
             atomic_write(file, json.dumps(drawing))
     return PaperModel(drawing)
+
+
+def plain_outline(folder: Path, head: HeadKind) -> Outline | None:
+    """The outline of a language model that is a plain decoder and whose checkpoint is whole; else None.
+
+    Raises:
+        SpectrumError: a file of the checkpoint is missing or damaged.
+    """
+    decoder = fitting_decoder(folder) if head == "language-model" else None
+    if decoder is None:
+        return None
+    model: Any = _on_paper(decoder)
+    return replace(base_outline(model, head), drops=decoder.drops, positions=decoder.positions)
+
+
+def _on_paper(decoder: PlainDecoder) -> PaperModel:
+    return PaperModel(decoder.drawing(_CONFIG))
 
 
 def draw(model: nn.Module) -> dict[str, Any]:
@@ -153,20 +175,14 @@ def draw(model: nn.Module) -> dict[str, Any]:
         "output": output,
         "prefix": str(model.base_model_prefix),
         "config": {name: value for name in _CONFIG if (value := getattr(text, name, None)) is not None},
+        "positions": position_count(model),
     }
 
 
-def _file(settings: BaseSettings, folder: Path | None) -> Path | None:
-    """Where the drawing of this base is kept; None where nothing here decides what it looks like."""
-    name = settings.model.lower()
-    if folder is not None:
-        source = (folder / "config.json").read_text(encoding="utf-8")
-    elif name in KNOWN_SHAPES or name.rpartition("/")[2] in KNOWN_SHAPES:
-        source = name
-    else:
-        return None
+def _file(settings: BaseSettings, values: Mapping[str, Any]) -> Path:
+    """Where the drawing of the base of this configuration is kept."""
     asked = {
-        "source": source,
+        "config": values,
         "head": settings.head,
         **code_digests([__name__]),
         **package_versions(["transformers", "torch"]),

@@ -154,10 +154,15 @@ class Prompting:
         """
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token, so answers could never end; set its eos_token")
-        chat = bool(tokenizer.chat_template) if data.chat_template is None else data.chat_template
+        return cls.decided(data, bool(tokenizer.chat_template), form)
+
+    @classmethod
+    def decided(cls, data: DataSettings, has_template: bool, form: str) -> Prompting:
+        """As `from_settings`, for a tokenizer that has a chat template or has none."""
+        chat = has_template if data.chat_template is None else data.chat_template
         if form == "completion":
             chat = bool(data.chat_template)
-        if chat and not tokenizer.chat_template:
+        if chat and not has_template:
             raise DataError("data.chat_template is true, but the tokenizer has no chat template; set it to false")
         _check_form(data, form, chat)
         if data.system_prompt is not None and not chat:

@@ -180,9 +180,7 @@ def model_config(model: str, revision: str | None = None, folder: Path | None = 
     cached = local or _cached_folder(model, revision)
     if cached is not None:
         return read_config(cached)
-    name = model.lower()
-    for owner in _OWNERS:
-        name = name.removeprefix(owner)
+    name = _built_in_name(model)
     if name in KNOWN_SHAPES:
         return AutoConfig.for_model(**KNOWN_SHAPES[name])
     if name.startswith("embedded:"):
@@ -190,6 +188,21 @@ def model_config(model: str, revision: str | None = None, folder: Path | None = 
         hint = nearest(name, embedded) or f"; there is {', '.join(embedded)}"
         raise BaseModelError(f"base.model {model!r} is not embedded here{hint}")
     return None
+
+
+def known_values(model: str, folder: Path | None) -> dict[str, Any] | None:
+    """The values of a base model's configuration, read without transformers; None if they are not known so.
+
+    Args:
+        folder: where the base lies, if it is here; else its name decides.
+    """
+    if folder is None:
+        return KNOWN_SHAPES.get(_built_in_name(model))
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def built_in_names() -> list[str]:
@@ -237,12 +250,28 @@ def position_count(model: nn.Module) -> int | None:
     positions = next((int(count) for count in known if count), None)
     if positions is None:
         return None
+    positions = _stretched(positions, getattr(config, "rope_parameters", None))
     words = any_model.get_input_embeddings()
     for table in model.modules():
         if isinstance(table, nn.Embedding) and table is not words and table.num_embeddings == positions:
             # Counted from behind the padding token's, where there is one.
             return positions - (0 if table.padding_idx is None else table.padding_idx + 1)
     return positions
+
+
+def _stretched(positions: int, rope: Any) -> int:
+    """The length that rotary positions reach where they are scaled; some configurations state what it was before."""
+    if not isinstance(rope, dict) or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return positions
+    factor, before = rope.get("factor"), rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(before * factor)) if isinstance(factor, int | float) else positions
+
+
+def _built_in_name(model: str) -> str:
+    name = model.lower()
+    for owner in _OWNERS:
+        name = name.removeprefix(owner)
+    return name
 
 
 def _cached_folder(model: str, revision: str | None) -> Path | None:

@@ -21,7 +21,7 @@ from pipeline.cluster.connection import ray_cluster
 from pipeline.config.recipe import Recipe
 from pipeline.core.code import code_tags
 from pipeline.core.console import ProgressBars
-from pipeline.data.forms import check_first_rows
+from pipeline.data.first_rows import check_first_rows
 from pipeline.data.sources import DataSources, resolve_sources
 from pipeline.methods.choice import check_ranks
 from pipeline.models.base import BaseModel, find_base
@@ -36,7 +36,7 @@ from pipeline.run.context import (
 )
 from pipeline.run.dependencies import REGISTER, KeyInputs
 from pipeline.run.graph import EVALUATE, STAGES, needed_resources
-from pipeline.run.preflight import check_before_work
+from pipeline.run.preflight import check_before_work, check_lengths
 from pipeline.run.report_facts import environment_tags, use_commands, write_report
 from pipeline.run.stage_runs import Work, run_stages
 from pipeline.run.stages.evaluate import Evaluation
@@ -79,6 +79,7 @@ def run(
     base, sources = _find_inputs(recipe)
     targets = base.targets(recipe.adapter.targets)
     check_ranks(recipe, targets)
+    check_lengths(recipe, base.context_tokens)
 
     # Two at once would resume each other's MLflow runs; the second finds what the first has made.
     with alone(storage, recipe_digest(recipe), "a run of this recipe"):
@@ -113,7 +114,7 @@ def _find_inputs(recipe: Recipe) -> tuple[BaseModel, DataSources]:
     # The data first: a wrong path should not wait for a download of the base.
     sources = resolve_sources(recipe.data, recipe.workspace)
     assert sources is not None
-    check_first_rows(recipe.data, sources.sides, recipe.base.head != "language-model")
+    check_first_rows(recipe.data, sources.sides, recipe.base.head)
     base = find_base(recipe.base, recipe.workspace)
     assert base is not None
     return base, sources

@@ -15,16 +15,20 @@ from pathlib import Path
 from kasa.errors import KasaError
 from pipeline.cluster.connection import check_address, check_size, cluster_address
 from pipeline.config.recipe import Recipe
-from pipeline.core.errors import ClusterError, WorkspaceError
+from pipeline.core.errors import ClusterError, RecipeError, WorkspaceError
 from pipeline.core.machine import Finding, gpu_names, side_by_side
 from pipeline.core.redaction import redacted
-from pipeline.data.forms import check_first_rows
+from pipeline.data.first_rows import FirstRows, check_first_rows
+from pipeline.data.forms import AUTO
+from pipeline.data.prepare import check_length, without_eos
 from pipeline.data.sources import resolve_source
-from pipeline.evaluation.results import check_harness
+from pipeline.evaluation.results import check_harness, check_suitable
 from pipeline.methods.choice import check_registrable
 from pipeline.metrics.catalogue import check_measurable
-from pipeline.models.base import check_has_tokenizer, find_folder
+from pipeline.models.base import check_has_tokenizer, find_folder, tokenizer_facts
+from pipeline.models.prompting import Prompting
 from pipeline.run.graph import needed_resources
+from pipeline.run.stages.prepare import check_metric
 from pipeline.run.stages.train import deepspeed_settings
 
 # A name server may take its time; then the service counts as one that does not answer.
@@ -94,13 +98,51 @@ def _look_for_inputs(recipe: Recipe, found: Preflight, elsewhere: bool) -> None:
                 found.not_checked.append(f"data.{side} {redacted(entry)}: it is fetched when the run begins")
             else:
                 here[-1] += files
-    check_first_rows(recipe.data, here, recipe.base.head != "language-model")
+    rows = check_first_rows(recipe.data, here, recipe.base.head, whole=not found.not_checked)
+    if rows.classes is not None:
+        check_metric(recipe, rows.classes)
     if elsewhere and os.path.isabs(os.path.expanduser(recipe.base.model)):
         found.not_checked.append(f"base.model {recipe.base.model}: on storage that the cluster shares")
     elif (folder := find_folder(recipe.base, recipe.workspace, fetch=False)) is None:
         found.not_checked.append(f"base.model {recipe.base.model}: it is fetched when the run begins")
     else:
         check_has_tokenizer(folder, recipe.base.model)
+        _check_samples(recipe, rows, folder)
+
+
+def _check_samples(recipe: Recipe, rows: FirstRows, base: Path) -> None:
+    """Hold what the rows show against the base's tokenizer and the evaluation."""
+    if recipe.base.head != "language-model" or rows.form == AUTO:
+        return
+    has_template, end = tokenizer_facts(base)
+    Prompting.decided(recipe.data, has_template, rows.form)
+    heldout = (without_eos(sample, end) for sample in rows.heldout or ())
+    check_suitable(
+        recipe.evaluate,
+        (
+            {"references": one.references, "choices": one.choices, "choice_labels": one.labels, "source": one.location}
+            for one in heldout
+        ),
+        rows.form,
+    )
+
+
+def check_lengths(recipe: Recipe, context_tokens: int) -> None:
+    """Refuse samples and answers longer than the base was made for.
+
+    Args:
+        context_tokens: the length of the longest sequence that it takes.
+
+    Raises:
+        KasaError: naming both lengths in tokens.
+    """
+    check_length(recipe.data, context_tokens)
+    evaluate = recipe.evaluate
+    if evaluate.generates and evaluate.max_new_tokens >= context_tokens:
+        raise RecipeError(
+            f"evaluate.max_new_tokens {evaluate.max_new_tokens} leaves no room for a prompt in the {context_tokens} tokens "
+            "the base model takes; lower it"
+        )
 
 
 def _check_services(found: Preflight) -> None:

@@ -68,19 +68,25 @@ def prepare(work: Work, key: StageKey) -> Artifact:
         log_artifact(context, run_id, artifact.folder, "prepared")
 
     prepared = run_stage(context, key, make, publish)
-    check_suitable(recipe.evaluate, load_prepared(prepared.folder))
-    _check_metric(recipe, Head.load(prepared.folder))
+    data = load_prepared(prepared.folder)
+    heldout = data.heldout.select_columns(["references", "choices", "choice_labels", "source"])
+    check_suitable(recipe.evaluate, heldout, data.summary["form"])
+    check_metric(recipe, len(Head.load(prepared.folder).classes))
     return prepared
 
 
-def _check_metric(recipe: Recipe, head: Head) -> None:
-    """Before hours of training: whether the classes that the data turned out to have allow what is to decide."""
+def check_metric(recipe: Recipe, classes: int) -> None:
+    """Before hours of training: whether as many classes as the data turned out to have allow what is to decide.
+
+    Raises:
+        RecipeError: they do not.
+    """
     evaluate = recipe.evaluate
-    meaningful = metrics_for_classes(evaluate.measured, len(head.classes))
+    meaningful = metrics_for_classes(evaluate.measured, classes)
     for metric in (evaluate.gate_metric, *recipe.promotion.guards):
         if metric not in meaningful:
             raise RecipeError(
-                f"{metric} is the score of one of two classes, and the data has {len(head.classes)}; use f1_macro in "
+                f"{metric} is the score of one of two classes, and the data has {classes}; use f1_macro in "
                 "evaluate.metric and promotion.guards"
             )
 

@@ -17,7 +17,7 @@ import pytest
 
 from kasa.errors import KasaError
 from pipeline.config.settings import DataSettings
-from pipeline.data.forms import check_first_rows
+from pipeline.data.first_rows import check_first_rows
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.prepared import load_prepared
 from pipeline.data.readers import FORMATS
@@ -148,7 +148,7 @@ def try_out(folder: Path, seed: int) -> str:
     )
     sources = DataSources(_source(folder / f"rows{suffix}", content))
     try:
-        check_first_rows(settings, sources.sides, head != "language-model")
+        check_first_rows(settings, sources.sides, head)
         prepare_dataset(settings, sources, folder, 1024, folder / "out", lambda done, total: None, head)
         assert len(load_prepared(folder / "out").train)
     except KasaError as error:

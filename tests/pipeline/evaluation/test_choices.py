@@ -99,7 +99,7 @@ def test_what_cannot_be_evaluated_is_said_beforehand(
 ) -> None:
     data, evaluate = load_prepared(prepared(rows)), EvaluateSettings(**settings)
     if says is None:
-        check_suitable(evaluate, data)
+        check_suitable(evaluate, data.heldout, data.summary["form"])
         return
     with pytest.raises(RecipeError, match=says):
-        check_suitable(evaluate, data)
+        check_suitable(evaluate, data.heldout, data.summary["form"])
