@@ -25,7 +25,7 @@ from pipeline.cluster.workers import Resources, WorkerGroup, run_tasks, run_trai
 from pipeline.config.recipe import Recipe, recipe_values
 from pipeline.core.console import ProgressBars, console
 from pipeline.core.errors import WorkspaceError
-from pipeline.core.files import ADAPTER, atomic_write, content_digest
+from pipeline.core.files import atomic_write, content_digest
 from pipeline.registry.store import Registry
 from pipeline.report.facts import StageFacts
 from pipeline.storage.artifacts import ArtifactStore, locked
@@ -215,7 +215,7 @@ class RunContext:
 
     def registered_adapter(self, uri: str, train_key: str) -> Path:
         """The adapter folder of a registered version, fetched into the workspace; `train_key` is that of its training."""
-        folder = self.registry.download(f"{uri}/artifacts/{ADAPTER}", self.workspace / "champions" / train_key)
+        folder = self.registry.fetch_adapter(uri, self.workspace / "champions" / train_key)
         self.storage.upload_input(folder, train_key)
         return folder
 
