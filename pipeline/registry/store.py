@@ -300,7 +300,9 @@ class Registry:
                 f"version (`kasa models {version.name}`, `kasa promote`)"
             ) from None
         if KEY_TAG in version.tags:
-            console.print(f"{version.uri} has no tag {SEAL_TAG}: of its files only the adapter was compared", soft_wrap=True)
+            console.print(
+                f"{version.uri} has no tag {SEAL_TAG}: of its files only the adapter was compared", soft_wrap=True
+            )
         return files
 
     def _search(self, wanted: str) -> list[ModelVersion]:

@@ -20,6 +20,7 @@ GATE = {
     "against": {"base": {"accuracy": {"estimate": 0.25, "low": 0.2, "high": 0.3}}},
 }  # fmt: skip
 
+
 def add(registry: Registry, promote: bool, name: str = NAME) -> ModelVersion:
     """What stands in the registry when a version has been made and its aliases have not."""
     if registry.registered_model(name) is None:
