@@ -224,9 +224,13 @@ class Registry:
         with tempfile.TemporaryDirectory(prefix="kasa-model-") as folder:
             files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
             for source in package.artifacts.values():
-                given = file_digests(source, (file for file in source.rglob("*") if file.is_file()))
+                stored, given = (
+                    files / "artifacts" / source.name,
+                    (file for file in source.rglob("*") if file.is_file()),
+                )
                 try:
-                    check_digests(files / "artifacts" / source.name, given)
+                    check_digests(stored, file_digests(source, given))
+                    check_sealed_folder(stored)  # where it was made, if it was sealed there
                 except DamagedFileError as error:
                     raise ModelError(f"MLflow at {self.where} stored something else: {error}; run again") from None
             (files / _ADDED).unlink(missing_ok=True)
@@ -274,19 +278,18 @@ class Registry:
         Raises:
             ModelError: There is no such model, it cannot be downloaded, or it is damaged.
         """
-        from mlflow.exceptions import MlflowException
-
-        version = self.look_up(uri)
-        try:
-            files = self._fetch(version, folder)
-            flavors = self._mlflow.models.Model.load(str(files)).flavors
-        except (MlflowException, OSError) as error:
-            raise ModelError(f"{uri} cannot be fetched from {self.where}: {one_line(error)}") from error
+        files = self._fetch(self.look_up(uri), folder)
+        flavors = self._mlflow.models.Model.load(str(files)).flavors
         return files, dict(flavors.get("python_function", {}).get("config") or {})
 
     def _fetch(self, version: ModelVersion, folder: Path) -> Path:
         """Download a version into `folder` and compare its files with what they were when it was registered."""
-        files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=str(folder)))
+        from mlflow.exceptions import MlflowException
+
+        try:
+            files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=str(folder)))
+        except (MlflowException, OSError) as error:
+            raise ModelError(f"{version.uri} cannot be fetched from {self.where}: {one_line(error)}") from error
         try:
             if seal := version.tags.get(SEAL_TAG):
                 check_sealed_folder(files, must_be_sealed=True)
@@ -296,8 +299,8 @@ class Registry:
         except DamagedFileError as error:
             what = str(error).removeprefix(f"{files}/")
             raise ModelError(
-                f"{version.uri} is damaged in the registry: {what}; put that file back from a backup, or take another "
-                f"version (`kasa models {version.name}`, `kasa promote`)"
+                f"{version.uri} is damaged in the registry: {what}; put that file back from a backup, register the "
+                f"adapter anew (`kasa run RECIPE --force register`), or take another version (`kasa models {version.name}`)"
             ) from None
         if KEY_TAG in version.tags:
             console.print(

@@ -121,7 +121,7 @@ def _new_version(work: Work, key: StageKey, evaluation: Evaluation, folder: Path
     context, recipe, base = work.context, work.recipe, work.base
     name = recipe.registered_name
     for artifact in work.made.values():  # hours may have passed since they were found or made
-        context.store.check(artifact)
+        context.store.check(artifact.folder)
     obstacle = evaluation.obstacle or too_few(len(evaluation.samples["adapted"]))
     decision = decide(gate_of(recipe), evaluation.differences, obstacle)
     _check_champion(context.registry, name, evaluation, decision)

@@ -9,7 +9,13 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+)
 
 from kasa import ModelWeights, find_targets, observe_layers
 from kasa.spectra_file import save_spectra
@@ -101,7 +107,14 @@ def test_the_norms_of_a_head_are_no_targets(base: Path) -> None:
 
 
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100, "pad_token_id": 0, **ATTENTION}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+    **ATTENTION,
+}
 FEEDFORWARD = {
     "llama": "model.layers.{}.mlp.down_proj",
     "olmo": "model.layers.{}.mlp.down_proj",  # of a type that PEFT's own list lacks, as the next

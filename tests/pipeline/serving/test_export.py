@@ -226,7 +226,9 @@ def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter:
         status, _, said = kasa(*command, "-w", "work")
         assert (status, "prompting.json was changed" in " ".join(said.split())) == (2, True)
     (copy / "prompting.json").write_text("{}")
-    with pytest.raises(ModelError, match="models:/tiny/1 is damaged in the registry: artifacts/adapter/prompting.json"):
+    with pytest.raises(
+        ModelError, match=r"models:/tiny/1 is damaged in the registry: artifacts/adapter/prompting\.json"
+    ):
         registry.fetch_adapter(champion.uri, copy)
     assert registry.champion("tiny") is None
     status, _, said = kasa("export", "models:/tiny/2", "more", "--format", "lora", "-w", "work")
