@@ -1,7 +1,8 @@
 """Files and folders that are complete or absent, and digests by which damage is noticed. Imports no tensor library.
 
 A sealed JSON file holds, beside its values, the digest of all of them. A sealed folder holds a sealed file with the digests
-of all others, also of those in sealed folders below it. So a byte that changed on the disk is noticed where the file is read, whatever it meant.
+of all others, also of those in sealed folders below it. So a byte that changed on the disk is noticed where the file is read,
+whatever it meant.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_a_flipped_byte_is_named_wherever_a_version_is_put_to_use(
     said = " ".join(err.split())
     assert (code, out) == (2, "")
     assert "models:/reviews/1 is damaged in the registry: artifacts/evaluation/metrics.json was changed" in said
-    assert "put that file back from a backup, or take another version" in said
+    assert "put that file back from a backup, register the adapter anew (`kasa run RECIPE --force register`)" in said
     assert registry.aliases("reviews") == {"champion": "2", "previous": "1"}
 
 
