@@ -1,7 +1,8 @@
 """Files and folders that are complete or absent, and digests by which damage is noticed. Imports no tensor library.
 
 A sealed JSON file holds, beside its values, the digest of all of them. A sealed folder holds a sealed file with the digests
-of all others. So a byte that changed on the disk is noticed where the file is read, whatever it meant.
+of all others, also of those in sealed folders below it. So a byte that changed on the disk is noticed where the file is read,
+whatever it meant.
 """
 
 from __future__ import annotations
@@ -92,20 +93,22 @@ def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
 
 def seal_folder(folder: Path) -> None:
     """Write down the digests of all files of a folder, in the folder."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != FOLDER_SEAL)
+    files = (file for file in folder.rglob("*") if file.is_file() and file != folder / FOLDER_SEAL)
     with replacing(folder / FOLDER_SEAL) as new:
         new.write_text(sealed_json({"files": file_digests(folder, files)}), encoding="utf-8")
 
 
-def check_sealed_folder(folder: Path) -> None:
-    """Compare a folder with what it was when it was sealed; one that never was is not looked at.
+def check_sealed_folder(folder: Path, must_be_sealed: bool = False) -> None:
+    """Compare a folder with what it was when it was sealed; one that never was is not looked at, unless it must be sealed.
 
     Raises:
-        DamagedFileError: naming what was changed.
+        DamagedFileError: naming what was changed, or the list of digests where that is missing and must be there.
     """
     try:
         digests = read_sealed_json(folder / FOLDER_SEAL)["files"]
     except FileNotFoundError:
+        if must_be_sealed:
+            raise DamagedFileError(f"{folder / FOLDER_SEAL}, the list of the digests, is missing") from None
         return
     check_digests(folder, digests)
 

@@ -133,7 +133,7 @@ def _trials_of(
     check_lengths(recipe, base.context_tokens)
     for remark in base.remarks:
         bars.say(f"base: {remark}")
-    storage.upload_input(base.folder, base.digest)
+    storage.upload_input(base.folder, base.digest, base.check_unchanged)
     with alone(storage, f"{kind} {plan.name}", f"the comparison {plan.name}"):
         tracking = Tracking(recipe.workspace, recipe.name)
         tags = {**environment_tags(), **code_tags(), "kasa.comparison": plan.name}

@@ -10,7 +10,6 @@ from kasa.targets import Target
 from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ModelError
-from pipeline.core.redaction import redacted
 from pipeline.data.prepared import load_prepared
 from pipeline.data.sources import resolve_sources
 from pipeline.models.base import BaseModel, find_base
@@ -23,7 +22,7 @@ from pipeline.run.preflight import check_before_work, check_lengths
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
 from pipeline.storage.artifacts import ArtifactStore, StageKey
 from pipeline.storage.workspace import look_into
-from pipeline.tracking.server import tracking_uri
+from pipeline.tracking.server import registry_identity
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _stages(
     store = ArtifactStore(recipe.workspace, look_into(recipe.location))
     known: dict[str, StageKey] = {}
     if base is not None and sources_digest is not None:
-        registry = redacted(tracking_uri(recipe.workspace))
+        registry = registry_identity(recipe.workspace)
         inputs = KeyInputs(recipe, base.digest, sources_digest, targets, registry, base_drops=base.drops)
         known = stage_keys(starting_from(inputs, _start(inputs), store, recompute))
     stored = stored_artifacts(store)

@@ -98,11 +98,11 @@ def promote(workspace: Path, uri: str, reason: str | None) -> Change:
     """Make a version the champion, whatever the gate decided.
 
     Raises:
-        ModelError: there is no such version, or its adapter is damaged.
+        ModelError: there is no such version, or it is damaged.
     """
     registry = open_registry(workspace)
     version = registry.look_up(uri)
-    registry.check_adapter(version)
+    registry.check_files(version)
     with one_change_at_a_time(Workspace(workspace), version.name):
         return _promote(registry, workspace, version, reason)
 
@@ -127,7 +127,7 @@ def rollback(workspace: Path, name: str, reason: str | None) -> Change:
     """Make the previous champion the champion again, and the champion the previous one.
 
     Raises:
-        ModelError: there is no such model, or no previous champion.
+        ModelError: there is no such model, no previous champion, or that one is damaged.
     """
     registry = open_registry(workspace)
     registry.check_name(name)
@@ -140,10 +140,12 @@ def _rollback(registry: Registry, workspace: Path, name: str, reason: str | None
     aliases = registry.aliases(name)
     moves = after_rollback(aliases, name)
     words, back = _words(reason), str(moves[CHAMPION])
-    if registry.version(name, back) is None:
+    version = registry.version(name, back)
+    if version is None:
         raise ModelError(
             f"the previous champion of {name}, version {back}, was deleted; name a version with kasa promote"
         )
+    registry.check_files(version)
     events = [event(back, "made champion again", user_name(), words)]
     if champion := moves[PREVIOUS]:
         events.append(event(champion, "rolled back", user_name(), words))

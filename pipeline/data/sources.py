@@ -53,6 +53,17 @@ class SourceFile:
         """The format that the file is read as: a suffix in lower case, with the dot."""
         return file_format(self.path)
 
+    def check_unchanged(self) -> None:
+        """Make sure that the file still holds the bytes of the digest.
+
+        Raises:
+            DataError: it does not.
+        """
+        if file_digest(self.path) != self.sha256:
+            raise DataError(
+                f"{self.path} was changed while the run read it; leave it as it is and run the same command again"
+            )
+
 
 @dataclass(frozen=True)
 class DataSources:

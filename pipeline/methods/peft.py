@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as _LAST_OF_BLOCK
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from kasa.errors import AdapterFileError
 from kasa.interchange import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS, new_folder, write_peft_folder
-from kasa.targets import Target, is_within
+from kasa.targets import Target, is_within, outline_of
 from pipeline.core.errors import TrainingError, one_line
 from pipeline.methods.method import Adapted, Tensors
 from pipeline.models.prompting import LANGUAGE_MODEL, Head, head_modules
@@ -134,21 +133,38 @@ def parameter_count(name: str, targets: Sequence[Target], model: nn.Module) -> i
 
 
 def norm_names(model: nn.Module) -> list[str]:
-    """The normalisation layers of the base without its head: leaf modules with a weight whose class says `norm`."""
+    """The normalisation layers of the base without its head: the modules whose weight is a vector, which scales each feature."""
     beside = head_modules(model)
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
     return [
         name
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and not list(module.children()) and hasattr(module, "weight")
+        for name, weight in weights.items()
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1 and weight.numel() > 1
         if not is_within(name, beside)
     ]
 
 
 def _feedforward_names(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """The targets whose inputs IA3 scales, not their outputs: the last module of each feed-forward block, as PEFT lists it."""
-    config: Any = model.config
-    last = _LAST_OF_BLOCK.get(config.model_type, [])
-    return [target.name for target in targets if any(target.name.endswith(f".{name}") for name in last)]
+    """The targets whose inputs IA3 scales, not their outputs: the last module of each feed-forward block.
+
+    It is known by its shape: no module of its layer has a wider input, and what it makes is narrower and what others read.
+    """
+    inputs: dict[str, set[int]] = {}
+    for one in outline_of(model).linear:
+        inputs.setdefault(_layer_of(one.name), set()).add(one.in_features)
+    return [
+        target.name
+        for target in targets
+        if (layer := _layer_of(target.name))
+        and target.out_features < target.in_features == max(inputs[layer])
+        and target.out_features in inputs[layer]
+    ]
+
+
+def _layer_of(name: str) -> str:
+    """The innermost numbered module that holds a module; empty where none does."""
+    parts = name.split(".")
+    return ".".join(parts[: max((place + 1 for place, part in enumerate(parts) if part.isdigit()), default=0)])
 
 
 def inject(

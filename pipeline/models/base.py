@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -82,6 +83,15 @@ class BaseModel:
     def digest(self) -> str:
         """SHA-256 over the content of its files, wherever they lie."""
         return self._looked_at[0]
+
+    @property
+    def as_found(self) -> dict[str, Any]:
+        """Which files they were that the digest was taken of, as JSON values: their `place`, and the state of each.
+
+        The same files at the same place of the same machine are in the same state, unless one was written, replaced or moved.
+        """
+        states = {name: list(state) for name, state in self._looked_at[1].items()}
+        return {"place": f"{platform.node()}:{self.folder}", "states": states}
 
     def check_unchanged(self) -> None:
         """Make sure that its files are still those of the digest: what was read since then is what the digest stands for.

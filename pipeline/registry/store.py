@@ -1,5 +1,8 @@
 """The MLflow model registry: registered versions, their files, and the aliases that say which of them is in use.
 
+A version is sealed when it is registered: the digests of all its files lie with them, and the digest of that list is a tag of
+the version. Whatever fetches a version's files compares all of them.
+
 `champion` is the version in use, `previous` the champion before it, `challenger` the newest version that was not promoted.
 """
 
@@ -16,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from kasa.errors import DamagedFileError, nearest
-from kasa.files import check_sealed_folder, remove_folder
+from kasa.files import (
+    FOLDER_SEAL,
+    check_digests,
+    check_sealed_folder,
+    file_digest,
+    file_digests,
+    remove_folder,
+    seal_folder,
+)
+from pipeline.core.console import console
 from pipeline.core.errors import ModelError, one_line
 from pipeline.core.files import ADAPTER, make_once
 from pipeline.tracking.availability import if_there
@@ -29,6 +41,10 @@ _DESCRIPTION_LENGTH = 5000
 
 # Tells the versions that this pipeline registered, and which artifact each of them is.
 KEY_TAG = "kasa.register_key"
+# The digest of the list of all digests of a version's files.
+SEAL_TAG = "kasa.seal"
+# MLflow adds it to what it downloads.
+_ADDED = "registered_model_meta"
 
 
 @dataclass(frozen=True)
@@ -180,6 +196,9 @@ class Registry:
 
         The version is created together with its tags. So if a version with all these tags exists, an earlier attempt had
         succeeded and only its reply was lost: that version is returned.
+
+        Raises:
+            ModelError: What was stored is not what was handed over.
         """
         if known := self.find(name, tags):
             return known
@@ -196,51 +215,59 @@ class Registry:
                 input_example=[package.example],
                 pip_requirements=list(package.requirements),
             )
-            made = mlflow.register_model(info.model_uri, name, tags=dict(tags))
+            seal = self._seal(info.model_uri, info.model_id, package)
+            made = mlflow.register_model(info.model_uri, name, tags={**tags, SEAL_TAG: seal})
         return _as_version(made)
 
-    def download(self, uri: str, folder: Path) -> Path:
-        """Download a registered model's files, or those below `URI/PATH`, to `folder`, unless it exists already and is sound.
+    def _seal(self, uri: str, model_id: str, package: ModelPackage) -> str:
+        """Read back what was logged, compare it with what was handed over, and seal it; the digest of the list of digests."""
+        with tempfile.TemporaryDirectory(prefix="kasa-model-") as folder:
+            files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
+            for source in package.artifacts.values():
+                stored, given = (
+                    files / "artifacts" / source.name,
+                    (file for file in source.rglob("*") if file.is_file()),
+                )
+                try:
+                    check_digests(stored, file_digests(source, given))
+                    check_sealed_folder(stored)  # where it was made, if it was sealed there
+                except DamagedFileError as error:
+                    raise ModelError(f"MLflow at {self.where} stored something else: {error}; run again") from None
+            (files / _ADDED).unlink(missing_ok=True)
+            seal_folder(files)
+            self.client.log_model_artifact(model_id, str(files / FOLDER_SEAL))
+            return file_digest(files / FOLDER_SEAL)
+
+    def fetch_adapter(self, uri: str, folder: Path) -> Path:
+        """The adapter of a version in `folder`: fetched from the registry, unless a sound copy is there already.
 
         Raises:
-            ModelError: The files in the registry are damaged.
+            ModelError: There is no such version, or its files in the registry are damaged.
         """
 
         def fetch(new: Path) -> None:
-            # MLflow puts what it downloads into a subfolder named after the last part of the path, if there is one.
             # What a kill leaves has a name that the next attempt cleans up.
             with tempfile.TemporaryDirectory(
                 dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"
             ) as scratch:
-                target = Path(scratch, "files")  # not `scratch` itself, which only its owner may read
-                target.mkdir()
-                fetched = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(target))
-                os.replace(fetched, new)
+                os.replace(self._fetch(self.look_up(uri), Path(scratch)) / "artifacts" / ADAPTER, new)
 
         try:
             check_sealed_folder(make_once(folder, fetch))
         except DamagedFileError:
             remove_folder(folder)
-            _check_whole(uri, make_once(folder, fetch))
+            make_once(folder, fetch)
         return folder
 
-    def check_adapter(self, version: ModelVersion) -> None:
-        """Fetch the adapter of a version, and compare its files with what they were at its training.
+    def check_files(self, version: ModelVersion) -> None:
+        """Fetch a version, and compare its files with what they were when it was registered.
 
         Raises:
             ModelError: It cannot be fetched, or it is damaged. A version that this pipeline did not register is not looked at.
         """
-        from mlflow.exceptions import MlflowException
-
-        if KEY_TAG not in version.tags:
-            return
-        with tempfile.TemporaryDirectory(prefix="kasa-model-") as folder:
-            uri = f"{version.uri}/artifacts/{ADAPTER}"
-            try:
-                files = self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
-            except (MlflowException, OSError) as error:
-                raise ModelError(f"{uri} cannot be fetched from {self.where}: {one_line(error)}") from error
-            _check_whole(version.uri, Path(files))
+        if KEY_TAG in version.tags:
+            with tempfile.TemporaryDirectory(prefix="kasa-model-") as folder:
+                self.fetch_files(version.uri, Path(folder))
 
     def fetch_files(self, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Download the files of a registered model into `folder`.
@@ -249,18 +276,37 @@ class Registry:
             The folder in which they lie, and the configuration that the model was registered with.
 
         Raises:
-            ModelError: There is no such model, it cannot be downloaded, or its adapter is damaged.
+            ModelError: There is no such model, it cannot be downloaded, or it is damaged.
         """
+        files = self._fetch(self.look_up(uri), folder)
+        flavors = self._mlflow.models.Model.load(str(files)).flavors
+        return files, dict(flavors.get("python_function", {}).get("config") or {})
+
+    def _fetch(self, version: ModelVersion, folder: Path) -> Path:
+        """Download a version into `folder` and compare its files with what they were when it was registered."""
         from mlflow.exceptions import MlflowException
 
-        self.look_up(uri)
         try:
-            files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-            flavors = self._mlflow.models.Model.load(str(files)).flavors
+            files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=str(folder)))
         except (MlflowException, OSError) as error:
-            raise ModelError(f"{uri} cannot be fetched from {self.where}: {one_line(error)}") from error
-        _check_whole(uri, files / "artifacts" / ADAPTER)
-        return files, dict(flavors.get("python_function", {}).get("config") or {})
+            raise ModelError(f"{version.uri} cannot be fetched from {self.where}: {one_line(error)}") from error
+        try:
+            if seal := version.tags.get(SEAL_TAG):
+                check_sealed_folder(files, must_be_sealed=True)
+                check_digests(files, {FOLDER_SEAL: seal})
+                return files
+            check_sealed_folder(files / "artifacts" / ADAPTER)
+        except DamagedFileError as error:
+            what = str(error).removeprefix(f"{files}/")
+            raise ModelError(
+                f"{version.uri} is damaged in the registry: {what}; put that file back from a backup, register the "
+                f"adapter anew (`kasa run RECIPE --force register`), or take another version (`kasa models {version.name}`)"
+            ) from None
+        if KEY_TAG in version.tags:
+            console.print(
+                f"{version.uri} has no tag {SEAL_TAG}: of its files only the adapter was compared", soft_wrap=True
+            )
+        return files
 
     def _search(self, wanted: str) -> list[ModelVersion]:
         found, token = [], None
@@ -284,13 +330,6 @@ def open_registry(workspace: Path) -> Registry:
             "or the server with MLFLOW_TRACKING_URI"
         )
     return Registry(workspace)
-
-
-def _check_whole(uri: str, adapter: Path) -> None:
-    try:
-        check_sealed_folder(adapter)
-    except DamagedFileError as error:
-        raise ModelError(f"{uri} is damaged in the registry: {error}; use another version") from None
 
 
 def _as_version(found: Any) -> ModelVersion:

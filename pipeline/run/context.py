@@ -14,18 +14,19 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from kasa.errors import DamagedFileError
-from kasa.files import read_sealed_json, sealed_json
+from kasa.files import check_sealed_folder, read_sealed_json, sealed_json
 from pipeline.cluster.workers import Resources, WorkerGroup, run_tasks, run_training_workers
 from pipeline.config.recipe import Recipe, recipe_values
 from pipeline.core.console import ProgressBars, console
 from pipeline.core.errors import WorkspaceError
-from pipeline.core.files import ADAPTER, atomic_write, content_digest
+from pipeline.core.files import atomic_write, content_digest
 from pipeline.registry.store import Registry
 from pipeline.report.facts import StageFacts
 from pipeline.storage.artifacts import ArtifactStore, locked
@@ -152,6 +153,7 @@ class RunContext:
             is changed.
         check_inputs: raises where what the stages read has changed since its digest was taken; asked when an artifact is made,
             before it counts.
+        inputs: which files the stages read, as JSON values (`BaseModel.as_found`).
         keeps_state: whether the workspace remembers the run while it is not complete. A run that is part of another one
             is found again by what it is for.
     """
@@ -168,6 +170,7 @@ class RunContext:
     finished: list[StageFacts] = field(default_factory=list)
     confirm: Callable[[], None] = lambda: None
     check_inputs: Callable[[], None] = lambda: None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     keeps_state: bool = True
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -215,8 +218,8 @@ class RunContext:
 
     def registered_adapter(self, uri: str, train_key: str) -> Path:
         """The adapter folder of a registered version, fetched into the workspace; `train_key` is that of its training."""
-        folder = self.registry.download(f"{uri}/artifacts/{ADAPTER}", self.workspace / "champions" / train_key)
-        self.storage.upload_input(folder, train_key)
+        folder = self.registry.fetch_adapter(uri, self.workspace / "champions" / train_key)
+        self.storage.upload_input(folder, train_key, partial(check_sealed_folder, folder))
         return folder
 
     def child_run(self, stage: str) -> tuple[str, bool]:

@@ -23,7 +23,7 @@ class KeyInputs:
     Attributes:
         base, sources: digests of the base model and of the data.
         targets: the modules that carry an adapter.
-        registry: where models are registered.
+        registry: where models are registered; empty for the workspace's own database.
         until: the last stage that is wanted. A whole run ends with `register`; a trial of a comparison with `evaluate`,
             or, to choose a learning rate, with `train`.
         trains: whether there is an adapter; without one the plain base is evaluated.

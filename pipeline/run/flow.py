@@ -42,6 +42,7 @@ from pipeline.run.stage_runs import Work, run_stages
 from pipeline.run.stages.evaluate import Evaluation
 from pipeline.run.stages.register import Registration
 from pipeline.run.warm_start import WarmStart, decide_warm_start, starting_from
+from pipeline.tracking.server import registry_identity
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def run(
 
     # Two at once would resume each other's MLflow runs; the second finds what the first has made.
     with alone(storage, recipe_digest(recipe), "a run of this recipe"):
-        storage.upload_input(base.folder, base.digest)
+        storage.upload_input(base.folder, base.digest, base.check_unchanged)
         tags = {**environment_tags(), **code_tags(), **seed_tags(recipe)}
         context = open_context(recipe, storage, bars, tags, recompute, confirm)
         return _run_stages(context, base, sources, targets, started)
@@ -93,7 +94,8 @@ def _run_stages(
     context: RunContext, base: BaseModel, sources: DataSources, targets: Sequence[Target], started: float
 ) -> RunResult:
     recipe, bars = context.recipe, context.bars
-    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, context.registry.where, base_drops=base.drops)
+    registry = registry_identity(recipe.workspace)
+    inputs = KeyInputs(recipe, base.digest, sources.digest, targets, registry, base_drops=base.drops)
     with (
         context.tracking.open_run(context.parent_run),
         ray_cluster(recipe.workspace, *needed_resources(recipe), on_connected=context.describe_cluster),

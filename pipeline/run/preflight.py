@@ -16,6 +16,7 @@ from kasa.errors import KasaError
 from pipeline.cluster.connection import check_address, check_size, cluster_address
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ClusterError, RecipeError, WorkspaceError
+from pipeline.core.files import is_remote
 from pipeline.core.machine import Finding, gpu_names, side_by_side
 from pipeline.core.redaction import redacted
 from pipeline.data.first_rows import FirstRows, check_first_rows
@@ -30,6 +31,7 @@ from pipeline.models.prompting import Prompting
 from pipeline.run.graph import needed_resources
 from pipeline.run.stages.prepare import check_metric
 from pipeline.run.stages.train import deepspeed_settings
+from pipeline.storage.workspace import check_location
 
 # A name server may take its time; then the service counts as one that does not answer.
 _SERVICES_S, _CONNECTION_S = 20.0, 8.0
@@ -82,7 +84,7 @@ def check_before_work(recipe: Recipe, *, elsewhere: bool = False) -> Preflight:
         return found
     found.attempt(lambda: check_measurable(recipe.evaluate.measured))
     found.attempt(lambda: check_harness(recipe.evaluate, recipe.base.head))
-    _check_services(found)
+    _check_services(recipe, found)
     _check_machine(recipe, found)
     return found
 
@@ -145,8 +147,8 @@ def check_lengths(recipe: Recipe, context_tokens: int) -> None:
         )
 
 
-def _check_services(found: Preflight) -> None:
-    """Ask the services that the environment names whether they answer."""
+def _check_services(recipe: Recipe, found: Preflight) -> None:
+    """Ask the services that the environment and the workspace name whether they answer."""
     address, store = cluster_address(), os.environ.get("MLFLOW_TRACKING_URI", "")
     asked: dict[str, tuple[type[KasaError], Callable[[], Finding]]] = {}
     if address:
@@ -155,14 +157,24 @@ def _check_services(found: Preflight) -> None:
         from pipeline.tracking.server import check_store
 
         asked[f"MLFLOW_TRACKING_URI={redacted(store)}"] = (WorkspaceError, partial(check_store, store, _CONNECTION_S))
+    if is_remote(recipe.location):
+        asked[f"workspace={redacted(recipe.location)}"] = (WorkspaceError, partial(_check_storage, recipe.location))
     answers = side_by_side([check for _, check in asked.values()], _SERVICES_S)
     for (name, (kind, _)), answer in zip(asked.items(), answers, strict=True):
         if answer is None:
             found.refused.append(kind(f"{name}: no answer within {_SERVICES_S:.0f} s; correct it, or unset it"))
         elif answer.status == "fail":
-            found.refused.append(kind(f"{answer.detail}; {answer.remedy}"))
+            found.refused.append(kind("; ".join(filter(None, (answer.detail, answer.remedy)))))
         elif answer.status == "warn":
             found.not_checked.append(f"{answer.detail}; {answer.remedy}")
+
+
+def _check_storage(location: str) -> Finding:
+    try:
+        check_location(location)
+    except WorkspaceError as error:  # in a thread, where nobody would hear of it
+        return Finding("storage", "fail", str(error))
+    return Finding("storage", "ok", location)
 
 
 def _check_machine(recipe: Recipe, found: Preflight) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kasa.errors import KasaError
+from kasa.errors import DamagedFileError, KasaError
+from kasa.files import read_json
 from pipeline.config.recipe import Recipe
+from pipeline.core.files import atomic_write
 from pipeline.data.sources import DataSources
 from pipeline.models.base import BaseModel
 from pipeline.report.facts import StageFacts
@@ -30,10 +31,12 @@ from pipeline.run.graph import STAGE, side_by_side, stage_keys
 from pipeline.run.lineage import ingredients_by_name, of_recipe, stored_artifacts, why_made
 from pipeline.run.warm_start import WarmStart
 from pipeline.storage.artifacts import Artifact, StageKey
-from pipeline.storage.mirror import MANIFEST
+from pipeline.storage.mirror import MANIFEST, discard_work
 
 # Artifacts up to this size are copied into MLflow, larger ones referred to by path and key.
 COPIED_BYTES = 64 * 2**20
+# Which files unfinished work was begun with. Hidden, so neither a part of the artifact nor mirrored to other machines.
+_INPUTS = ".inputs.json"
 # What each split is for, in MLflow's words.
 SPLITS = {"train": "training", "heldout": "evaluation"}
 
@@ -65,13 +68,15 @@ class StageRun:
 
         def make_and_remember(folder: Path) -> dict[str, Any]:
             started = time.perf_counter()
+            self._begin(key.stage, folder)
             facts = make(folder)
             try:
                 self.context.check_inputs()
             except KasaError:
                 # Nothing of it, no checkpoint either, may be taken for what the key stands for.
-                shutil.rmtree(folder, ignore_errors=True)
+                discard_work(folder)
                 raise
+            (folder / _INPUTS).unlink()
             own = {"recipe": self.context.recipe.name, "mlflow_run_id": self.run_id}
             return {**facts, **own, "seconds": time.perf_counter() - started}
 
@@ -80,6 +85,25 @@ class StageRun:
             recomputed.append(key.key)
             self.context.save()
         return artifact
+
+    def _begin(self, stage: str, folder: Path) -> None:
+        """Note which files are read, and discard the unfinished work of a process that may have read others in their place.
+
+        Such a process may have been killed before it could notice, and the right files be back. Work of another machine,
+        or from files at another place, cannot be told so and goes on.
+        """
+        note, now = folder / _INPUTS, self.context.inputs
+        try:
+            before = read_json(note) if note.exists() else now
+        except DamagedFileError:
+            before = {**now, "states": None}
+        if before != now and before.get("place") == now["place"]:
+            self.context.bars.say(
+                f"{stage}: begins anew, for files of {now['place'].partition(':')[2]} were written, replaced or moved since its "
+                "unfinished work was begun"
+            )
+            discard_work(folder)
+        atomic_write(note, json.dumps(now))
 
     def main_artifact(self, key: StageKey, make: Make) -> Artifact:
         """The artifact that the stage is there for: its key and whether it was reused are tags of the run."""
@@ -139,9 +163,14 @@ def run_stage(context: RunContext, key: StageKey, make: Make, publish: Publish) 
 
 
 def log_artifact(context: RunContext, run_id: str, path: Path, place: str | None = None) -> None:
-    """Log a file or folder; a large one as a small note that says where it lies (`reference`)."""
+    """Log a file or folder of an artifact; a large one as a small note that says where it lies (`reference`).
+
+    Raises:
+        WorkspaceError: it is not what the manifest of its artifact says.
+    """
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     if size <= COPIED_BYTES:
+        context.store.check(path)
         context.tracking.log_files(run_id, path, place)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -227,6 +256,7 @@ def run_stages(work: Work) -> dict[str, Any]:
         The results by stage: artifacts, or what stands around one (`artifact` is then a field of it).
     """
     work.context.check_inputs = work.base.check_unchanged
+    work.context.inputs = work.base.as_found
     keys = stage_keys(work.inputs)
     results: dict[str, Any] = {}
     for *others, last in side_by_side(work.inputs):

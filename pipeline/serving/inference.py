@@ -20,7 +20,6 @@ from torch import nn
 
 from kasa import KasaError, read_adapter
 from kasa.adapter_file import check_base
-from kasa.files import check_sealed_folder
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import ModelError
 from pipeline.core.files import machine_cache
@@ -213,9 +212,7 @@ def load_registered(adapter: Path, config: Mapping[str, Any], base: Path | None 
     Raises:
         ModelError: the base is nowhere to be found, or is another one.
         AdapterFileError: the base's adapted weights are others; the first of them is named.
-        DamagedFileError: a file of the adapter was changed.
     """
-    check_sealed_folder(adapter)
     found = _find_base(config, base)
     if found.digest != config["base_digest"]:
         check_base(read_adapter(adapter), found.folder)

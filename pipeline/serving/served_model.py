@@ -11,6 +11,7 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from kasa.files import check_sealed_folder
 from pipeline.models.prompting import LANGUAGE_MODEL
 from pipeline.serving.inference import load_registered
 
@@ -24,8 +25,14 @@ class ServedModel(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Find the base, check it, attach the adapter."""
-        self.served = load_registered(Path(context.artifacts["adapter"]), context.model_config)
+        """Compare the version's files with what was registered, find the base, check it, attach the adapter.
+
+        Raises:
+            DamagedFileError: a file of the version was changed.
+        """
+        adapter = Path(context.artifacts["adapter"])
+        check_sealed_folder(adapter.parents[1], must_be_sealed=True)
+        self.served = load_registered(adapter, context.model_config)
         self.max_new_tokens = int(context.model_config["max_new_tokens"])
 
 

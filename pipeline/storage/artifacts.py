@@ -115,17 +115,23 @@ class ArtifactStore:
         with self._locked(key):
             return self._reused(key)
 
-    def check(self, artifact: Artifact) -> None:
+    def check(self, path: Path) -> None:
         """Make sure, before something lasting is made of an artifact, that it is still what was found or made.
+
+        Args:
+            path: the artifact's folder, or a file or folder in it, which then is all that is looked at.
 
         Raises:
             WorkspaceError: it is not.
         """
+        folder = next((folder for folder in (path, *path.parents) if folder.parent.parent == self.root), path)
+        part = path.relative_to(folder)
         try:
-            check_digests(artifact.folder, read_manifest(artifact.folder)["files"])
+            files = read_manifest(folder)["files"]
+            check_digests(folder, {name: digest for name, digest in files.items() if Path(name).is_relative_to(part)})
         except (FileNotFoundError, DamagedFileError) as error:
             raise WorkspaceError(
-                f"the artifact {artifact.stage}/{artifact.key} was damaged while this run was at work: {error}; run the "
+                f"the artifact {folder.parent.name}/{folder.name} was damaged while this run was at work: {error}; run the "
                 "same command again, which makes it again"
             ) from None
 

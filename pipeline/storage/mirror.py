@@ -9,6 +9,7 @@ one is appended to in place. JSON files come last, because they say that the fil
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ INTERVAL_S = 2.0
 _SHARE = 0.2
 _CONCURRENT_REQUESTS = 8
 _JOURNAL = ".jsonl"
+# What a mirror knows of a folder.
+_STATE = ".mirror.json"
 # Ray Train synchronises its own files.
 _NOT_OURS = "ray_train"
 
@@ -85,7 +88,7 @@ class Mirror:
     ) -> None:
         self._store, self._prefix, self._folder, self._is_cut_off = store, prefix, folder, is_cut_off
         # In the folder itself, so that deleting the copy also deletes what was known of it.
-        self._state = folder / ".mirror.json"
+        self._state = folder / _STATE
         # Threads of a process, and then processes of the node.
         self._turn = threading.Lock()
         self._lock = FileLock(folder.with_name(f".{folder.name}.mirror.lock"), thread_local=False)
@@ -217,6 +220,17 @@ def files_below(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not _is_temporary(name) and name != _NOT_OURS]
         yield from (Path(place, name) for name in names if not _is_temporary(name) and name != MANIFEST)
+
+
+def discard_work(folder: Path) -> None:
+    """Delete the work in progress in a folder; the next pass of its mirror deletes it in the store."""
+    for entry in folder.iterdir():
+        if entry.name == _STATE:  # without it a pass would take what the store still has for news
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def download(store: ObjectStore, name: str, file: Path) -> None:

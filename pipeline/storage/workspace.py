@@ -61,16 +61,27 @@ def look_into(location: Location) -> Workspace:
     return workspace
 
 
-def _at(location: Location) -> Workspace:
-    folder = local_folder(location)
-    if not is_remote(location):
-        return Workspace(folder)
+def check_location(location: Location) -> None:
+    """Ask the store of a workspace, if there is one, whether it lets itself be read. Raises as `open_workspace` does."""
+    if is_remote(location):
+        _require_server(location)
+        ObjectStore(str(location)).check(writing=False)
+
+
+def _require_server(location: Location) -> None:
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if "://" not in server or server.startswith(("sqlite:", "file:")):
         raise WorkspaceError(
             f"the workspace {location} cannot hold MLflow's database; start an MLflow server and name it with "
             "MLFLOW_TRACKING_URI=http://HOST:PORT"
         )
+
+
+def _at(location: Location) -> Workspace:
+    folder = local_folder(location)
+    if not is_remote(location):
+        return Workspace(folder)
+    _require_server(location)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".node.lock"):
@@ -246,10 +257,14 @@ class Workspace:
         """The record of a lease of this name in the store; None if there is no store."""
         return ObjectLeaseStore(self.store, name) if self.store else None
 
-    def upload_input(self, path: Path, digest: str) -> None:
+    def upload_input(self, path: Path, digest: str, check: Callable[[], object]) -> None:
         """Upload a file or folder of this node for the other nodes of the cluster, once for each digest of its content.
 
         Nothing is uploaded if Ray runs on this machine only.
+
+        Args:
+            check: Raises if what lies at `path` is not what the digest stands for. It is asked when everything is uploaded:
+                what changed meanwhile must not count as complete, for later runs would take it unseen.
         """
         if self.store is None or os.environ.get("RAY_ADDRESS", "") in ("", "local"):
             return
@@ -260,6 +275,7 @@ class Workspace:
         root = path if path.is_dir() else path.parent
         files = [str(file.relative_to(root)) for file in (files_below(path) if path.is_dir() else [path])]
         in_order(lambda store, file: store.upload(root / file, f"{name}/{file}"), self.store, files)
+        check()
         self.store.write(f"{name}/{COMPLETE}", digest.encode())
 
     def on_node(self, function: Callable[..., Result]) -> Callable[..., Result]:

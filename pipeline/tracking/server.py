@@ -57,6 +57,20 @@ def own_database(workspace: Path) -> str:
     return f"sqlite:///{workspace.resolve() / DATABASE}"
 
 
+def registry_uri(workspace: Path) -> str:
+    """MLFLOW_REGISTRY_URI if it is set, else the store of the runs."""
+    return os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri(workspace)
+
+
+def registry_identity(workspace: Path) -> str:
+    """What tells the registry of a workspace from others: its address, without a login.
+
+    Empty for the workspace's own database, which stays the same wherever the workspace is moved.
+    """
+    uri = registry_uri(workspace)
+    return "" if uri == own_database(workspace) else redacted(uri)
+
+
 def own_files(workspace: Path) -> str:
     """The URI of the folder in the workspace where the files of its runs and models lie."""
     return (workspace.resolve() / "mlartifacts").as_uri()
@@ -162,14 +176,14 @@ def connect(workspace: Path) -> RetryingMlflow:
             raise WorkspaceError(f"{found.detail}; {found.remedy}")
     import mlflow
 
-    registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or uri
+    registry = registry_uri(workspace)
     # Logging and loading models goes past the client, to the module's own URIs.
     with _environment_kept():
         mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(registry_uri)
+        mlflow.set_registry_uri(registry)
     for name in ("mlflow", "alembic", "mlflow.tracking", "mlflow.store.db.utils", "mlflow.models"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    connected = RetryingMlflow(mlflow, uri, registry_uri, retry_limit_s())
+    connected = RetryingMlflow(mlflow, uri, registry, retry_limit_s())
     where = connected.where
     is_own = uri == own_database(workspace)
     try:

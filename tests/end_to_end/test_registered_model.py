@@ -155,6 +155,15 @@ def test_another_base_is_refused(bench: Bench, model: Path, tmp_path: Path, monk
         TextModel().load_context(context)
 
 
+def test_a_workspace_that_was_moved_registers_nothing_anew(bench: Bench, version: Any) -> None:
+    shutil.copytree(bench.folder / "workspace", bench.folder / "moved")
+    before = bench.mlflow("moved").search_model_versions("name = 'tiny'")
+    again = bench.run("moved")
+    assert set(again["stages"].values()) == {"reused"}
+    assert again["model"]["version"] == version.version
+    assert len(bench.mlflow("moved").search_model_versions("name = 'tiny'")) == len(before)
+
+
 def test_a_reused_run_leaves_the_aliases_to_people(bench: Bench, version: Any) -> None:
     client, key = bench.mlflow("workspace"), version.tags["kasa.register_key"]
     before = client.get_registered_model("tiny").aliases

@@ -45,7 +45,7 @@ def prepare(work: Work, key: StageKey) -> Artifact:
         progress = folder / "progress.jsonl"
         progress.unlink(missing_ok=True)
         for file in work.sources.files:
-            context.storage.upload_input(file.path, file.sha256)
+            context.storage.upload_input(file.path, file.sha256, file.check_unchanged)
         job = _Job(recipe.data, work.sources, base.folder, base.context_tokens, folder, progress, recipe.base.head)
 
         def follow(records: Sequence[Record]) -> None:

@@ -81,7 +81,10 @@ def register(work: Work, key: StageKey, adapter: Artifact, evaluation: Evaluatio
         made_before = {KEY_TAG: key.key}
         if REGISTER in context.recomputed:  # a new version is asked for; one of this very run, interrupted, is that
             made_before[PARENT_TAG] = context.parent_run
-        version = registry.find(recipe.registered_name, made_before) or _new_version(work, key, evaluation, folder)
+        version = registry.find(recipe.registered_name, made_before)
+        if version and not history(version):  # a process registered it that died before the aliases
+            registry.check_files(version)
+        version = version or _new_version(work, key, evaluation, folder)
         if not history(version):
             context.confirm()
             registry.describe(version, _card(version, work.base, evaluation))
@@ -118,7 +121,7 @@ def _new_version(work: Work, key: StageKey, evaluation: Evaluation, folder: Path
     context, recipe, base = work.context, work.recipe, work.base
     name = recipe.registered_name
     for artifact in work.made.values():  # hours may have passed since they were found or made
-        context.store.check(artifact)
+        context.store.check(artifact.folder)
     obstacle = evaluation.obstacle or too_few(len(evaluation.samples["adapted"]))
     decision = decide(gate_of(recipe), evaluation.differences, obstacle)
     _check_champion(context.registry, name, evaluation, decision)

@@ -12,7 +12,7 @@ import pytest
 from kasa.files import remove_folder
 from pipeline.core.errors import WorkspaceError
 from pipeline.core.files import content_digest
-from pipeline.storage.artifacts import Artifact, ArtifactStore, StageKey
+from pipeline.storage.artifacts import ArtifactStore, StageKey
 from pipeline.storage.objects import ObjectStore
 from pipeline.storage.workspace import Workspace
 
@@ -111,7 +111,7 @@ def test_what_is_damaged_is_named_and_made_again(store, damage, capsys) -> None:
     folder = store.find_or_make(KEY, make_deep).folder
     damage(folder)
     with pytest.raises(WorkspaceError, match=f"{KEY.key}.*run the same command again"):
-        store.check(Artifact(KEY.stage, KEY.key, folder, {"rows": 3}, reused=True))
+        store.check(folder)
     assert store.reuse(KEY) is None
     said = "".join(capsys.readouterr().err.split())
     assert "data" in said or "manifest.json" in said
@@ -126,7 +126,21 @@ def test_what_is_damaged_is_replaced_under_its_lock(store) -> None:
     flip(damaged / "deep" / "data")
     made = store.find_or_make(KEY, make_deep)
     assert not made.reused
-    store.check(made)
+    store.check(made.folder)
+
+
+def test_of_a_part_only_that_part_is_looked_at(store) -> None:
+    def make(folder: Path) -> dict:
+        (folder / "other").write_text("made")
+        return make_deep(folder)
+
+    folder = store.find_or_make(KEY, make).folder
+    flip(folder / "other")
+    store.check(folder / "deep")
+    store.check(folder / "deep" / "data")
+    for path in (folder, folder / "other"):
+        with pytest.raises(WorkspaceError, match=r"other was changed"):
+            store.check(path)
 
 
 def test_files_that_were_added_later_do_no_harm(store) -> None:

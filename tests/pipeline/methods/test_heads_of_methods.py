@@ -9,15 +9,21 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+)
 
 from kasa import ModelWeights, find_targets, observe_layers
 from kasa.spectra_file import save_spectra
-from kasa.targets import is_within
+from kasa.targets import is_within, outline_of
 from pipeline.config.recipe import parse_recipe
 from pipeline.methods.choice import method_of
 from pipeline.methods.method import Method
-from pipeline.methods.peft import norm_names
+from pipeline.methods.peft import _feedforward_names, norm_names
 from pipeline.models.base import BaseModel
 from pipeline.models.loading import load_base
 from pipeline.models.prompting import Head, head_modules
@@ -98,3 +104,45 @@ def test_the_norms_of_a_head_are_no_targets(base: Path) -> None:
     model.classifier.norm = nn.LayerNorm(4)
     assert norm_names(model) == before
     assert before
+
+
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+    **ATTENTION,
+}
+FEEDFORWARD = {
+    "llama": "model.layers.{}.mlp.down_proj",
+    "olmo": "model.layers.{}.mlp.down_proj",  # of a type that PEFT's own list lacks, as the next
+    "phi3": "model.layers.{}.mlp.down_proj",
+    "qwen3": "model.layers.{}.mlp.down_proj",  # with an attention that is wider than the layer, too
+    "gpt2": "transformer.h.{}.mlp.c_proj",
+    "opt": "model.decoder.layers.{}.fc2",
+    "bert": "bert.encoder.layer.{}.output.dense",  # and not that of the attention, which has the same name
+    "mixtral": "",  # its experts are no modules of their own
+}
+
+
+@pytest.mark.parametrize("kind", FEEDFORWARD)
+def test_what_ends_a_feedforward_block_and_what_normalises_is_known_by_shape(kind: str) -> None:
+    more = {"qwen3": {"head_dim": 16}, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32}}.get(kind, {})
+    config = AutoConfig.for_model(kind, **SIZES, **more)
+    with torch.device("meta"):
+        kinds = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+        model = kinds.from_config(config)
+    name = FEEDFORWARD[kind]
+    targets = outline_of(model).linear
+    found = _feedforward_names(model, targets)
+    assert found == [name.format(layer) for layer in range(config.num_hidden_layers) if name]
+    assert not _feedforward_names(model, [target for target in targets if target.name not in found])
+    norms = [
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+    ]
+    assert norm_names(model) == norms
+    assert bool(norms) == (kind != "olmo")  # which normalises without weights

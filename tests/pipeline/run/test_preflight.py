@@ -17,6 +17,7 @@ from kasa.errors import KasaError
 from pipeline.apps.dry_run import plan_run
 from pipeline.cli.main import app
 from pipeline.config.recipe import load_recipe
+from pipeline.core.machine import Finding
 from pipeline.data.first_rows import LOOKED_AT
 from pipeline.run import preflight
 from pipeline.run.preflight import Preflight, check_before_work
@@ -154,6 +155,33 @@ def test_a_service_that_takes_its_time_is_not_waited_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(preflight, "check_address", lambda address, timeout_s: threading.Event().wait(60))
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert "RAY_ADDRESS=head:6379: no answer within" in refused()
+
+
+def test_the_storage_of_the_workspace_is_asked(tiny: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = "workspace=s3://bucket/kasa"
+    assert refused(remote).startswith(
+        "the workspace s3://bucket/kasa cannot hold MLflow's database; start an MLflow server"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{server}")
+    monkeypatch.setattr("pipeline.tracking.server.check_store", lambda uri, timeout_s: Finding("MLflow", "ok", uri))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tiny / "none"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    said = refused(remote)
+    assert said.startswith("the workspace s3://bucket/kasa cannot be used: ")
+    assert said.endswith("set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+    # Whatever answers there, it is no bucket that can be listed.
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
+    said = refused(remote)
+    assert said.startswith("the workspace s3://bucket/kasa cannot be used: ")
+    assert "\n" not in said
+    assert not look(remote, elsewhere=True).refused
+    monkeypatch.setattr(preflight, "_SERVICES_S", 0.2)
+    monkeypatch.setattr(preflight, "check_location", lambda location: threading.Event().wait(60))
+    assert refused(remote) == "workspace=s3://bucket/kasa: no answer within 0 s; correct it, or unset it"
 
 
 def test_what_is_not_here_yet_is_listed() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kasa.errors import KasaError
+from pipeline.models.base import BaseModel
 from pipeline.run import graph
 from pipeline.run import stage_runs as work
 from pipeline.run.dependencies import Dependencies, KeyInputs, Stage
@@ -61,7 +62,10 @@ def stages(monkeypatch: pytest.MonkeyPatch):
 
 def a_run(recipe) -> Work:
     return Work(
-        SimpleNamespace(recipe=recipe()), SimpleNamespace(check_unchanged=None), SimpleNamespace(), KeyInputs(recipe())
+        SimpleNamespace(recipe=recipe()),
+        SimpleNamespace(check_unchanged=None, as_found={}),
+        SimpleNamespace(),
+        KeyInputs(recipe()),
     )  # type: ignore[arg-type]
 
 
@@ -104,25 +108,96 @@ def test_an_error_ends_the_run_when_what_was_running_is_over(stages, recipe) -> 
     assert [name for name, _ in calls] == ["weights"]
 
 
+def a_stage(folder: Path) -> tuple[StageRun, list[str]]:
+    """A stage whose artifact is made in the folder, and what it says."""
+    folder.mkdir()
+    store = SimpleNamespace(find_or_make=lambda key, make, recompute: make(folder))
+    said: list[str] = []
+    context: Any = SimpleNamespace(
+        recomputed={}, store=store, check_inputs=lambda: None, recipe=SimpleNamespace(name="tiny"), inputs={},
+        bars=SimpleNamespace(say=said.append),
+    )  # fmt: skip
+    return StageRun(context, "run", False), said
+
+
+KEY = StageKey("train", {})
+
+
 def test_what_was_made_while_its_inputs_changed_is_thrown_away(tmp_path: Path) -> None:
     """The digest of the inputs, and so the key, does not stand for the bytes that were read."""
 
     def check() -> None:
         raise KasaError("the base was changed")
 
-    made = tmp_path / "made"
-    store = SimpleNamespace(find_or_make=lambda key, make, recompute: make(made))
-    recipe = SimpleNamespace(name="tiny")
-    context: Any = SimpleNamespace(recomputed={}, store=store, check_inputs=check, recipe=recipe)
-
     def make(folder: Path) -> dict[str, Any]:
         (folder / "checkpoints").mkdir(parents=True)
+        (folder / "journal.jsonl").touch()
         return {}
 
-    stage = StageRun(context, "run", False)
+    stage, _ = a_stage(tmp_path / "made")
+    stage.context.check_inputs = check
     with pytest.raises(KasaError, match="the base was changed"):
-        stage.artifact(StageKey("train", {}), make)
-    assert not made.exists()
-    context.check_inputs = lambda: None
-    stage.artifact(StageKey("train", {}), make)
-    assert made.exists()
+        stage.artifact(KEY, make)
+    assert not list((tmp_path / "made").iterdir())
+    stage.context.check_inputs = lambda: None
+    stage.artifact(KEY, make)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["checkpoints", "journal.jsonl"]
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    (folder / "checkpoints").mkdir()
+    raise KeyboardInterrupt
+
+
+def swapped(base: Path) -> None:
+    """Other weights lie there for a while."""
+    kept = base.rename(base.with_name("kept"))
+    base.write_bytes(b"others")
+    base.unlink()
+    kept.rename(base)
+
+
+def rewritten(base: Path) -> None:
+    base.write_bytes(base.read_bytes())
+
+
+@pytest.mark.parametrize("change", [swapped, rewritten, lambda base: None], ids=["swapped", "rewritten", "left"])
+def test_unfinished_work_goes_on_with_the_very_files_it_was_begun_with(tmp_path: Path, change: Any) -> None:
+    """A checkpoint may be of other weights, which lay there until the process was killed: the key tells nothing of it."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights")
+    stage, said = a_stage(tmp_path / "made")
+    stage.context.inputs = BaseModel("base", base).as_found
+    with pytest.raises(KeyboardInterrupt):
+        stage.artifact(KEY, killed)
+    change(base / "model.safetensors")
+    goes_on = []
+
+    def make(folder: Path) -> dict[str, Any]:
+        goes_on.append((folder / "checkpoints").exists())
+        return {}
+
+    stage.context.inputs = BaseModel("base", base).as_found
+    stage.artifact(KEY, make)
+    is_same = change not in (swapped, rewritten)
+    assert goes_on == [is_same]
+    assert len(said) == (not is_same)
+    for line in said:
+        assert line.startswith("train: begins anew, for files of ")
+        assert str(base) in line
+
+
+def test_files_at_another_place_are_not_compared(tmp_path: Path) -> None:
+    stage, said = a_stage(tmp_path / "made")
+    stage.context.inputs = {"place": "here:/base", "states": {"config.json": [1, 2, 3, 4]}}
+    with pytest.raises(KeyboardInterrupt):
+        stage.artifact(KEY, killed)
+    stage.context.inputs = {"place": "there:/base", "states": {"config.json": [5, 2, 3, 4]}}
+    stage.artifact(KEY, lambda folder: {"kept": (folder / "checkpoints").exists()})
+    assert ((tmp_path / "made" / "checkpoints").exists(), said) == (True, [])
+    # What says nothing that can be read is no proof.
+    (tmp_path / "made" / ".inputs.json").write_text("{")
+    stage.artifact(KEY, lambda folder: {})
+    assert ((tmp_path / "made" / "checkpoints").exists(), len(said)) == (False, 1)

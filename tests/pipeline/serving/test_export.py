@@ -215,9 +215,9 @@ def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter:
         torch.testing.assert_close(_logits(_load(Path(out))), _adapted(base, adapter), rtol=0, atol=1e-5)
         assert Prompting.load(Path(out)) == Prompting.load(adapter)
     champion = registry.champion("tiny")
-    copy = registry.download(f"{champion.uri}/artifacts/adapter", tmp_path / "champion")
+    copy = registry.fetch_adapter(champion.uri, tmp_path / "champion")
     (copy / "prompting.json").write_text("{}")
-    assert Prompting.load(registry.download(f"{champion.uri}/artifacts/adapter", copy)) == Prompting.load(adapter)
+    assert Prompting.load(registry.fetch_adapter(champion.uri, copy)) == Prompting.load(adapter)
     # One byte of what lies in the registry.
     (stored,) = (tmp_path / "work" / "mlartifacts").rglob("adapter/prompting.json")
     stored.write_text(stored.read_text().replace("t", "u", 1))
@@ -226,8 +226,10 @@ def test_a_registered_model(kasa: Kasa, tracking: Tracking, base: Path, adapter:
         status, _, said = kasa(*command, "-w", "work")
         assert (status, "prompting.json was changed" in " ".join(said.split())) == (2, True)
     (copy / "prompting.json").write_text("{}")
-    with pytest.raises(ModelError, match="models:/tiny/1/artifacts/adapter is damaged in the registry"):
-        registry.download(f"{champion.uri}/artifacts/adapter", copy)
+    with pytest.raises(
+        ModelError, match=r"models:/tiny/1 is damaged in the registry: artifacts/adapter/prompting\.json"
+    ):
+        registry.fetch_adapter(champion.uri, copy)
     assert registry.champion("tiny") is None
     status, _, said = kasa("export", "models:/tiny/2", "more", "--format", "lora", "-w", "work")
     assert (status, "tiny has no version 2; the newest are 1" in said) == (2, True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.mirror import Mirror, Pass, plan_pass
+from pipeline.storage.mirror import Mirror, Pass, discard_work, plan_pass
 from pipeline.storage.objects import ObjectStore
 
 
@@ -120,6 +120,17 @@ def test_a_copy_that_was_deleted_is_fetched_again(store: ObjectStore, tmp_path: 
     shutil.rmtree(tmp_path / "w")
     mirror.run_pass()
     assert (tmp_path / "w" / "journal.jsonl").read_text() == "1\n"
+
+
+def test_work_that_was_discarded_does_not_come_back(store: ObjectStore, tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    for name in ("journal.jsonl", "checkpoints/step-1/tensors", "ray_train/state"):
+        put(folder, name, "1\n")
+    mirror = Mirror(store, "w", folder)
+    mirror.run_pass()
+    discard_work(folder)
+    mirror.run_pass()
+    assert (files(folder), store.versions("w")) == ({}, {})
 
 
 def test_two_threads_take_turns(store: ObjectStore, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 import dataclasses
+import hashlib
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
-from pipeline.core.errors import LeaseLostError, WorkspaceError
+from pipeline.core.errors import DataError, LeaseLostError, WorkspaceError
 from pipeline.core.files import is_remote, local_folder
+from pipeline.data.sources import SourceFile
+from pipeline.storage.objects import ObjectStore
 from pipeline.storage.workspace import Workspace, open_workspace, replace_paths
 from tests.support.s3_server import S3Server
 
@@ -167,8 +171,8 @@ def test_a_worker_elsewhere_finds_what_its_job_names(
     prepared = make(home)
     out = prepared.with_name("other.partial")
     out.mkdir()
-    home.upload_input(tmp_path / "base", "1" * 64)
-    home.upload_input(tmp_path / "rows.txt", "2" * 64)
+    home.upload_input(tmp_path / "base", "1" * 64, lambda: None)
+    home.upload_input(tmp_path / "rows.txt", "2" * 64, lambda: None)
     job = Job(prepared, tmp_path / "base", (tmp_path / "rows.txt",), out)
     assert home.on_node(read_and_write)(job, "here") == "content|base|rows"
     assert (out / "result.jsonl").read_text() == "here"
@@ -182,6 +186,23 @@ def test_a_worker_elsewhere_finds_what_its_job_names(
         assert pickle.loads(sent)(job, "from afar") == "content|base|rows"
         home.catch_up()
     assert (out / "result.jsonl").read_text() == "from afar"
+
+
+def test_an_input_that_changed_while_it_was_uploaded_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "some:where")
+    store = ObjectStore(f"memory://{uuid4().hex}", retry_s=5)
+    home, rows = Workspace(tmp_path / "home", store, "node"), tmp_path / "rows.txt"
+    rows.write_text("others")
+    file = SourceFile(rows, hashlib.sha256(b"rows").hexdigest())
+    with pytest.raises(DataError, match=r"rows\.txt was changed while the run read it"):
+        home.upload_input(rows, file.sha256, file.check_unchanged)
+    assert list(store.versions("inputs")) == [f"{file.sha256[:32]}/rows.txt"]
+    rows.write_text("rows")
+    home.upload_input(rows, file.sha256, file.check_unchanged)
+    assert (store.read(f"inputs/{file.sha256[:32]}/rows.txt") or ())[0] == b"rows"
+    assert store.read(f"inputs/{file.sha256[:32]}/.complete")
 
 
 def test_paths_are_found_wherever_they_are(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from pipeline.core.errors import WorkspaceError
 from pipeline.tracking import server
 from pipeline.tracking.runs import Tracking
-from pipeline.tracking.server import connect, ready_database
+from pipeline.tracking.server import connect, own_database, ready_database, registry_identity
 
 pytestmark = pytest.mark.xdist_group("tracking")
 
@@ -133,3 +133,17 @@ def test_a_broken_database_is_named_with_what_to_do(tmp_path: Path, content: byt
     with pytest.raises(WorkspaceError, match=r"move .*mlflow\.db away") as said:
         connect(tmp_path)
     assert "busy" not in str(said.value)
+
+
+def test_a_workspaces_own_registry_is_the_same_wherever_it_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    assert registry_identity(here) == registry_identity(there) == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own_database(here))
+    assert (registry_identity(here), registry_identity(there)) == ("", own_database(here))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:PW@server:5000")
+    assert registry_identity(here) == registry_identity(there) == "http://server:5000"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://registry:5000")
+    assert registry_identity(here) == "http://registry:5000"
