@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.data.fields import RowError, checked_text, given_fields, is_given, text_of
-from pipeline.models.prompting import Message
+from pipeline.models.chat import Message
 
 SYSTEM = "system"
 HISTORY = "history"

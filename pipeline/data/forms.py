@@ -31,7 +31,8 @@ from pipeline.data.conversations import (
 from pipeline.data.fields import RowError, given_fields, is_given, printable, text_of, texts_of
 from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow, read_rows
-from pipeline.models.prompting import PAIR_SEPARATOR, Message
+from pipeline.models.chat import Message
+from pipeline.models.prompting import PAIR_SEPARATOR
 
 # The form that the columns of the first row decide.
 AUTO = "auto"

@@ -16,9 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import DataError, WorkspaceError
 from pipeline.data.forms import check_head, decide_form, read_samples, settings_for_head
@@ -27,17 +24,8 @@ from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS, Rejection, Sample
 from pipeline.data.readers import read_rows
 from pipeline.data.sources import DataSources, SourceFile
 from pipeline.data.split import Split, split_samples
-from pipeline.models.prompting import (
-    IGNORED,
-    Message,
-    Prompting,
-    TemplateError,
-    Tokenizer,
-    check_tokens,
-    embedded_tokens,
-    encode_texts,
-    load_tokenizer,
-)
+from pipeline.data.tokenised import Tokenised, tokenise_labelled, tokenise_text
+from pipeline.models.prompting import Prompting, check_tokens, embedded_tokens, load_tokenizer
 
 PROGRESS_EVERY_ROWS = 256
 # One Arrow array of lists holds at most 2**31 tokens, so the rows are written in batches.
@@ -45,37 +33,6 @@ ROWS_PER_BATCH = 10_000
 LOCATIONS_SHOWN = 5
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """A tokenised sample.
-
-    Attributes:
-        sample: The sample that was tokenised.
-        input_ids: Its token ids.
-        labels: For a language model: the ids to be learned, and -100 elsewhere. Empty for a new head.
-        prompt_tokens: For a language model: how many ids lie before the answer.
-        token_type_ids: For a new head: which text of a pair each token belongs to, if the tokenizer says so.
-        label: For a new head: the number of the class, or the value.
-    """
-
-    sample: Sample
-    input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    prompt_tokens: int = 0
-    token_type_ids: npt.NDArray[np.int32] | None = None
-    label: float = 0.0
-
-    @property
-    def turns(self) -> tuple[Message, ...]:
-        """The turns of its conversation."""
-        return self.sample.turns
-
-    @property
-    def opening(self) -> str:
-        """The text that must not occur in both splits."""
-        return self.sample.opening
 
 
 def prepare_dataset(
@@ -114,7 +71,7 @@ def prepare_dataset(
     _check_rejected(rows.rejected, rows.count, settings)  # before the minutes that tokenising may take
     labels = find_labels(head, settings.labels, [*rows.train, *rows.heldout]) if labelled else None
     prompting = Prompting() if labelled else Prompting.from_settings(settings, tokenizer, settings.form)
-    tokenise = partial(_tokenise_labelled, labels) if labels else partial(_tokenise, prompting)
+    tokenise = partial(tokenise_labelled, labels) if labels else partial(tokenise_text, prompting)
     train, heldout, calibration = _tokenise_sides(
         rows, lambda sample: tokenise(sample, tokenizer, settings.max_tokens), on_progress
     )
@@ -183,7 +140,7 @@ def _read_sides(settings: DataSettings, sources: DataSources, labelled: bool) ->
 
 
 def _tokenise_sides(
-    rows: _Rows, tokenise: Callable[[Sample], Tokenised | Rejection], on_progress: Progress
+    rows: _Rows, tokenise: Callable[[Sample], list[Tokenised] | Rejection], on_progress: Progress
 ) -> list[list[Tokenised]]:
     """The tokenised rows of each side. Rows that turn out unusable are added to the rejected ones."""
     sides: list[list[Tokenised]] = [[], [], []]
@@ -194,7 +151,7 @@ def _tokenise_sides(
             if isinstance(result, Rejection):
                 rows.rejected.append(result)
             else:
-                side.append(result)
+                side.extend(result)
             done += 1
             if done % PROGRESS_EVERY_ROWS == 0 or done == total:
                 on_progress(done, total)
@@ -231,56 +188,6 @@ def _label_summary(labels: Labels, split: Split[Tokenised]) -> dict[str, Any]:
     values = [row.label for row in split.train]
     check_sides(labels.head, values, [row.label for row in split.heldout])
     return label_summary(labels.head, values)
-
-
-def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
-    sample = _without_eos(sample, tokenizer.eos_token)
-    if not sample.turns[-1].content.strip():
-        return Rejection(sample.location, "the answer is nothing but the end-of-sequence token")
-    turns = prompting.wrapped(sample.turns)
-    try:
-        encoded = prompting.encode(tokenizer, turns)
-        # Evaluation scores every choice after the prompt, so all of them have to fit.
-        others = [
-            prompting.encode(tokenizer, [*turns[:-1], Message("assistant", choice)])
-            for choice in sample.choices
-            if choice != turns[-1].content
-        ]
-    except TemplateError as error:
-        return Rejection(sample.location, str(error))
-    if max(len(each.input_ids) for each in (encoded, *others)) > max_tokens:
-        return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
-    ids, labels, prompt_tokens = encoded
-    # The first token is predicted by nothing.
-    if all(label == IGNORED for label in labels[1:]):
-        return Rejection(sample.location, "no token of it can be learned")
-    return Tokenised(sample, np.array(ids, np.int32), np.array(labels, np.int32), prompt_tokens)
-
-
-def _without_eos(sample: Sample, eos: str) -> Sample:
-    """The sample without the end-of-sequence token that data may spell out after an answer; each answer gets one anyway."""
-
-    def cut(text: str) -> str:
-        return text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
-
-    turns = tuple(
-        turn._replace(content=cut(turn.content)) if turn.role == "assistant" else turn for turn in sample.turns
-    )
-    return replace(sample, turns=turns, choices=tuple(map(cut, sample.choices)), labels=tuple(map(cut, sample.labels)))
-
-
-def _tokenise_labelled(labels: Labels, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
-    read = labels.read(sample)
-    if isinstance(read, Rejection):
-        return read
-    encoded = encode_texts(tokenizer, [turn.content for turn in sample.turns[:-1]])
-    ids, types = (np.array(encoded.get(name, ()), np.int32) for name in ("input_ids", "token_type_ids"))
-    if len(ids) > max_tokens:
-        return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
-    if not len(ids):
-        return Rejection(sample.location, "the tokenizer has no token for the text")
-    sample, label = read
-    return Tokenised(sample, ids, ids[:0], token_type_ids=types, label=label)
 
 
 def _check_rejected(rejected: list[Rejection], rows_read: int, settings: DataSettings) -> None:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kasa.errors import DamagedFileError
 from kasa.files import read_json
 from pipeline.core.errors import WorkspaceError
-from pipeline.models.prompting import PAIR_SEPARATOR, Head, Message, Prompting
+from pipeline.models.chat import Message
+from pipeline.models.prompting import PAIR_SEPARATOR, Head, Prompting
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
-from pipeline.models.prompting import Message
+from pipeline.models.chat import Message
 
 
 class Splittable(Protocol):
