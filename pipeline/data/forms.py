@@ -22,11 +22,12 @@ from pipeline.data.conversations import (
     HISTORY,
     MESSAGES,
     SYSTEM,
+    TOOL_COLUMNS,
     chat_turns,
     history_turns,
-    refuse_tools,
     unread_keys,
     with_system,
+    with_tools,
 )
 from pipeline.data.fields import RowError, given_fields, is_given, printable, text_of, texts_of
 from pipeline.data.prepared import Rejection, Sample
@@ -215,7 +216,7 @@ def read_samples(
             if row.defect:
                 raise RowError(row.defect)
             values = _renamed(row.values, settings)
-            for conversation in _conversations(read, values):
+            for conversation in _conversations(read, values, settings.learn == "last"):
                 if settings.train_on_prompt and not all(turn.learned for turn in conversation.turns):
                     raise RowError("weight 0 contradicts data.train_on_prompt: true")
                 yield Sample(location=row.location, **conversation._asdict())
@@ -228,13 +229,18 @@ def read_samples(
                     unread.setdefault(printable(column), row.location)
 
 
-def _conversations(form: Form, values: dict[str, Any]) -> list[_Conversation]:
-    """What the form reads, with the row's system prompt where the form has one."""
+def _conversations(form: Form, values: dict[str, Any], last_only: bool) -> list[_Conversation]:
+    """What the form reads, with the row's system prompt and tools where the form has them."""
     conversations = form.read(values)
+    if last_only:
+        conversations = [each._replace(turns=_learning_last(each.turns)) for each in conversations]
     if SYSTEM not in form.optional:
         return conversations
-    refuse_tools(values)
-    return [each._replace(turns=with_system(each.turns, values)) for each in conversations]
+    return [each._replace(turns=with_tools(with_system(each.turns, values), values)) for each in conversations]
+
+
+def _learning_last(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    return (*(turn._replace(learned=turn.role != "assistant") for turn in turns[:-1]), turns[-1])
 
 
 def _fitting(values: Mapping[str, Any], present: set[str], settings: DataSettings) -> dict[str, Form]:
@@ -348,23 +354,23 @@ FORMS = {
             "multiple-choice",
             _multiple_choice,
             tuple((question, "choices", answer) for question, answer in QUESTIONS_AND_ANSWERS),
-            (SYSTEM,),
+            (SYSTEM, *TOOL_COLUMNS),
         ),
         Form(
             "prompt-completion",
             _prompt_completion,
             (*ASKED_AND_ANSWERED, ("prompt", "references")),
-            ("references", SYSTEM),
+            ("references", SYSTEM, *TOOL_COLUMNS),
         ),
         Form(
             "llm-adapters",
             _llm_adapters,
             (("instruction", "output", "answer"),),
-            ("input", SYSTEM, HISTORY),
+            ("input", SYSTEM, HISTORY, *TOOL_COLUMNS),
             _has_answer_format,
         ),
-        Form("alpaca", _alpaca, (("instruction", "output"),), ("input", SYSTEM, HISTORY)),
-        Form("chat", _chat, tuple((field,) for field in MESSAGES), (SYSTEM,)),
+        Form("alpaca", _alpaca, (("instruction", "output"),), ("input", SYSTEM, HISTORY, *TOOL_COLUMNS)),
+        Form("chat", _chat, tuple((field,) for field in MESSAGES), (SYSTEM, *TOOL_COLUMNS)),
         Form("completion", _completion, (("text",),)),
         Form("labelled", _labelled, tuple((*texts, LABEL) for texts in LABELLED_TEXTS), ("text_pair",)),
     )

@@ -102,7 +102,7 @@ def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Token
         groups.setdefault((asked, sample.sample.choices, place), []).append(sample)
     joined = []
     for first, *others in groups.values():
-        further = tuple(other.turns[-1].content for other in others)
+        further = tuple(other.sample.written or other.turns[-1].content for other in others)
         joined.append(replace(first, sample=replace(first.sample, further=further)))
     return joined
 

@@ -58,6 +58,7 @@ class Sample:
         further: references in addition to the last turn.
         choices: the answers to choose from, of which the last turn is one; empty where there is no choice.
         labels: how a generated answer names each choice.
+        written: the last turn as the chat template writes it, where it calls tools.
     """
 
     turns: tuple[Message, ...]
@@ -65,6 +66,7 @@ class Sample:
     further: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    written: str = ""
 
     @property
     def prompt(self) -> str:
@@ -79,7 +81,7 @@ class Sample:
     @property
     def references(self) -> tuple[str, ...]:
         """The last turn, then the further references; empty for plain text, which has no answer to compare with."""
-        return (self.turns[-1].content, *self.further) if len(self.turns) > 1 else ()
+        return (self.written or self.turns[-1].content, *self.further) if len(self.turns) > 1 else ()
 
     @property
     def is_pair(self) -> bool:

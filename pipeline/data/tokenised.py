@@ -67,15 +67,17 @@ def tokenise_text(
     # The first token is predicted by nothing.
     if all(label == IGNORED for _, encoded in sequences for label in encoded.labels[1:]):
         return Rejection(sample.location, "no token of it can be learned")
-    return [_tokenised(sample, learned, encoded) for learned, encoded in sequences]
+    return [_tokenised(tokenizer, sample, learned, encoded) for learned, encoded in sequences]
 
 
-def _tokenised(sample: Sample, learned: list[int], encoded: Encoded) -> Tokenised:
+def _tokenised(tokenizer: Tokenizer, sample: Sample, learned: list[int], encoded: Encoded) -> Tokenised:
     """One sequence of a sample, which has the choices if it holds the last answer."""
     if learned[-1] + 1 < len(sample.turns):
         sample = replace(sample, choices=(), labels=())
     sample = replace(sample, turns=learning(sample.turns, learned))
     ids, labels, prompt_tokens = encoded
+    if sample.turns[-1].tool_calls:
+        sample = replace(sample, written=tokenizer.decode(ids[prompt_tokens:], skip_special_tokens=True).strip())
     return Tokenised(sample, np.array(ids, np.int32), np.array(labels, np.int32), prompt_tokens)
 
 

@@ -261,6 +261,18 @@ def _check_context(tokenizer: Tokenizer, conversation: Sequence[Message]) -> Non
                 raise TemplateError(_unknown(part))
 
 
+def check_plain(conversation: Sequence[Message]) -> None:
+    """Refuse what only a chat template can write.
+
+    Raises:
+        TemplateError: naming the part.
+    """
+    for part, _ in itertools.chain.from_iterable(map(_altered, conversation)):
+        raise TemplateError(
+            f"{part} can only be written by a chat template, which is not in use here; choose a base with one"
+        )
+
+
 _REASONING = "reasoning_content"
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import BaseModelError, DataError, ModelError, one_line
-from pipeline.models.chat import IGNORED, TOOLS, Encoded, Message, Tokenizer, encode_sequences, render
+from pipeline.models.chat import IGNORED, TOOLS, Encoded, Message, Tokenizer, check_plain, encode_sequences, render
 from pipeline.models.token_ids import ids_of, ids_with_bos, start_ids
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ class Prompting:
             return _encode_text(tokenizer, conversation[0].content)
         if self.chat_template:
             return self.encode_sequences(tokenizer, conversation)[-1][1]
+        check_plain(conversation)
         *before, answer = (turn.content for turn in conversation)
         return _encode_pair(tokenizer, "\n\n".join(before), answer)
 
