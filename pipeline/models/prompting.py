@@ -112,7 +112,7 @@ class Prompting:
 
         Args:
             form: The form of the data, once it is known. `completion` is plain text and takes no template of either kind.
-                `chat` needs the chat template and takes no prompt template.
+                `chat` goes without a chat template only if the recipe says so, and takes no prompt template beside one.
 
         Raises:
             DataError: The settings contradict each other, the form or the tokenizer.
@@ -305,12 +305,12 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, list[i
 def _check_form(data: DataSettings, form: str, chat: bool) -> None:
     if form == "completion" and chat:
         raise DataError("data.chat_template is true, but data of form completion is plain text; remove it")
-    if form == "chat" and not chat:
+    if form == "chat" and not chat and data.chat_template is None:
         raise DataError(
-            "data of form chat needs a tokenizer with a chat template (and data.chat_template not false); "
-            "choose an instruction-tuned base or data of form prompt-completion"
+            "data of form chat needs a chat template, and the tokenizer has none; choose an instruction-tuned base, or set "
+            "data.chat_template: false to write its turns as paragraphs and learn the last one"
         )
-    if form in ("chat", "completion") and data.prompt_template != PLACE:
+    if (form == "completion" or (form == "chat" and chat)) and data.prompt_template != PLACE:
         raise DataError(f"data.prompt_template {data.prompt_template!r} has no place in data of form {form}; remove it")
 
 

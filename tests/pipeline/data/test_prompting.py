@@ -209,7 +209,7 @@ def test_the_tokenizer_decides_about_the_chat_template(
     [
         ({"chat_template": True}, "auto", "has no chat template"),
         ({"system_prompt": "s"}, "auto", "needs a chat template"),
-        ({}, "chat", "needs a tokenizer with a chat template"),
+        ({}, "chat", "needs a chat template, and the tokenizer has none"),
         ({"prompt_template": "Q {prompt}"}, "completion", "has no place in data of form completion"),
     ],
 )
@@ -223,6 +223,14 @@ def test_contradictions_are_errors(
 def test_a_prompt_template_does_not_go_with_chat_data(settings: Make, chat_tokenizer: Any) -> None:
     with pytest.raises(DataError, match="has no place in data of form chat"):
         Prompting.from_settings(settings(prompt_template="Q {prompt}"), chat_tokenizer, "chat")
+
+
+def test_chat_data_goes_without_a_chat_template_where_the_recipe_says_so(
+    settings: Make, plain_tokenizer: Any, chat_tokenizer: Any
+) -> None:
+    for tokenizer in (plain_tokenizer, chat_tokenizer):
+        data = settings(chat_template=False, prompt_template="Q {prompt}")
+        assert Prompting.from_settings(data, tokenizer, "chat") == Prompting("Q {prompt}")
 
 
 def test_it_is_saved_beside_the_adapter(tmp_path: Path) -> None:
