@@ -73,7 +73,7 @@ class DataSettings(Section):
     form: Annotated[str, NamedAbove("pipeline.data.forms")] = Field(
         "auto",
         description="How rows are read; `auto` decides by the columns of the first row. `labelled`, a text or a pair of them "
-        "with a label, is the form for a new `base.head`.",
+        "with a label, is the form for a new `base.head`; `package.module:function` is a function of yours from row to conversation.",
     )
     labels: list[str] = Field(
         default_factory=list,

@@ -30,6 +30,7 @@ from pipeline.data.conversations import (
     with_tools,
 )
 from pipeline.data.fields import RowError, given_fields, is_given, printable, text_of, texts_of
+from pipeline.data.own_form import is_own, own_form_digest, own_function, own_turns
 from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow, read_rows
 from pipeline.models.chat import Message
@@ -119,7 +120,9 @@ def check_form(settings: DataSettings) -> None:
     Raises:
         RecipeError: with the nearest name.
     """
-    if settings.form not in form_names():
+    if is_own(settings.form):
+        own_form_digest(settings.form)
+    elif settings.form not in form_names():
         hint = nearest(settings.form, form_names()) or f"; choose one of {', '.join(form_names())}"
         raise RecipeError(f"data.form: there is no form {settings.form!r}{hint}")
 
@@ -141,6 +144,8 @@ def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str)
                 f"{location}: data.columns maps {field} to {column!r}, but the columns are {_listed(found)}"
                 f"{nearest(column, found)}"
             )
+    if is_own(settings.form):
+        return settings.form
     values = _renamed(first, settings)
     # Parquet fills the columns that a row lacks with null; a null of the row's own must not hide its form either.
     given = {field for field, value in values.items() if is_given(value)}
@@ -209,7 +214,7 @@ def read_samples(
         form: what `decide_form` returned.
         unread: takes in the columns that say something and are not used, with the place of the first such row.
     """
-    read = FORMS[form]
+    read = _own(form) if is_own(form) else FORMS[form]
     mapped = set(settings.columns.values())
     for row in rows:
         try:
@@ -224,7 +229,7 @@ def read_samples(
             yield Rejection(row.location, str(error))
             continue
         if unread is not None:
-            for column in read.unread(values):
+            for column in () if is_own(form) else read.unread(values):
                 if column not in mapped:
                     unread.setdefault(printable(column), row.location)
 
@@ -317,6 +322,11 @@ def _alpaca(values: dict[str, Any]) -> list[_Conversation]:
 
 def _completion(values: dict[str, Any]) -> list[_Conversation]:
     return [_Conversation((Message("assistant", text_of(values, "text")),))]
+
+
+def _own(form: str) -> Form:
+    function = own_function(form)
+    return Form(form, lambda values: [_Conversation(own_turns(form, function, values))], ((),))
 
 
 def _chat(values: dict[str, Any]) -> list[_Conversation]:
