@@ -15,7 +15,8 @@ from kasa.files import file_digest
 from pipeline.core.errors import DataError
 from pipeline.core.files import JournalWriter, Record, read_journal
 from pipeline.data.readers import RawRow, read_rows
-from pipeline.models.prompting import LANGUAGE_MODEL, Message, Prompting
+from pipeline.models.chat import Message
+from pipeline.models.prompting import LANGUAGE_MODEL, Prompting
 from pipeline.serving.inference import LoadedModel, load_model
 
 

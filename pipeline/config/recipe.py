@@ -202,6 +202,7 @@ class Recipe(Section):
             "data.chat_template": bool(data.chat_template),
             "data.system_prompt": data.system_prompt is not None,
             "data.train_on_prompt": data.train_on_prompt,
+            "data.learn": data.learn != "all",
             "train.pack_tokens": self.train.pack_tokens is not None,
         }
         for key in (key for key, given in without_meaning.items() if given):

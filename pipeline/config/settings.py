@@ -73,7 +73,7 @@ class DataSettings(Section):
     form: Annotated[str, NamedAbove("pipeline.data.forms")] = Field(
         "auto",
         description="How rows are read; `auto` decides by the columns of the first row. `labelled`, a text or a pair of them "
-        "with a label, is the form for a new `base.head`.",
+        "with a label, is the form for a new `base.head`; `package.module:function` is a function of yours from row to conversation.",
     )
     labels: list[str] = Field(
         default_factory=list,
@@ -101,6 +101,10 @@ class DataSettings(Section):
     )
     system_prompt: str | None = Field(
         None, description="A system message put before every prompt (chat template only)."
+    )
+    learn: Literal["all", "last"] = Field(
+        "all",
+        description="Which answers of a conversation are learned. Without a chat template only the last one ever is.",
     )
     train_on_prompt: bool = Field(
         False,
@@ -141,6 +145,10 @@ class DataSettings(Section):
             raise ValueError("prompt_template must contain {prompt} exactly once")
         if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
             raise ValueError("labels need at least two different names")
+        if self.learn == "last" and self.train_on_prompt:
+            raise ValueError(
+                "learn: last contradicts train_on_prompt: true, which learns all of it; remove one of them"
+            )
         return self
 
 

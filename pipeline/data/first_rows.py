@@ -85,6 +85,19 @@ def read_sides(
     return Rows(train, heldout, calibration, rejected, count, unread, cut), settings
 
 
+def check_length(settings: DataSettings, context_tokens: int) -> None:
+    """Refuse samples longer than the base was made for.
+
+    Raises:
+        DataError: naming both lengths in tokens.
+    """
+    if settings.max_tokens > context_tokens:
+        raise DataError(
+            f"data.max_tokens {settings.max_tokens} is more than the {context_tokens} tokens the base model takes; "
+            f"set data.max_tokens to {context_tokens} or less"
+        )
+
+
 def check_rejected(rejected: Sequence[Rejection], rows_read: int, settings: DataSettings) -> None:
     """Refuse data of which too large a share is unusable.
 

@@ -21,16 +21,19 @@ from pipeline.data.conversations import (
     HISTORY,
     MESSAGES,
     SYSTEM,
+    TOOL_COLUMNS,
     chat_turns,
     history_turns,
-    refuse_tools,
     unread_keys,
     with_system,
+    with_tools,
 )
 from pipeline.data.fields import RowError, given_fields, is_given, printable, text_of, texts_of
+from pipeline.data.own_form import is_own, own_form_digest, own_function, own_turns
 from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow
-from pipeline.models.prompting import PAIR_SEPARATOR, Message
+from pipeline.models.chat import Message
+from pipeline.models.prompting import PAIR_SEPARATOR
 
 # The form that the columns of the first row decide.
 AUTO = "auto"
@@ -116,7 +119,9 @@ def check_form(settings: DataSettings) -> None:
     Raises:
         RecipeError: with the nearest name.
     """
-    if settings.form not in form_names():
+    if is_own(settings.form):
+        own_form_digest(settings.form)
+    elif settings.form not in form_names():
         hint = nearest(settings.form, form_names()) or f"; choose one of {', '.join(form_names())}"
         raise RecipeError(f"data.form: there is no form {settings.form!r}{hint}")
 
@@ -138,6 +143,8 @@ def decide_form(settings: DataSettings, first: Mapping[str, Any], location: str)
                 f"{location}: data.columns maps {field} to {column!r}, but the columns are {_listed(found)}"
                 f"{nearest(column, found)}"
             )
+    if is_own(settings.form):
+        return settings.form
     values = _renamed(first, settings)
     # Parquet fills the columns that a row lacks with null; a null of the row's own must not hide its form either.
     given = {field for field, value in values.items() if is_given(value)}
@@ -184,14 +191,14 @@ def read_samples(
         form: what `decide_form` returned.
         unread: takes in the columns that say something and are not used, with the place of the first such row.
     """
-    read = FORMS[form]
+    read = _own(form) if is_own(form) else FORMS[form]
     mapped = set(settings.columns.values())
     for row in rows:
         try:
             if row.defect:
                 raise RowError(row.defect)
             values = _renamed(row.values, settings)
-            for conversation in _conversations(read, values):
+            for conversation in _conversations(read, values, settings.learn == "last"):
                 if settings.train_on_prompt and not all(turn.learned for turn in conversation.turns):
                     raise RowError("weight 0 contradicts data.train_on_prompt: true")
                 yield Sample(location=row.location, **conversation._asdict())
@@ -199,18 +206,23 @@ def read_samples(
             yield Rejection(row.location, str(error))
             continue
         if unread is not None:
-            for column in read.unread(values):
+            for column in () if is_own(form) else read.unread(values):
                 if column not in mapped:
                     unread.setdefault(printable(column), row.location)
 
 
-def _conversations(form: Form, values: dict[str, Any]) -> list[_Conversation]:
-    """What the form reads, with the row's system prompt where the form has one."""
+def _conversations(form: Form, values: dict[str, Any], last_only: bool) -> list[_Conversation]:
+    """What the form reads, with the row's system prompt and tools where the form has them."""
     conversations = form.read(values)
+    if last_only:
+        conversations = [each._replace(turns=_learning_last(each.turns)) for each in conversations]
     if SYSTEM not in form.optional:
         return conversations
-    refuse_tools(values)
-    return [each._replace(turns=with_system(each.turns, values)) for each in conversations]
+    return [each._replace(turns=with_tools(with_system(each.turns, values), values)) for each in conversations]
+
+
+def _learning_last(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    return (*(turn._replace(learned=turn.role != "assistant") for turn in turns[:-1]), turns[-1])
 
 
 def _fitting(values: Mapping[str, Any], present: set[str], settings: DataSettings) -> dict[str, Form]:
@@ -289,6 +301,11 @@ def _completion(values: dict[str, Any]) -> list[_Conversation]:
     return [_Conversation((Message("assistant", text_of(values, "text")),))]
 
 
+def _own(form: str) -> Form:
+    function = own_function(form)
+    return Form(form, lambda values: [_Conversation(own_turns(form, function, values))], ((),))
+
+
 def _chat(values: dict[str, Any]) -> list[_Conversation]:
     return [_Conversation(chat_turns(values))]
 
@@ -324,23 +341,23 @@ FORMS = {
             "multiple-choice",
             _multiple_choice,
             tuple((question, "choices", answer) for question, answer in QUESTIONS_AND_ANSWERS),
-            (SYSTEM,),
+            (SYSTEM, *TOOL_COLUMNS),
         ),
         Form(
             "prompt-completion",
             _prompt_completion,
             (*ASKED_AND_ANSWERED, ("prompt", "references")),
-            ("references", SYSTEM),
+            ("references", SYSTEM, *TOOL_COLUMNS),
         ),
         Form(
             "llm-adapters",
             _llm_adapters,
             (("instruction", "output", "answer"),),
-            ("input", SYSTEM, HISTORY),
+            ("input", SYSTEM, HISTORY, *TOOL_COLUMNS),
             _has_answer_format,
         ),
-        Form("alpaca", _alpaca, (("instruction", "output"),), ("input", SYSTEM, HISTORY)),
-        Form("chat", _chat, tuple((field,) for field in MESSAGES), (SYSTEM,)),
+        Form("alpaca", _alpaca, (("instruction", "output"),), ("input", SYSTEM, HISTORY, *TOOL_COLUMNS)),
+        Form("chat", _chat, tuple((field,) for field in MESSAGES), (SYSTEM, *TOOL_COLUMNS)),
         Form("completion", _completion, (("text",),)),
         Form("labelled", _labelled, tuple((*texts, LABEL) for texts in LABELLED_TEXTS), ("text_pair",)),
     )

@@ -17,7 +17,8 @@ from kasa.errors import nearest
 from pipeline.config.settings import HeadKind
 from pipeline.core.errors import DataError
 from pipeline.data.prepared import Rejection, Sample
-from pipeline.models.prompting import Head, Message
+from pipeline.models.chat import Message
+from pipeline.models.prompting import Head
 
 # The label of rows whose true label a benchmark does not publish.
 UNLABELLED = "-1"

@@ -11,69 +11,26 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from pipeline.config.settings import DataSettings, HeadKind
-from pipeline.core.errors import DataError, WorkspaceError
+from pipeline.core.errors import WorkspaceError
 from pipeline.data.first_rows import LOCATIONS_SHOWN, Rows, check_rejected, read_sides
 from pipeline.data.labels import Labels, check_sides, find_labels, label_summary
 from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS, Rejection, Sample
 from pipeline.data.sources import DataSources
 from pipeline.data.split import Split, split_samples
-from pipeline.models.prompting import (
-    IGNORED,
-    Message,
-    Prompting,
-    TemplateError,
-    Tokenizer,
-    check_tokens,
-    embedded_tokens,
-    encode_texts,
-    load_tokenizer,
-)
+from pipeline.data.tokenised import Tokenised, tokenise_labelled, tokenise_text
+from pipeline.models.prompting import Prompting, check_tokens, embedded_tokens, load_tokenizer
 
 PROGRESS_EVERY_ROWS = 256
 # One Arrow array of lists holds at most 2**31 tokens, so the rows are written in batches.
 ROWS_PER_BATCH = 10_000
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """A tokenised sample.
-
-    Attributes:
-        sample: The sample that was tokenised.
-        input_ids: Its token ids.
-        labels: For a language model: the ids to be learned, and -100 elsewhere. Empty for a new head.
-        prompt_tokens: For a language model: how many ids lie before the answer.
-        token_type_ids: For a new head: which text of a pair each token belongs to, if the tokenizer says so.
-        label: For a new head: the number of the class, or the value.
-    """
-
-    sample: Sample
-    input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    prompt_tokens: int = 0
-    token_type_ids: npt.NDArray[np.int32] | None = None
-    label: float = 0.0
-
-    @property
-    def turns(self) -> tuple[Message, ...]:
-        """The turns of its conversation."""
-        return self.sample.turns
-
-    @property
-    def opening(self) -> str:
-        """The text that must not occur in both splits."""
-        return self.sample.opening
 
 
 def prepare_dataset(
@@ -108,7 +65,7 @@ def prepare_dataset(
     check_rejected(rows.rejected, rows.count, settings)  # before the minutes that tokenising may take
     labels = find_labels(head, settings.labels, [*rows.train, *rows.heldout]) if labelled else None
     prompting = Prompting() if labelled else Prompting.from_settings(settings, tokenizer, settings.form)
-    tokenise = partial(_tokenise_labelled, labels) if labels else partial(_tokenise, prompting)
+    tokenise = partial(tokenise_labelled, labels) if labels else partial(tokenise_text, prompting)
     train, heldout, calibration = _tokenise_sides(
         rows, lambda sample: tokenise(sample, tokenizer, settings.max_tokens), on_progress
     )
@@ -126,19 +83,6 @@ def prepare_dataset(
     return summary
 
 
-def check_length(settings: DataSettings, context_tokens: int) -> None:
-    """Refuse samples longer than the base was made for.
-
-    Raises:
-        DataError: naming both lengths in tokens.
-    """
-    if settings.max_tokens > context_tokens:
-        raise DataError(
-            f"data.max_tokens {settings.max_tokens} is more than the {context_tokens} tokens the base model takes; "
-            f"set data.max_tokens to {context_tokens} or less"
-        )
-
-
 def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Tokenised]:
     """Join samples that differ by their reference only: the first of each group, with the references of all.
 
@@ -152,13 +96,13 @@ def join_references(samples: Sequence[Tokenised], by_prompt: bool) -> list[Token
         groups.setdefault((asked, sample.sample.choices, place), []).append(sample)
     joined = []
     for first, *others in groups.values():
-        further = tuple(other.turns[-1].content for other in others)
+        further = tuple(other.sample.written or other.turns[-1].content for other in others)
         joined.append(replace(first, sample=replace(first.sample, further=further)))
     return joined
 
 
 def _tokenise_sides(
-    rows: Rows, tokenise: Callable[[Sample], Tokenised | Rejection], on_progress: Progress
+    rows: Rows, tokenise: Callable[[Sample], list[Tokenised] | Rejection], on_progress: Progress
 ) -> list[list[Tokenised]]:
     """The tokenised rows of each side. Rows that turn out unusable are added to the rejected ones."""
     sides: list[list[Tokenised]] = [[], [], []]
@@ -169,7 +113,7 @@ def _tokenise_sides(
             if isinstance(result, Rejection):
                 rows.rejected.append(result)
             else:
-                side.append(result)
+                side.extend(result)
             done += 1
             if done % PROGRESS_EVERY_ROWS == 0 or done == total:
                 on_progress(done, total)
@@ -188,56 +132,6 @@ def _label_summary(labels: Labels, split: Split[Tokenised]) -> dict[str, Any]:
     values = [row.label for row in split.train]
     check_sides(labels.head, values, [row.label for row in split.heldout])
     return label_summary(labels.head, values)
-
-
-def _tokenise(prompting: Prompting, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
-    sample = without_eos(sample, tokenizer.eos_token)
-    if not sample.turns[-1].content.strip():
-        return Rejection(sample.location, "the answer is nothing but the end-of-sequence token")
-    turns = prompting.wrapped(sample.turns)
-    try:
-        encoded = prompting.encode(tokenizer, turns)
-        # Evaluation scores every choice after the prompt, so all of them have to fit.
-        others = [
-            prompting.encode(tokenizer, [*turns[:-1], Message("assistant", choice)])
-            for choice in sample.choices
-            if choice != turns[-1].content
-        ]
-    except TemplateError as error:
-        return Rejection(sample.location, str(error))
-    if max(len(each.input_ids) for each in (encoded, *others)) > max_tokens:
-        return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
-    ids, labels, prompt_tokens = encoded
-    # The first token is predicted by nothing.
-    if all(label == IGNORED for label in labels[1:]):
-        return Rejection(sample.location, "no token of it can be learned")
-    return Tokenised(sample, np.array(ids, np.int32), np.array(labels, np.int32), prompt_tokens)
-
-
-def without_eos(sample: Sample, eos: str) -> Sample:
-    """The sample without the end-of-sequence token that data may spell out after an answer; each answer gets one anyway."""
-
-    def cut(text: str) -> str:
-        return text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
-
-    turns = tuple(
-        turn._replace(content=cut(turn.content)) if turn.role == "assistant" else turn for turn in sample.turns
-    )
-    return replace(sample, turns=turns, choices=tuple(map(cut, sample.choices)), labels=tuple(map(cut, sample.labels)))
-
-
-def _tokenise_labelled(labels: Labels, sample: Sample, tokenizer: Tokenizer, max_tokens: int) -> Tokenised | Rejection:
-    read = labels.read(sample)
-    if isinstance(read, Rejection):
-        return read
-    encoded = encode_texts(tokenizer, [turn.content for turn in sample.turns[:-1]])
-    ids, types = (np.array(encoded.get(name, ()), np.int32) for name in ("input_ids", "token_type_ids"))
-    if len(ids) > max_tokens:
-        return Rejection(sample.location, f"longer than data.max_tokens ({max_tokens})")
-    if not len(ids):
-        return Rejection(sample.location, "the tokenizer has no token for the text")
-    sample, label = read
-    return Tokenised(sample, ids, ids[:0], token_type_ids=types, label=label)
 
 
 def _summary(split: Split[Tokenised], rows: Rows, form: str) -> dict[str, Any]:

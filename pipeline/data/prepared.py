@@ -14,7 +14,7 @@ summary.json       counts; written last
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kasa.errors import DamagedFileError
 from kasa.files import read_json
 from pipeline.core.errors import WorkspaceError
-from pipeline.models.prompting import PAIR_SEPARATOR, Head, Message, Prompting
+from pipeline.models.chat import Message
+from pipeline.models.prompting import PAIR_SEPARATOR, Head, Prompting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +59,7 @@ class Sample:
         further: references in addition to the last turn.
         choices: the answers to choose from, of which the last turn is one; empty where there is no choice.
         labels: how a generated answer names each choice.
+        written: the last turn as the chat template writes it, where it calls tools.
     """
 
     turns: tuple[Message, ...]
@@ -65,6 +67,7 @@ class Sample:
     further: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    written: str = ""
 
     @property
     def prompt(self) -> str:
@@ -79,7 +82,20 @@ class Sample:
     @property
     def references(self) -> tuple[str, ...]:
         """The last turn, then the further references; empty for plain text, which has no answer to compare with."""
-        return (self.turns[-1].content, *self.further) if len(self.turns) > 1 else ()
+        return (self.written or self.turns[-1].content, *self.further) if len(self.turns) > 1 else ()
+
+    def without_end(self, eos: str) -> Sample:
+        """The sample without the end-of-sequence tokens that data may spell out after an answer; each answer gets one anyway."""
+
+        def cut(text: str) -> str:
+            while eos and text.rstrip().endswith(eos):
+                text = text.rstrip().removesuffix(eos)
+            return text
+
+        turns = tuple(
+            turn._replace(content=cut(turn.content)) if turn.role == "assistant" else turn for turn in self.turns
+        )
+        return replace(self, turns=turns, choices=tuple(map(cut, self.choices)), labels=tuple(map(cut, self.labels)))
 
     @property
     def is_pair(self) -> bool:

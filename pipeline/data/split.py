@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
-from pipeline.models.prompting import Message
+from pipeline.models.chat import Message
 
 
 class Splittable(Protocol):
@@ -170,11 +170,17 @@ def _without_duplicates(samples: Sequence[S]) -> list[S]:
 
 
 def _sample_hash(sample: Splittable, seed: int) -> int:
-    return _hash("\0".join(f"{_role(turn)}\0{turn.content}" for turn in sample.turns), seed)
+    return _hash("\0".join(f"{_role(turn)}\0{turn.content}{_beside(turn)}" for turn in sample.turns), seed)
 
 
 def _role(turn: Message) -> str:
     return turn.role if turn.learned else f"{turn.role}\0context"
+
+
+def _beside(turn: Message) -> str:
+    """What a turn says beside its text."""
+    more = (turn.reasoning, turn.tool_calls, turn.tool_call_id, turn.name)
+    return repr(more) if any(more) else ""
 
 
 def _hash(text: str, seed: int) -> int:

@@ -23,8 +23,9 @@ from pipeline.config.settings import EvaluateSettings
 from pipeline.core.files import JournalWriter, Record, read_journal
 from pipeline.data.prepared import PreparedDataset, load_prepared, token_counts
 from pipeline.evaluation.results import choices_of, continuation_ids, named_choice, right_choice, score_choices
+from pipeline.models.chat import Message
 from pipeline.models.forward import IGNORED, Sample, collate, label_losses, limits_logits, sample_losses
-from pipeline.models.prompting import Message, Prompting
+from pipeline.models.prompting import Prompting
 from pipeline.serving.inference import LoadedModel, load_model
 
 Ids = Sequence[int]

@@ -9,17 +9,17 @@ beside the adapter and stored with it; `head.json` beside both says what its out
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import BaseModelError, DataError, ModelError, one_line
-from pipeline.models.token_ids import continued_ids, cut_after_eos, ids_of, ids_with_bos, start_ids, until_eos
+from pipeline.models.chat import IGNORED, TOOLS, Encoded, Message, Tokenizer, check_plain, encode_sequences, render
+from pipeline.models.token_ids import ids_of, ids_with_bos, start_ids
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,10 +29,7 @@ HEAD_FILE = "head.json"
 PAIR_SEPARATOR = " ||| "
 
 PROMPTING_FILE = "prompting.json"
-IGNORED = -100
 PLACE = "{prompt}"
-# Any tokenizer with the interface of `transformers.PreTrainedTokenizerBase`, whose import takes seconds.
-Tokenizer = Any
 
 
 @dataclass(frozen=True)
@@ -95,38 +92,6 @@ def head_modules(model: nn.Module) -> list[str]:
     ]
 
 
-class Message(NamedTuple):
-    """One turn.
-
-    Attributes:
-        role: `system`, `user` or `assistant`.
-        content: its text.
-        learned: for an answer, whether it is to be learned; if not, it is context.
-    """
-
-    role: str
-    content: str
-    learned: bool = True
-
-
-class Encoded(NamedTuple):
-    """A tokenised conversation.
-
-    Attributes:
-        input_ids: Its token ids.
-        labels: The ids to be learned, and -100 elsewhere.
-        prompt_tokens: How many ids lie before the last assistant turn. Generation starts from these.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    prompt_tokens: int
-
-
-class TemplateError(DataError):
-    """The tokenizer's chat template rejects one conversation (a role, an order). Others may be accepted."""
-
-
 @dataclass(frozen=True)
 class Prompting:
     """How prompts are written.
@@ -147,7 +112,7 @@ class Prompting:
 
         Args:
             form: The form of the data, once it is known. `completion` is plain text and takes no template of either kind.
-                `chat` needs the chat template and takes no prompt template.
+                `chat` goes without a chat template only if the recipe says so, and takes no prompt template beside one.
 
         Raises:
             DataError: The settings contradict each other, the form or the tokenizer.
@@ -223,7 +188,7 @@ class Prompting:
         turns = self.wrapped(conversation)
         if not self.chat_template:
             return start_ids(tokenizer, "\n\n".join(turn.content for turn in turns))
-        return ids_of(tokenizer, self._render(tokenizer, turns, generation=True))
+        return ids_of(tokenizer, render(tokenizer, self._opened(turns), generation=True))
 
     def answer_ids(self, tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
         """The token ids of an answer, ended by EOS as in training. They continue `prompt_ids` of the same prompt.
@@ -240,53 +205,47 @@ class Prompting:
         Every assistant turn that is to be learned is labelled, and the last id is EOS. User turns are taken as they are:
         apply `wrapped` first. A lone assistant turn is plain text: all of it is labelled, and no chat template is applied.
         Without a chat template the turns before the last become the paragraphs of its prompt, and it alone is labelled.
+        Where the chat template rewrites earlier turns, this is the last of `encode_sequences`.
 
         Raises:
-            TemplateError: The chat template rejects the conversation, changes earlier turns as it grows, or writes
-                something before an answer that this answer does not begin with, so that labels cannot be placed.
+            TemplateError: The chat template rejects the conversation, leaves out a part of it, or writes something before an
+                answer that this answer does not begin with.
         """
         if [turn.role for turn in conversation] == ["assistant"]:
             return _encode_text(tokenizer, conversation[0].content)
         if self.chat_template:
-            return self._encode_chat(tokenizer, conversation)
+            return self.encode_sequences(tokenizer, conversation)[-1][1]
+        check_plain(conversation)
         *before, answer = (turn.content for turn in conversation)
         return _encode_pair(tokenizer, "\n\n".join(before), answer)
 
-    def _encode_chat(self, tokenizer: Tokenizer, conversation: Sequence[Message]) -> Encoded:
-        ids: list[int] = []
-        labels: list[int] = []
-        prompt_tokens, text = 0, ""
-        _refuse_bos(tokenizer, conversation)
-        for index, turn in enumerate(conversation):
-            if turn.role != "assistant":
-                continue
-            before = self._render(tokenizer, conversation[:index], generation=True)
-            if not before.startswith(text):
-                raise TemplateError(_rewrites("use single-turn data, "))
-            ids = continued_ids(tokenizer, ids, text, before)
-            labels += [IGNORED] * (len(ids) - len(labels))
-            prompt_tokens = len(ids)
-            text = self._render(tokenizer, conversation[: index + 1], generation=False)
-            if not text.startswith(before):
-                asked = self._render(tokenizer, conversation[:index], generation=False)
-                raise TemplateError(_opening_differs(before, text) if text.startswith(asked) else _rewrites("use "))
-            ids = until_eos(tokenizer, continued_ids(tokenizer, ids, before, text), prompt_tokens)
-            labels += ids[prompt_tokens:] if turn.learned else [IGNORED] * (len(ids) - prompt_tokens)
-            # Text that the template writes after EOS, often a line break, belongs to the prefix of the next turn.
-            text = cut_after_eos(tokenizer, before, text)
-        if ids[-1] != tokenizer.eos_token_id:
-            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-        return Encoded(ids, labels, prompt_tokens)
+    def encode_sequences(
+        self, tokenizer: Tokenizer, conversation: Sequence[Message]
+    ) -> list[tuple[list[int], Encoded]]:
+        """Tokenise a conversation that ends with an answer to be learned, as `encode` does.
 
-    def _render(self, tokenizer: Tokenizer, conversation: Sequence[Message], generation: bool) -> str:
-        turns = [{"role": turn.role, "content": turn.content} for turn in conversation]
-        if self.system_prompt is not None and not (turns and turns[0]["role"] == "system"):
-            turns.insert(0, {"role": "system", "content": self.system_prompt})
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
-        except Exception as error:  # a template is a program: it may divide by zero, recurse, or add a number to a text
-            kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
-            raise TemplateError(f"the chat template refuses the conversation: {kind}{one_line(error)}") from None
+        Returns:
+            The sequences that together learn each answer once, each with the places of the answers that it learns. There are
+            several only where the chat template rewrites earlier turns (`pipeline.models.chat`).
+
+        Raises:
+            TemplateError: As `encode`.
+        """
+        if not self.chat_template or len(conversation) == 1:
+            return [([len(conversation) - 1], self.encode(tokenizer, conversation))]
+        opened = self._opened(conversation)
+        added = len(opened) - len(conversation)
+        return [
+            ([place - added for place in learned], encoded) for learned, encoded in encode_sequences(tokenizer, opened)
+        ]
+
+    def _opened(self, conversation: Sequence[Message]) -> list[Message]:
+        """The conversation with the system prompt, unless it has a system turn of its own."""
+        turns = list(conversation)
+        place = int(bool(turns) and turns[0].role == TOOLS)
+        if self.system_prompt is not None and [turn.role for turn in turns[place : place + 1]] != ["system"]:
+            turns.insert(place, Message("system", self.system_prompt))
+        return turns
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -351,12 +310,12 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, list[i
 def _check_form(data: DataSettings, form: str, chat: bool) -> None:
     if form == "completion" and chat:
         raise DataError("data.chat_template is true, but data of form completion is plain text; remove it")
-    if form == "chat" and not chat:
+    if form == "chat" and not chat and data.chat_template is None:
         raise DataError(
-            "data of form chat needs a tokenizer with a chat template (and data.chat_template not false); "
-            "choose an instruction-tuned base or data of form prompt-completion"
+            "data of form chat needs a chat template, and the tokenizer has none; choose an instruction-tuned base, or set "
+            "data.chat_template: false to write its turns as paragraphs and learn the last one"
         )
-    if form in ("chat", "completion") and data.prompt_template != PLACE:
+    if (form == "completion" or (form == "chat" and chat)) and data.prompt_template != PLACE:
         raise DataError(f"data.prompt_template {data.prompt_template!r} has no place in data of form {form}; remove it")
 
 
@@ -372,27 +331,3 @@ def _encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
         whole = start + ids_of(tokenizer, prompt[len(prompt.rstrip(" ")) :] + completion)
     ids = [*whole, tokenizer.eos_token_id]
     return Encoded(ids, [IGNORED] * len(start) + ids[len(start) :], len(start))
-
-
-def _rewrites(advice: str) -> str:
-    return (
-        "the tokenizer's chat template rewrites earlier turns when a conversation goes on, so what is to be learned "
-        f"cannot be marked; {advice}another template, or data.chat_template: false"
-    )
-
-
-def _opening_differs(before: str, text: str) -> str:
-    """Why an answer cannot be marked in `text`, which does not begin with the `before` that generation starts from."""
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False)))
-    return (
-        f"where the chat template asks for an answer it writes {before[same:][-60:]!r}, with which this answer does not "
-        "begin; begin the answers so, use another template, or data.chat_template: false"
-    )
-
-
-def _refuse_bos(tokenizer: Tokenizer, conversation: Sequence[Message]) -> None:
-    bos = tokenizer.bos_token
-    if bos and any(turn.content.startswith(bos) for turn in conversation):
-        raise TemplateError(
-            f"a turn begins with {bos!r}, which is for the chat template to write; remove it, or set data.chat_template: false"
-        )

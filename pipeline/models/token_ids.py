@@ -24,20 +24,6 @@ def continued_ids(tokenizer: Any, ids: list[int], text: str, longer: str) -> lis
     return whole if whole[: len(ids)] == ids else ids + ids_of(tokenizer, longer[len(text) :])
 
 
-def until_eos(tokenizer: Any, ids: list[int], start: int) -> list[int]:
-    """Cut what follows the last EOS at or after `start`. Without an EOS everything is kept."""
-    for index in range(len(ids) - 1, start - 1, -1):
-        if ids[index] == tokenizer.eos_token_id:
-            return ids[: index + 1]
-    return ids
-
-
-def cut_after_eos(tokenizer: Any, before: str, text: str) -> str:
-    """The text up to its last EOS after `before`, which it begins with; the whole where there is none."""
-    end = text.rfind(tokenizer.eos_token, len(before))
-    return text if end < 0 else text[: end + len(tokenizer.eos_token)]
-
-
 def ids_of(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text, without any that the tokenizer puts around it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

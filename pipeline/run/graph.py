@@ -25,6 +25,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.config.section import Section
 from pipeline.core.code import code_digests, package_versions
 from pipeline.core.errors import RecipeError
+from pipeline.data.own_form import is_own, own_form_digest
 from pipeline.metrics.catalogue import optional_packages
 from pipeline.run.dependencies import REGISTER, Dependencies, KeyInputs, Stage
 from pipeline.storage.artifacts import StageKey
@@ -63,13 +64,14 @@ _EVALUATE_MECHANICS = {
 def _prepare(known: KeyInputs) -> Dependencies:
     """The data's bytes, how they are read, and the tokenizer."""
     recipe = known.recipe
+    own = {"form": own_form_digest(recipe.data.form)} if is_own(recipe.data.form) else {}
     return Dependencies(
         settings={"head": recipe.base.head, "data": _values(recipe.data, _DATA_PLACES)},
         code=["pipeline.data.prepare"],
         # How many tokens the base can read.
         driver=["pipeline.models.base"],
         packages=["transformers", "tokenizers", "datasets"],
-        digests={"sources": known.sources, "base": known.base},
+        digests={"sources": known.sources, "base": known.base, **own},
     )
 
 

@@ -19,9 +19,8 @@ from pipeline.core.errors import ClusterError, RecipeError, WorkspaceError
 from pipeline.core.files import is_remote
 from pipeline.core.machine import Finding, gpu_names, side_by_side
 from pipeline.core.redaction import redacted
-from pipeline.data.first_rows import FirstRows, check_first_rows
+from pipeline.data.first_rows import FirstRows, check_first_rows, check_length
 from pipeline.data.forms import AUTO
-from pipeline.data.prepare import check_length, without_eos
 from pipeline.data.sources import resolve_source
 from pipeline.evaluation.results import check_harness, check_suitable
 from pipeline.methods.choice import check_registrable
@@ -118,7 +117,7 @@ def _check_samples(recipe: Recipe, rows: FirstRows, base: Path) -> None:
         return
     has_template, end = tokenizer_facts(base)
     Prompting.decided(recipe.data, has_template, rows.form)
-    heldout = (without_eos(sample, end) for sample in rows.heldout or ())
+    heldout = (sample.without_end(end) for sample in rows.heldout or ())
     check_suitable(
         recipe.evaluate,
         (

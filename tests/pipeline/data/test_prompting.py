@@ -11,7 +11,8 @@ from tokenizers import processors
 
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError, ModelError
-from pipeline.models.prompting import IGNORED, Message, Prompting, TemplateError
+from pipeline.models.chat import IGNORED, Message, TemplateError
+from pipeline.models.prompting import Prompting
 
 from .conftest import CHAT_TEMPLATE, build_tokenizer
 
@@ -95,12 +96,28 @@ def test_plain_text_is_learned_whole(chat_tokenizer: Any) -> None:
     assert chat_tokenizer.decode(encoded.input_ids) == "good film<|end|>"
 
 
-def test_a_template_that_rewrites_history_is_an_error() -> None:
+def test_a_template_that_rewrites_history_gives_a_sequence_for_each_answer() -> None:
     # As reasoning models do: an earlier answer is shortened once the conversation goes on.
-    template = CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] if loop.last else 'short' }}")
-    turns = [Message("user", "one"), Message("assistant", "two")] * 2
-    with pytest.raises(DataError, match="rewrites earlier turns"):
-        Prompting(chat_template=True).encode(build_tokenizer(template), turns)
+    tokenizer = build_tokenizer(
+        CHAT_TEMPLATE.replace(
+            "{{ message['content'] }}",
+            "{{ 'short' if message['role'] == 'assistant' and not loop.last else message['content'] }}",
+        )
+    )
+    turns = [
+        Message("user", "one"),
+        Message("assistant", "two"),
+        Message("user", "three"),
+        Message("assistant", "four"),
+    ]
+    prompting = Prompting(chat_template=True, system_prompt="brief")
+    sequences = prompting.encode_sequences(tokenizer, turns)
+    assert [places for places, _ in sequences] == [[1], [3]]
+    assert [learned(tokenizer, encoded.labels) for _, encoded in sequences] == ["two<|end|>", "four<|end|>"]
+    assert prompting.encode(tokenizer, turns) == sequences[-1][1]
+    for places, encoded in sequences:
+        start = prompting.conversation_ids(tokenizer, turns[: places[-1]])
+        assert encoded.input_ids[: encoded.prompt_tokens] == start
 
 
 @pytest.mark.parametrize(
@@ -112,17 +129,13 @@ def test_a_template_that_rewrites_history_is_an_error() -> None:
         ("{{ messages[0]['content']['text'] + 1 }}", "refuses the conversation: "),
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "refuses the conversation: RecursionError: "),
         ("{% if %}", "refuses the conversation: "),
-        # As DeepSeek-R1 and QwQ do.
+        # What asks for an answer is no part of the conversation.
         (
-            CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"),
-            r"writes '<think>\\n', with which this answer does not begin",
+            CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\nSure: {% endif"),
+            "writes 'Sure: ', with which this answer does not begin",
         ),
-        # The system prompt stands in the last user turn, so it moves on.
-        (
-            "{% for m in messages[1:] %}{{ messages[0]['content'] if loop.last or loop.revindex == 2 }}<|start|>"
-            "{{ m['content'] }}<|end|>{% endfor %}",
-            "rewrites earlier turns",
-        ),
+        # The answer is left out.
+        ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "leaves out the answer"),
     ],
 )
 def test_what_a_template_refuses_or_hides_concerns_one_row(template: str, message: str) -> None:
@@ -196,7 +209,7 @@ def test_the_tokenizer_decides_about_the_chat_template(
     [
         ({"chat_template": True}, "auto", "has no chat template"),
         ({"system_prompt": "s"}, "auto", "needs a chat template"),
-        ({}, "chat", "needs a tokenizer with a chat template"),
+        ({}, "chat", "needs a chat template, and the tokenizer has none"),
         ({"prompt_template": "Q {prompt}"}, "completion", "has no place in data of form completion"),
     ],
 )
@@ -210,6 +223,14 @@ def test_contradictions_are_errors(
 def test_a_prompt_template_does_not_go_with_chat_data(settings: Make, chat_tokenizer: Any) -> None:
     with pytest.raises(DataError, match="has no place in data of form chat"):
         Prompting.from_settings(settings(prompt_template="Q {prompt}"), chat_tokenizer, "chat")
+
+
+def test_chat_data_goes_without_a_chat_template_where_the_recipe_says_so(
+    settings: Make, plain_tokenizer: Any, chat_tokenizer: Any
+) -> None:
+    for tokenizer in (plain_tokenizer, chat_tokenizer):
+        data = settings(chat_template=False, prompt_template="Q {prompt}")
+        assert Prompting.from_settings(data, tokenizer, "chat") == Prompting("Q {prompt}")
 
 
 def test_it_is_saved_beside_the_adapter(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
 from pipeline.data.prepared import Sample
 from pipeline.data.split import group_key, split_samples
-from pipeline.models.prompting import Message
+from pipeline.models.chat import Message
 
 Make = Callable[..., DataSettings]
 
