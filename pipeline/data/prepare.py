@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.config.settings import DataSettings, HeadKind
 from pipeline.core.errors import WorkspaceError
-from pipeline.data.first_rows import LOCATIONS_SHOWN, Rows, check_rejected, read_sides
+from pipeline.data.first_rows import LOCATIONS_SHOWN, Rows, check_length, check_rejected, read_sides
 from pipeline.data.labels import Labels, check_sides, find_labels, label_summary
 from pipeline.data.prepared import COLUMNS, LABELLED_COLUMNS, Rejection, Sample
 from pipeline.data.sources import DataSources
