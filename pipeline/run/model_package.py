@@ -17,7 +17,7 @@ from pipeline.data.sources import DataSources
 from pipeline.evaluation.results import write_samples
 from pipeline.metrics.intervals import RESAMPLES
 from pipeline.models.base import BaseModel
-from pipeline.models.prompting import PROMPTING_FILE
+from pipeline.models.prompting import PROMPTING_FILE, Prompting
 from pipeline.registry.store import ModelPackage
 from pipeline.run.context import RunContext, seed_tags
 from pipeline.run.promotion import Decision, Gate
@@ -92,11 +92,16 @@ def write_report(
     for name, values in (("metrics", measured), ("decision", verdict)):
         (report / f"{name}.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     from kasa import export_lora, read_adapter  # torch
+    from pipeline.models.chat_template import chat_files
 
     adapter = made["train"].folder / ADAPTER
+    beside: dict[str, str] = {}
+    if recipe.base.head == "language-model":
+        beside = chat_files(Prompting.load(adapter), base.folder)
+        beside[PROMPTING_FILE] = (adapter / PROMPTING_FILE).read_text(encoding="utf-8")
     name = base.name if not user_path(base.name).is_dir() else str(base.folder)
     try:
-        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=adapter / PROMPTING_FILE)}"
+        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=beside)}"
     except InterchangeError as error:
         return f"none: {error}"
 

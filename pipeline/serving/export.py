@@ -28,6 +28,7 @@ from pipeline.core.files import machine_cache
 from pipeline.core.machine import GIB, memory_gib
 from pipeline.core.redaction import shell_command
 from pipeline.models.base import BaseModel, find_base
+from pipeline.models.chat_template import CHAT_TEMPLATE_FILE, chat_files, tokenizer_settings
 from pipeline.models.loading import DTYPES, load_base
 from pipeline.models.prompting import PROMPTING_FILE, Prompting, load_tokenizer
 from pipeline.serving.answer import located_adapter
@@ -157,10 +158,22 @@ class ModelSource:
     base: Path | None
     base_name: str
 
-    @property
-    def prompting(self) -> Path:
-        """The file that holds the form of its prompts."""
-        return self.folder / PROMPTING_FILE
+    def beside(self, merged: bool = False) -> dict[str, str]:
+        """What other programs read beside the weights, by file name: the form of prompts, and where answers end.
+
+        Without the base's tokenizer on this machine it is `prompting.json` alone; `merged` adds the tokenizer's own copy of
+        the template.
+        """
+        if not (self.folder / PROMPTING_FILE).is_file():
+            return {}
+        texts = {PROMPTING_FILE: (self.folder / PROMPTING_FILE).read_text(encoding="utf-8")}
+        if self.base is None:
+            return texts
+        try:
+            texts |= chat_files(Prompting.load(self.folder), self.base)
+        except BaseModelError:  # a base without a tokenizer
+            return texts
+        return texts | (tokenizer_settings(self.base, texts[CHAT_TEMPLATE_FILE]) if merged else {})
 
 
 def export(
@@ -230,7 +243,7 @@ def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
 
 def _merged(source: ModelSource, out: Path, dtype: Dtype) -> Exported:
     assert source.base is not None
-    written = merge(source.adapter, source.base, out, DTYPES.get(dtype), source.prompting)
+    written = merge(source.adapter, source.base, out, DTYPES.get(dtype), source.beside(merged=True))
     logits, note = None, too_large(written.parameters)
     if note is None:
         logits = logit_difference(source.base, source.adapter, out)
@@ -253,7 +266,7 @@ def _lora(source: ModelSource, out: Path, pad_rank: bool, dtype: Dtype) -> Expor
     needed = lora_rank(source.adapter)
     stored = DTYPES["bf16"] if dtype == "bf16" else DTYPES["fp32"]
     rank = export_lora(
-        source.adapter, out, vllm_rank(needed) if pad_rank else None, source.base_name, stored, source.prompting
+        source.adapter, out, vllm_rank(needed) if pad_rank else None, source.base_name, stored, source.beside()
     )
     command = _serve_lora(source, out, rank)
     name = str(stored).removeprefix("torch.")
@@ -272,7 +285,7 @@ def _serve_lora(source: ModelSource, out: Path, rank: int) -> str:
 
 
 def _peft_kasa(source: ModelSource, out: Path) -> Exported:
-    export_peft_kasa(source.adapter, out, source.base_name, source.prompting)
+    export_peft_kasa(source.adapter, out, source.base_name, source.beside())
     config = source.adapter.config
     notes = ["PEFT recomputes the truncation, by an SVD of every weight, whenever it loads this folder"]
     if config.regulariser == "authors":

@@ -27,7 +27,7 @@ from pipeline.core.files import machine_cache
 from pipeline.methods.loading import attach_folder
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.forward import Sample, collate_labelled, head_outputs, padding_token, vocabulary_size
-from pipeline.models.loading import end_tokens, load_base
+from pipeline.models.loading import greedy_settings, load_base
 from pipeline.models.prompting import (
     LANGUAGE_MODEL,
     PAIR_SEPARATOR,
@@ -97,7 +97,7 @@ class LoadedModel:
         check_tokens(self.tokenizer, prompts, vocabulary_size(self.model))
         device = next(self.model.parameters()).device
         longest = max(len(prompt) for prompt in prompts)
-        settings = greedy_settings(self.model, self.tokenizer)
+        settings = _greedy(self.model, self.tokenizer)
         settings.max_new_tokens = max_new_tokens
         pad = settings.pad_token_id
         input_ids_BT = torch.full((len(prompts), longest), pad, device=device)
@@ -143,21 +143,9 @@ class LoadedModel:
         return Prediction(classes[int(outputs_C.argmax())], dict(zip(classes, probabilities, strict=True)))
 
 
-def greedy_settings(model: nn.Module, tokenizer: Any) -> Any:
-    """The settings of every generation: the likeliest token each time, up to any that base or tokenizer declare to be an end.
-
-    Whatever else the base's `generation_config.json` asks for (penalties, suppressed or forced tokens, sampling) is left out,
-    since the answers would be the likeliest no more.
-    """
-    from transformers import GenerationConfig
-
-    base: Any = model
-    declared = [*end_tokens(base.generation_config), *end_tokens(base.config.get_text_config())]
-    known = range(vocabulary_size(model))
-    ends = [token for token in dict.fromkeys([*declared, *end_tokens(tokenizer)]) if token in known]
-    # It is masked; but the model must have an embedding for it.
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token in known), 0)
-    return GenerationConfig(do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+def _greedy(model: Any, tokenizer: Any) -> Any:
+    config = model.config.get_text_config()
+    return greedy_settings(model.generation_config, config, tokenizer, vocabulary_size(model))
 
 
 def _before(ends: Sequence[int] | None, ids: Sequence[int]) -> Sequence[int]:
@@ -195,7 +183,7 @@ def load_model(
     tokenizer = load_tokenizer(base)
     if not head.is_new:
         # For all who generate with it, lm-evaluation-harness too; `generate` fills what is not set from here.
-        model.generation_config = greedy_settings(model, tokenizer)
+        model.generation_config = _greedy(model, tokenizer)
     if adapter:
         attach_folder(model, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
