@@ -50,11 +50,13 @@ CONTENT
 """
 # What the base's template gets to see. Its own text follows on a line of its own, as if it stood alone.
 _MESSAGES = """\
-{%- set kasa = namespace(messages=SYSTEM if not messages or messages[0]['role'] != 'system' else []) -%}
+{%- set kasa = namespace(messages=SYSTEM if messages[0]['role'] not in ['system', 'developer'] else []) -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'user' -%}
 CONTENT
 {%- set kasa.messages = kasa.messages + [{'role': 'user', 'content': WRAPPED}] -%}
+{%- elif message['role'] == 'developer' -%}
+{%- set kasa.messages = kasa.messages + [{'role': 'system', 'content': message['content']}] -%}
 {%- else -%}
 {%- set kasa.messages = kasa.messages + [message] -%}
 {%- endif -%}
