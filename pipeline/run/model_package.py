@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kasa.errors import InterchangeError
 from pipeline.config.recipe import Recipe
@@ -132,7 +133,14 @@ def package_of(
         # A local build such as 2.13.0+cpu is in no index.
         requirements=[f"{package}=={version.partition('+')[0]}" for package, version in versions],
         example=next(prompts, "Hello"),
+        params={} if recipe.base.head != "language-model" else served_params(recipe.evaluate.max_new_tokens),
     )
+
+
+def served_params(max_new_tokens: int) -> dict[str, Any]:
+    """What a request to a registered language model may set beside its prompts, with its values where it does not: greedy."""
+    # MLflow takes the types from these values; of an empty list it would see none.
+    return {"max_new_tokens": max_new_tokens, "temperature": 0.0, "top_p": 1.0, "stop": [""]}
 
 
 def version_tags(
