@@ -6,8 +6,7 @@ Legend: O = out features, I = in features, R = adapter rank, D = dropped rank, K
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,14 +89,16 @@ def _make_readable(folder: Path) -> None:
             file.chmod(rights)
 
 
-def write_peft_folder(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], extras: Path | None) -> None:
+def write_peft_folder(
+    out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], beside: Mapping[str, str]
+) -> None:
     """Write an adapter in PEFT's layout, complete or not at all.
 
     Args:
         out: a folder that does not exist yet.
         config: what this kind of adapter adds to, or changes in, the common configuration.
         tensors: by PEFT's names without the prefix.
-        extras: a file to copy beside, if there is one.
+        beside: texts to write as files beside, by name.
     """
     common = {
         "peft_type": "LORA",
@@ -113,7 +114,7 @@ def write_peft_folder(out: Path, config: dict[str, Any], tensors: dict[str, torc
         named = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
         save_file(named, folder / PEFT_TENSORS, metadata={"format": "pt"})
         write_json(folder / PEFT_CONFIG, {**common, **config})
-        copy_if_present(extras, folder)
+        write_texts(folder, beside)
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
@@ -121,7 +122,7 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_if_present(file: Path | None, folder: Path) -> None:
-    """Copy a file into a folder, if there is such a file."""
-    if file is not None and file.is_file():
-        shutil.copyfile(file, folder / file.name)
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write text files into a folder, by name; they replace files of these names."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")

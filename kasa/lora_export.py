@@ -5,6 +5,7 @@ Legend: O = out features, I = in features, K = rank of the LoRA.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def export_lora(
     rank: int | None = None,
     base: str | None = None,
     dtype: torch.dtype = torch.float32,
-    beside: Path | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> int:
     """Write the adapter as a LoRA that PEFT and vLLM load onto the original base.
 
@@ -57,7 +58,7 @@ def export_lora(
         rank: the LoRA's rank, at least `lora_rank(adapter)`, which is the default.
         base: what `base_model_name_or_path` says; the adapter's own record by default.
         dtype: the storage type.
-        beside: a file to copy into `out`, if there is one.
+        beside: texts to write as files into `out`, by name.
 
     Returns:
         The rank written.
@@ -87,5 +88,5 @@ def export_lora(
         "r": rank,
         "target_modules": [target.name for target in adapter.targets],
     }
-    write_peft_folder(out, config, tensors, beside)
+    write_peft_folder(out, config, tensors, beside or {})
     return rank

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from kasa.adapter_file import SavedAdapter
 from kasa.checkpoint import CheckpointWeights, weight_digest
 from kasa.errors import InterchangeError
-from kasa.interchange import check_exportable, copy_if_present, new_folder, update_factors, write_json
+from kasa.interchange import check_exportable, new_folder, update_factors, write_json, write_texts
 from kasa.targets import Target
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +47,11 @@ class Merged:
 
 
 def merge(
-    adapter: SavedAdapter, base_folder: Path, out: Path, dtype: torch.dtype | None = None, beside: Path | None = None
+    adapter: SavedAdapter,
+    base_folder: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> Merged:
     """Write the base with the adapter merged into it, complete or not at all.
 
@@ -55,7 +60,7 @@ def merge(
         base_folder: the Hugging Face folder it was trained on; every weight it touches is compared by digest.
         out: a folder that does not exist yet.
         dtype: the storage type of all floating tensors; None keeps each as the base has it.
-        beside: a file to copy into `out`, if there is one.
+        beside: texts to write as files into `out`, by name, in the place of the base's of that name.
 
     Raises:
         InterchangeError: `out` exists, the base is quantised or another one, or a merged value overflows its type.
@@ -83,7 +88,7 @@ def merge(
             index = _read_object(base_folder / INDEX)
             metadata = {**index.get("metadata", {}), "total_size": merged.size}
             write_json(folder / INDEX, {**index, "metadata": metadata})
-        copy_if_present(beside, folder)
+        write_texts(folder, beside or {})
     return merged
 
 

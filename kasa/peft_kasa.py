@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ _HARMLESS = {
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
-def export_peft_kasa(adapter: SavedAdapter, out: Path, base: str | None = None, beside: Path | None = None) -> None:
+def export_peft_kasa(
+    adapter: SavedAdapter, out: Path, base: str | None = None, beside: Mapping[str, str] | None = None
+) -> None:
     """Write the adapter as a folder PEFT loads as KaSA.
 
     beta and gamma are written as they are; PEFT applies them by the convention `paper` (`kasa.regulariser`).
@@ -46,7 +49,7 @@ def export_peft_kasa(adapter: SavedAdapter, out: Path, base: str | None = None, 
         adapter: the adapter.
         out: a folder that does not exist yet.
         base: what `base_model_name_or_path` says; the adapter's own record by default.
-        beside: a file to copy into `out`, if there is one.
+        beside: texts to write as files into `out`, by name.
 
     Raises:
         InterchangeError: `out` exists, or PEFT would compute something else than this adapter does.
@@ -71,7 +74,7 @@ def export_peft_kasa(adapter: SavedAdapter, out: Path, base: str | None = None, 
         for target in adapter.targets
         for attribute, peft_name in _PEFT_NAMES.items()
     }
-    write_peft_folder(out, config, tensors, beside)
+    write_peft_folder(out, config, tensors, beside or {})
 
 
 def import_peft_kasa(peft_folder: Path, base_folder: Path) -> SavedAdapter:

@@ -142,7 +142,9 @@ def _mib(size: float) -> str:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="`models:/NAME@champion`, `models:/NAME/1`, or an adapter folder.")],
+    model: Annotated[
+        str, typer.Argument(help="`models:/NAME@champion`, `models:/NAME/1`, an adapter folder, or a merged one.")
+    ],
     prompts: Annotated[
         list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts; `-` reads lines from stdin.")
     ],
@@ -151,7 +153,7 @@ def generate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer prompts with a registered model or an adapter folder; one answer a line."""
+    """Answer prompts with a registered model, an adapter or a merged folder; one answer a line."""
     from pipeline.serving.answer import answer
 
     for prompt in prompts:
@@ -225,7 +227,8 @@ def _show_exported(exported: Exported) -> None:
         shared.out.print(f"largest logit difference from the adapter {largest:.2g}, of logits up to {scale:.3g} (fp32)")
     for note in exported.notes:
         shared.out.print(f"note: {escape(note)}")
-    shared.out.print(f"\n  {escape(exported.command)}")
+    for command in filter(None, (exported.command, exported.request)):
+        shared.out.print(f"\n  {escape(command)}")
 
 
 def models(

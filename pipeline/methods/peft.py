@@ -236,7 +236,7 @@ def save_as_lora(
         **({"modules_to_save": list(modules_to_save), "task_type": None} if modules_to_save else {}),
     }
     shutil.rmtree(folder, ignore_errors=True)
-    write_peft_folder(folder, config, {**_within(values, modules_to_save), **factors}, None)
+    write_peft_folder(folder, config, {**_within(values, modules_to_save), **factors}, {})
 
 
 def load_peft_folder(model: nn.Module, folder: Path) -> None:

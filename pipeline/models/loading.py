@@ -237,6 +237,27 @@ def end_tokens(config: Any) -> list[int]:
     return [int(token) for token in (declared if isinstance(declared, (list, tuple)) else [declared])]
 
 
+def greedy_settings(declared: Any, config: Any, tokenizer: Any, count: int) -> Any:
+    """The settings of every generation: the likeliest token each time, up to any that base or tokenizer declare to be an end.
+
+    Whatever else the base's `generation_config.json` asks for (penalties, suppressed or forced tokens, sampling) is left out,
+    since the answers would be the likeliest no more.
+
+    Args:
+        declared: the base's generation settings.
+        config: the configuration of its text model.
+        count: how many tokens it has an embedding for.
+    """
+    from transformers import GenerationConfig
+
+    known = range(count)
+    every = [*end_tokens(declared), *end_tokens(config), *end_tokens(tokenizer)]
+    ends = [token for token in dict.fromkeys(every) if token in known]
+    # It is masked; but the model must have an embedding for it.
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token in known), 0)
+    return GenerationConfig(do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+
+
 def _initialise(module: nn.Module, name: str, seed: int, spread: float) -> None:
     """Give a module fp32 parameters as transformers initialises them: weights normal, biases 0, scales of norms 1.
 

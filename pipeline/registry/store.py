@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class ModelPackage:
         config: JSON values that `code` receives.
         requirements: pip requirements.
         example: An example prompt.
+        params: What a request may set beside its input, with the values where it does not.
     """
 
     code: Path
@@ -82,6 +83,7 @@ class ModelPackage:
     config: Mapping[str, Any]
     requirements: Sequence[str]
     example: str
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Registry:
@@ -211,8 +213,8 @@ class Registry:
                 code_paths=[str(folder) for folder in package.packages] or None,
                 artifacts={name: str(folder) for name, folder in package.artifacts.items()},
                 model_config=dict(package.config),
-                # The signature is that of the type hints in `code`.
-                input_example=[package.example],
+                # The signature is that of the type hints in `code`, with the types of these values as those of the parameters.
+                input_example=([package.example], dict(package.params)) if package.params else [package.example],
                 pip_requirements=list(package.requirements),
             )
             seal = self._seal(info.model_uri, info.model_id, package)

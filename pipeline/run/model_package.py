@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kasa.errors import InterchangeError
 from pipeline.config.recipe import Recipe
@@ -17,7 +18,7 @@ from pipeline.data.sources import DataSources
 from pipeline.evaluation.results import write_samples
 from pipeline.metrics.intervals import RESAMPLES
 from pipeline.models.base import BaseModel
-from pipeline.models.prompting import PROMPTING_FILE
+from pipeline.models.prompting import PROMPTING_FILE, Prompting
 from pipeline.registry.store import ModelPackage
 from pipeline.run.context import RunContext, seed_tags
 from pipeline.run.promotion import Decision, Gate
@@ -92,11 +93,16 @@ def write_report(
     for name, values in (("metrics", measured), ("decision", verdict)):
         (report / f"{name}.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     from kasa import export_lora, read_adapter  # torch
+    from pipeline.models.chat_template import chat_files
 
     adapter = made["train"].folder / ADAPTER
+    beside: dict[str, str] = {}
+    if recipe.base.head == "language-model":
+        beside = chat_files(Prompting.load(adapter), base.folder)
+        beside[PROMPTING_FILE] = (adapter / PROMPTING_FILE).read_text(encoding="utf-8")
     name = base.name if not user_path(base.name).is_dir() else str(base.folder)
     try:
-        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=adapter / PROMPTING_FILE)}"
+        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=beside)}"
     except InterchangeError as error:
         return f"none: {error}"
 
@@ -127,7 +133,14 @@ def package_of(
         # A local build such as 2.13.0+cpu is in no index.
         requirements=[f"{package}=={version.partition('+')[0]}" for package, version in versions],
         example=next(prompts, "Hello"),
+        params={} if recipe.base.head != "language-model" else served_params(recipe.evaluate.max_new_tokens),
     )
+
+
+def served_params(max_new_tokens: int) -> dict[str, Any]:
+    """What a request to a registered language model may set beside its prompts, with its values where it does not: greedy."""
+    # MLflow takes the types from these values; of an empty list it would see none.
+    return {"max_new_tokens": max_new_tokens, "temperature": 0.0, "top_p": 1.0, "stop": [""]}
 
 
 def version_tags(

@@ -18,6 +18,7 @@ from pipeline.core.files import ADAPTER, user_path
 from pipeline.core.machine import fast_precision
 from pipeline.methods.loading import base_name, check_saved_base, is_adapter
 from pipeline.models.base import find_base
+from pipeline.models.prompting import PROMPTING_FILE, Prompting
 from pipeline.registry.store import SCHEME, open_registry
 from pipeline.serving.inference import LoadedModel, load_model, load_registered
 
@@ -30,16 +31,23 @@ def answer(
     """Greedy answers to prompts; classes or values of texts where the model has a trained head.
 
     Args:
-        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or an adapter folder.
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, an adapter folder, or one that was exported as merged.
         texts: what to answer; a head for pairs splits each at ` ||| `.
         workspace: the workspace of the run, for the registry and the recorded base.
         base: the base's folder, where it is not the recorded one.
-        max_new_tokens: length limit; None takes that of the evaluation, or 64 for an adapter folder.
+        max_new_tokens: length limit; None takes that of the evaluation, or 64 for a folder.
 
     Raises:
         ModelError: there is no such model.
         BaseModelError, AdapterFileError: its base is missing, or is another one.
     """
+    merged = user_path(model)
+    if not model.startswith(SCHEME) and (merged / PROMPTING_FILE).is_file() and not is_adapter(merged):
+        if base:
+            raise ModelError(f"{model} is merged and needs no base; leave out --base")
+        precision = fast_precision(torch.cuda.is_available())
+        loaded = load_model(merged, None, precision, prompting=Prompting.load(merged))
+        return loaded.answers(texts, max_new_tokens or DEFAULT_NEW_TOKENS)
     with located_adapter(model, workspace) as (folder, config):
         if config is None:
             loaded, limit = _load_folder(folder, workspace, base), DEFAULT_NEW_TOKENS

@@ -6,6 +6,7 @@ bases by name, and compares the logits of a merged model with those of its base 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,9 +29,10 @@ from pipeline.core.files import machine_cache
 from pipeline.core.machine import GIB, memory_gib
 from pipeline.core.redaction import shell_command
 from pipeline.models.base import BaseModel, find_base
+from pipeline.models.chat_template import CHAT_TEMPLATE_FILE, chat_files, tokenizer_settings
 from pipeline.models.loading import DTYPES, load_base
 from pipeline.models.prompting import PROMPTING_FILE, Prompting, load_tokenizer
-from pipeline.serving.answer import located_adapter
+from pipeline.serving.answer import DEFAULT_NEW_TOKENS, located_adapter
 from pipeline.serving.inference import BASE_VARIABLE, is_hub_id
 
 # Prose, code, a question and digits, for bases with a tokenizer.
@@ -45,6 +47,8 @@ _RANDOM_TOKENS = 32
 _MEMORY_FACTOR = 1.25
 # Share of the largest logit above which a merged model no longer says what the trained one says.
 _COARSE = 0.01
+
+_CHATS = "http://localhost:8000/v1/chat/completions"
 
 Format = Literal["lora", "merged", "peft-kasa"]
 Dtype = Literal["fp32", "bf16", "stored"]
@@ -126,8 +130,9 @@ class Exported:
         rank: of the adapter in `out`; None for a merged model.
         dtypes: storage types of the weights that carry the adapter.
         logits: the merged model against base and adapter, both in fp32; None where they were not compared.
-        command: a command that loads `out`.
+        command: a command that loads `out`; its paths are absolute.
         notes: what the user should know of this export.
+        request: a command that asks the server which `command` starts; None where that starts none, or knows no form of chats.
     """
 
     out: Path
@@ -139,6 +144,7 @@ class Exported:
     logits: LogitDifference | None
     command: str
     notes: tuple[str, ...] = ()
+    request: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,10 +163,22 @@ class ModelSource:
     base: Path | None
     base_name: str
 
-    @property
-    def prompting(self) -> Path:
-        """The file that holds the form of its prompts."""
-        return self.folder / PROMPTING_FILE
+    def beside(self, merged: bool = False) -> dict[str, str]:
+        """What other programs read beside the weights, by file name: the form of prompts, and where answers end.
+
+        Without the base's tokenizer on this machine it is `prompting.json` alone; `merged` adds the tokenizer's own copy of
+        the template.
+        """
+        if not (self.folder / PROMPTING_FILE).is_file():
+            return {}
+        texts = {PROMPTING_FILE: (self.folder / PROMPTING_FILE).read_text(encoding="utf-8")}
+        if self.base is None:
+            return texts
+        try:
+            texts |= chat_files(Prompting.load(self.folder), self.base)
+        except BaseModelError:  # a base without a tokenizer
+            return texts
+        return texts | (tokenizer_settings(self.base, texts[CHAT_TEMPLATE_FILE]) if merged else {})
 
 
 def export(
@@ -223,19 +241,18 @@ def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
         rank=adapter.config.rank,
         dtypes=("float32",),
         logits=None,
-        command=f'{shell_command("kasa", "generate", out)} "..."',
+        command=f'{shell_command("kasa", "generate", out.absolute())} "..."',
         notes=notes,
     )
 
 
 def _merged(source: ModelSource, out: Path, dtype: Dtype) -> Exported:
     assert source.base is not None
-    written = merge(source.adapter, source.base, out, DTYPES.get(dtype), source.prompting)
+    written = merge(source.adapter, source.base, out, DTYPES.get(dtype), source.beside(merged=True))
     logits, note = None, too_large(written.parameters)
     if note is None:
         logits = logit_difference(source.base, source.adapter, out)
         note = coarse(logits, written.dtypes)
-    command = shell_command("vllm", "serve", out)
     return Exported(
         out=out,
         format="merged",
@@ -244,8 +261,9 @@ def _merged(source: ModelSource, out: Path, dtype: Dtype) -> Exported:
         rank=None,
         dtypes=written.dtypes,
         logits=logits,
-        command=command,
+        command=shell_command("vllm", "serve", out.absolute()),
         notes=(note,) if note else (),
+        request=_request(out, str(out.absolute())),
     )
 
 
@@ -253,26 +271,48 @@ def _lora(source: ModelSource, out: Path, pad_rank: bool, dtype: Dtype) -> Expor
     needed = lora_rank(source.adapter)
     stored = DTYPES["bf16"] if dtype == "bf16" else DTYPES["fp32"]
     rank = export_lora(
-        source.adapter, out, vllm_rank(needed) if pad_rank else None, source.base_name, stored, source.prompting
+        source.adapter, out, vllm_rank(needed) if pad_rank else None, source.base_name, stored, source.beside()
     )
-    command = _serve_lora(source, out, rank)
-    name = str(stored).removeprefix("torch.")
-    return Exported(out, "lora", source.base_name, _size(out), rank, (name,), None, command)
+    served = _serve_lora(source, out.absolute(), rank)
+    return Exported(
+        out=out,
+        format="lora",
+        base=source.base_name,
+        size=_size(out),
+        rank=rank,
+        dtypes=(str(stored).removeprefix("torch."),),
+        logits=None,
+        command=served or _load_with_peft(source, out),
+        request=_request(out, out.name) if served else None,
+    )
 
 
-def _serve_lora(source: ModelSource, out: Path, rank: int) -> str:
+def _serve_lora(source: ModelSource, out: Path, rank: int) -> str | None:
+    """vLLM's command; None for a LoRA that it does not load."""
     if any(target.transposed for target in source.adapter.targets):
-        return _load_with_peft(source, out)
+        return None
     try:
         limit = vllm_rank(rank)
     except InterchangeError:
-        return _load_with_peft(source, out)
+        return None
     options = ["--enable-lora", "--max-lora-rank", limit, "--lora-modules", f"{out.name}={out}"]
+    if (template := out / CHAT_TEMPLATE_FILE).is_file():
+        # Else vLLM takes the base's template, and the base's settings with its penalties.
+        options += ["--chat-template", template, "--generation-config", out]
     return shell_command("vllm", "serve", source.base_name, *options)
 
 
+def _request(out: Path, name: str) -> str | None:
+    """A chat request to the model `name` of a server on this machine; None where `out` has no chat template."""
+    if not (out / CHAT_TEMPLATE_FILE).is_file():
+        return None
+    messages = [{"role": "user", "content": "..."}]
+    body = json.dumps({"model": name, "messages": messages, "temperature": 0, "max_tokens": DEFAULT_NEW_TOKENS})
+    return shell_command("curl", _CHATS, "-H", "Content-Type: application/json", "-d", body)
+
+
 def _peft_kasa(source: ModelSource, out: Path) -> Exported:
-    export_peft_kasa(source.adapter, out, source.base_name, source.prompting)
+    export_peft_kasa(source.adapter, out, source.base_name, source.beside())
     config = source.adapter.config
     notes = ["PEFT recomputes the truncation, by an SVD of every weight, whenever it loads this folder"]
     if config.regulariser == "authors":
@@ -291,10 +331,11 @@ def _peft_kasa(source: ModelSource, out: Path) -> Exported:
 
 
 def _load_with_peft(source: ModelSource, out: Path) -> str:
-    return (
-        'python -c "from peft import PeftModel; from transformers import AutoModelForCausalLM; '
-        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{source.base_name}'), '{out}')\""
+    code = (
+        "from peft import PeftModel; from transformers import AutoModelForCausalLM; "
+        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source.base_name!r}), {str(out.absolute())!r})"
     )
+    return shell_command("python", "-c", code)
 
 
 @contextmanager
@@ -332,7 +373,7 @@ def _with_base(
     if found:
         check_base(adapter, found)
     keeps_name = found is None or (given is None and is_hub_id(adapter.base) and not Path(adapter.base).is_dir())
-    return ModelSource(folder, adapter, found, adapter.base if keeps_name else str(found))
+    return ModelSource(folder, adapter, found, adapter.base if keeps_name or found is None else str(found.absolute()))
 
 
 def _folder_of(name: str, given: Path) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,20 @@ from pipeline.core.files import machine_cache
 from pipeline.methods.loading import attach_folder
 from pipeline.models.base import BaseModel, find_base
 from pipeline.models.forward import Sample, collate_labelled, head_outputs, padding_token, vocabulary_size
-from pipeline.models.loading import end_tokens, load_base
+from pipeline.models.loading import greedy_settings, load_base
 from pipeline.models.prompting import (
     LANGUAGE_MODEL,
     PAIR_SEPARATOR,
     Head,
+    Message,
     Prompting,
     check_tokens,
     encode_texts,
     load_tokenizer,
 )
+from pipeline.serving.requests import GREEDY, Decoding
 
+_PROMPTS_PER_BATCH = 16
 _LABELLED_TEXTS_PER_BATCH = 32
 
 BASE_VARIABLE = "KASA_BASE_MODEL"
@@ -74,20 +78,32 @@ class LoadedModel:
     head: Head
     prompting: Prompting
 
-    def answers(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """One answer per text, from either kind of head.
+    def answers(
+        self, asked: Sequence[str | Sequence[Message]], max_new_tokens: int, decoding: Decoding = GREEDY
+    ) -> list[str]:
+        """One answer for each request, from either kind of head.
 
         Args:
-            texts: prompts as a person types them, or texts to label (pairs joined by `PAIR_SEPARATOR`).
-            max_new_tokens: length limit of generated answers; a trained head ignores it.
+            asked: prompts as a person types them, conversations that end with a user turn, or texts to label (pairs joined by
+                `PAIR_SEPARATOR`).
+            max_new_tokens: length limit of generated answers; a trained head ignores it, as it does `decoding`.
+
+        Raises:
+            TemplateError: the chat template rejects a conversation.
         """
         if self.head.is_new:
-            return [str(prediction) for prediction in self.predictions(texts)]
-        return self.generate([self.prompting.prompt_ids(self.tokenizer, text) for text in texts], max_new_tokens)
+            return [str(prediction) for prediction in self.predictions([str(text) for text in asked])]
+        turns = [[Message("user", one)] if isinstance(one, str) else one for one in asked]
+        prompts = [self.prompting.conversation_ids(self.tokenizer, one) for one in turns]
+        return [
+            text
+            for start in range(0, len(prompts), _PROMPTS_PER_BATCH)
+            for text in self.generate(prompts[start : start + _PROMPTS_PER_BATCH], max_new_tokens, decoding)
+        ]
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Greedy decoding of a batch of tokenised prompts, each to its first stop token; without that, special tokens and
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding = GREEDY) -> list[str]:
+        """Decoding of a batch of tokenised prompts, each to its first stop token or text; without that, special tokens and
         outer white space.
 
         Raises:
@@ -96,8 +112,11 @@ class LoadedModel:
         check_tokens(self.tokenizer, prompts, vocabulary_size(self.model))
         device = next(self.model.parameters()).device
         longest = max(len(prompt) for prompt in prompts)
-        settings = greedy_settings(self.model, self.tokenizer)
+        settings = _greedy(self.model, self.tokenizer)
         settings.max_new_tokens = max_new_tokens
+        if decoding.temperature:
+            settings.do_sample, settings.top_k = True, 0  # transformers would take the likeliest 50 alone
+            settings.temperature, settings.top_p = decoding.temperature, decoding.top_p
         pad = settings.pad_token_id
         input_ids_BT = torch.full((len(prompts), longest), pad, device=device)
         mask_BT = torch.zeros_like(input_ids_BT)
@@ -109,9 +128,24 @@ class LoadedModel:
             input_ids=input_ids_BT,
             attention_mask=mask_BT,
             generation_config=settings,
+            stopping_criteria=[partial(self._stopped, longest, settings.eos_token_id, decoding.stop)]
+            if decoding.stop
+            else None,
         )
-        answers = [_before(settings.eos_token_id, ids) for ids in output_BT[:, longest:].tolist()]
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        texts = self._texts(output_BT[:, longest:], settings.eos_token_id)
+        return [_before_texts(decoding.stop, text).strip() for text in texts]
+
+    def _stopped(
+        self, start: int, ends: Sequence[int] | None, stop: Sequence[str], ids_BT: torch.Tensor, scores: Any
+    ) -> torch.Tensor:
+        """Which rows hold a text to stop at after the position `start`, by transformers' interface of criteria."""
+        texts = self._texts(ids_BT[:, start:], ends)
+        return torch.tensor([any(one in text for one in stop) for text in texts], device=ids_BT.device)
+
+    def _texts(self, ids_BT: torch.Tensor, ends: Sequence[int] | None) -> list[str]:
+        answers = [_before(ends, ids) for ids in ids_BT.tolist()]
+        texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return texts
 
     def predictions(self, texts: Sequence[str]) -> list[Prediction]:
         """Labels of texts, tokenised as in training; a head for pairs splits each text at `PAIR_SEPARATOR`."""
@@ -142,26 +176,19 @@ class LoadedModel:
         return Prediction(classes[int(outputs_C.argmax())], dict(zip(classes, probabilities, strict=True)))
 
 
-def greedy_settings(model: nn.Module, tokenizer: Any) -> Any:
-    """The settings of every generation: the likeliest token each time, up to any that base or tokenizer declare to be an end.
-
-    Whatever else the base's `generation_config.json` asks for (penalties, suppressed or forced tokens, sampling) is left out,
-    since the answers would be the likeliest no more.
-    """
-    from transformers import GenerationConfig
-
-    base: Any = model
-    declared = [*end_tokens(base.generation_config), *end_tokens(base.config.get_text_config())]
-    known = range(vocabulary_size(model))
-    ends = [token for token in dict.fromkeys([*declared, *end_tokens(tokenizer)]) if token in known]
-    # It is masked; but the model must have an embedding for it.
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token in known), 0)
-    return GenerationConfig(do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+def _greedy(model: Any, tokenizer: Any) -> Any:
+    config = model.config.get_text_config()
+    return greedy_settings(model.generation_config, config, tokenizer, vocabulary_size(model))
 
 
 def _before(ends: Sequence[int] | None, ids: Sequence[int]) -> Sequence[int]:
     """The ids before the first of `ends`."""
     return ids[: next((place for place, token in enumerate(ids) if token in (ends or ())), len(ids))]
+
+
+def _before_texts(stop: Sequence[str], text: str) -> str:
+    """The text before the first of `stop`."""
+    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
 
 
 def load_model(
@@ -194,7 +221,7 @@ def load_model(
     tokenizer = load_tokenizer(base)
     if not head.is_new:
         # For all who generate with it, lm-evaluation-harness too; `generate` fills what is not set from here.
-        model.generation_config = greedy_settings(model, tokenizer)
+        model.generation_config = _greedy(model, tokenizer)
     if adapter:
         attach_folder(model, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from kasa import KasaError
 from kasa.files import check_sealed_folder
+from pipeline.core.errors import ModelError
 from pipeline.models.prompting import LANGUAGE_MODEL
 from pipeline.serving.inference import load_registered
+from pipeline.serving.requests import Decoding, read_request
 
 
 class ServedModel(PythonModel):
@@ -21,7 +25,7 @@ class ServedModel(PythonModel):
 
     Attributes:
         served: the loaded model.
-        max_new_tokens: length limit of generated answers.
+        max_new_tokens: length limit of generated answers, where a request sets none.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -37,13 +41,30 @@ class ServedModel(PythonModel):
 
 
 class TextModel(ServedModel):
-    """Input: prompts, as a person types them. Output: answers."""
+    """Input: prompts, as a person types them, or conversations: lists of messages, or objects with `messages`. Output: answers.
+    `params` are `max_new_tokens`, `temperature`, `top_p` and `stop` (a list of texts, of
+    which empty ones do not count); greedy without them."""
 
     def predict(
-        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+        self,
+        context: PythonModelContext,
+        model_input: list[str | dict[str, Any] | list[dict[str, Any]]],
+        params: dict[str, Any] | None = None,
     ) -> list[str]:
-        """Greedy answers."""
-        return self.served.answers(list(model_input), self.max_new_tokens)
+        """One answer for each request.
+
+        Raises:
+            MlflowException: a request or a parameter is not what it should be; servers answer 400.
+        """
+        chosen = dict(params or {})
+        try:
+            limit = chosen.pop("max_new_tokens", self.max_new_tokens)
+            if limit < 1:
+                raise ModelError(f"max_new_tokens is {limit}; it is at least 1")
+            decoding = Decoding(**chosen | {"stop": tuple(filter(None, chosen.get("stop", ())))})
+            return self.served.answers([read_request(one) for one in model_input], limit, decoding)
+        except KasaError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 class LabelModel(ServedModel):

@@ -74,15 +74,14 @@ def test_only_the_adapted_modules_are_targets(tmp_path: Path) -> None:
 
 
 def test_what_the_folder_says(adapter: SavedAdapter, tmp_path: Path) -> None:
-    beside = tmp_path / "prompting.json"
-    beside.write_text("{}")
+    beside = {"prompting.json": "{}"}
     export_lora(adapter, tmp_path / "one", base="organisation/name", dtype=torch.bfloat16, beside=beside)
     assert _settings(tmp_path / "one")["base_model_name_or_path"] == "organisation/name"
     assert {tensor.dtype for tensor in load_file(tmp_path / "one" / "adapter_model.safetensors").values()} == {
         torch.bfloat16
     }
     assert (tmp_path / "one" / "prompting.json").read_text() == "{}"
-    export_lora(adapter, tmp_path / "two", beside=tmp_path / "nothing")
+    export_lora(adapter, tmp_path / "two")
     assert _settings(tmp_path / "two")["base_model_name_or_path"] == adapter.base
     assert sorted(file.name for file in (tmp_path / "two").iterdir()) == [
         "adapter_config.json",

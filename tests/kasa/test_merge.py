@@ -98,9 +98,7 @@ def test_all_but_other_weights_is_copied(base: Path, adapter: SavedAdapter, tmp_
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "rag.jinja").write_text("x")
     (base / ".cache").mkdir()
-    beside = tmp_path / "prompting.json"
-    beside.write_text("{}")
-    merge(adapter, base, tmp_path / "merged", beside=beside)
+    merge(adapter, base, tmp_path / "merged", beside={"prompting.json": "{}"})
     names = {file.relative_to(tmp_path / "merged").as_posix() for file in (tmp_path / "merged").rglob("*")}
     assert names == {
         "tokenizer.json", "chat_template.jinja", "LICENSE", "modeling_own.py", "config.json", "generation_config.json",
