@@ -83,7 +83,6 @@ _INSTEAD_OF_SECTION: dict[str, tuple[tuple[type, str], ...]] = {
     "train": ((str, "data.train"), (list, "data.train")),
     "adapter": ((str, "adapter.method"), (int, "adapter.rank"), (list, "adapter.targets")),
     "spectra": ((int, "spectra.rank"),),
-    "evaluate": ((str, "evaluate.kind"), (list, "evaluate.metrics")),
     "evaluate.harness": ((str, "evaluate.harness.tasks"), (list, "evaluate.harness.tasks")),
     "promotion": ((int, "promotion.margin"), (float, "promotion.margin")),
     "register": ((str, "register.model"),),
@@ -234,7 +233,7 @@ def _in_words(problem: Any, path: tuple[str, ...], root: type[BaseModel]) -> str
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "model_type":
         return (
-            f"{dotted} is a section with keys of its own, not "
+            f"{dotted}: a section with keys of its own belongs here, not "
             f"{'a list' if isinstance(value, list) else 'a single value'} (value {shown}){_instead_of(dotted, value)}"
         )
     if kind == "extra_forbidden":

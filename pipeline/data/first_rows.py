@@ -23,7 +23,7 @@ from pipeline.data.split import split_samples
 
 LOCATIONS_SHOWN = 5
 # A tenth of a second of a core.
-_LOOKED_AT = 2000
+LOOKED_AT = 2000
 
 
 @dataclass
@@ -118,7 +118,7 @@ def check_first_rows(
     """
     check_form(settings)
     sources = DataSources(*(tuple(SourceFile(path, sha256="") for path in side) for side in sides))
-    limit = max(1, _LOOKED_AT // max(1, len(sources.files)))
+    limit = max(1, LOOKED_AT // max(1, len(sources.files)))
     rows, settings = read_sides(settings, sources, head != "language-model", limit)
     whole = whole and not rows.cut
     if whole or not (rows.train or rows.heldout or rows.calibration):

@@ -197,20 +197,11 @@ def known_values(model: str, folder: Path | None) -> dict[str, Any] | None:
         folder: where the base lies, if it is here; else its name decides.
     """
     if folder is None:
-        name = model.lower()
-        return KNOWN_SHAPES.get(name) or KNOWN_SHAPES.get(name.rpartition("/")[2])
+        return KNOWN_SHAPES.get(_built_in_name(model))
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) else None
-
-
-def known_values(model: str, folder: Path | None) -> dict[str, Any] | None:
-    """The configuration's values as they are written: in `folder`, or built in. None where neither has them."""
-    if folder is None:
-        return KNOWN_SHAPES.get(_built_in_name(model))
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return values if isinstance(values, dict) else None
 
 

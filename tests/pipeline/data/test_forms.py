@@ -16,7 +16,7 @@ from pipeline.apps.recipe_docs import recipe_page
 from pipeline.cli import main as cli
 from pipeline.config.settings import DataSettings
 from pipeline.core.errors import DataError
-from pipeline.data.forms import FORMS, Form, check_first_rows, check_form, decide_form, read_samples
+from pipeline.data.forms import FORMS, Form, check_form, decide_form, read_samples
 from pipeline.data.prepared import Rejection, Sample
 from pipeline.data.readers import RawRow
 
@@ -168,36 +168,6 @@ def test_columns_that_no_sample_comes_from_are_named_once_with_their_first_place
     spoken = [{**item, "name": "Ada"} for item in CHAT["messages"]]
     list(read_samples([RawRow("f:1", {"messages": spoken})], settings(), "chat", unread := {}))
     assert unread == {"messages.name": "f:1"}
-
-
-@pytest.mark.parametrize(
-    ("files", "values", "labelled", "message"),
-    [
-        ({"a.jsonl": '{"question": "q"}\n'}, {}, False, "columns question fit no form"),
-        ({"a.jsonl": '{"prompt": "p"}\n'}, {"columns": {"completion": "answr"}}, False, "data.columns maps completion"),
-        ({"a.jsonl": "\n"}, {}, False, "a.jsonl holds no rows"),
-        ({"a.csv": "text\nx\n", "b.csv": ""}, {}, False, "b.csv holds no rows"),
-        ({"a.json": "{}"}, {}, False, "not a list of objects"),
-        ({"a.parquet": "x"}, {}, False, "damaged parquet"),
-        ({"a.jsonl": '{"text": "t", "label": 1}\n'}, {"form": "labelled"}, False, "need a head to learn it"),
-        ({"a.jsonl": '{"text": "t"}\n'}, {}, True, "fit not the form labelled"),
-        ({"a.txt": "x\n"}, {"separator": "|"}, True, "fit not the form labelled"),
-    ],
-)
-def test_the_first_rows_show_mistakes_before_anything_is_started(
-    tmp_path: Path, settings: Make, files: dict[str, str], values: dict[str, Any], labelled: bool, message: str
-) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    paths = sorted(tmp_path.iterdir())
-    with pytest.raises(DataError) as caught:
-        check_first_rows(settings(**values), [paths[:1], paths[1:]], labelled)
-    assert message in str(caught.value)
-
-
-def test_the_first_rows_of_good_data_pass(tmp_path: Path, settings: Make) -> None:
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{broken')
-    check_first_rows(settings(), [[tmp_path / "a.jsonl"], []], labelled=False)
 
 
 def test_prompt_and_opening_of_a_longer_conversation(settings: Make) -> None:

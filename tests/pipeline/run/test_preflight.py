@@ -6,7 +6,7 @@ import http.server
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,19 @@ import pytest
 from typer.testing import CliRunner
 
 from kasa.errors import KasaError
+from pipeline.apps.dry_run import plan_run
 from pipeline.cli.main import app
 from pipeline.config.recipe import load_recipe
+from pipeline.data.first_rows import LOOKED_AT
 from pipeline.run import preflight
 from pipeline.run.preflight import Preflight, check_before_work
 from tests.support.tiny_inputs import write_tiny_inputs
+
+ROWS = 20
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +37,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("model.safetensors", "tokenizer.json"):
         (base / name).write_bytes(b"{}")
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    write_rows(tmp_path / "rows.jsonl", ({"prompt": f"a {n}", "completion": "b"} for n in range(ROWS)))
     (tmp_path / "recipe.yaml").write_text(
         "name: tiny\nbase: {model: ./base}\ndata: {train: rows.jsonl}\n"
         "train: {workers: 2, deepspeed: cpu_zero2, precision: fp32}\nevaluate: {kind: text}\n"
@@ -164,6 +172,96 @@ def test_what_the_first_rows_show(tiny: Path, elsewhere: bool) -> None:
         look(elsewhere=elsewhere)
 
 
+def chat(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": "a"} for role in roles]}
+
+
+@pytest.mark.parametrize(
+    ("row", "overrides", "says"),
+    [
+        ({"prompt": "a {n}", "completion": ["b"]}, [], r"20 of 20 rows .*completion is not text but list"),
+        ({"prompt": "a {n}", "completion": 4}, [], r"20 of 20 rows .*completion is not text but int"),
+        (chat("user", "assistant", "user"), [], "does not end with an assistant turn"),
+        ({"messages": []}, [], "does not end with an assistant turn"),
+        (chat("usr", "assistant"), [], r"role 'usr' is none of system, developer, user"),
+        (chat("user", "assistant"), [], r"1 distinct prompt, too few to hold one out"),
+        ({"prompt": "a", "completion": "{n}"}, [], r"1 distinct prompt, too few to hold one out"),
+        ({"prompt": "a {n}", "completion": "b"}, ["data.heldout_rows=20"], r"heldout_rows 20 is not less than the 20 samples"),
+        ({"prompt": "a {n}", "completion": "b"}, ["data.validation_rows=20"], r"validation_rows 20 leaves nothing to train on"),
+        ({"prompt": "a {n}", "completion": "b"}, ["data.heldout=rows.jsonl"], r"are both the same source\?"),
+        ({"prompt": "a {n}", "completion": "b"}, ["data.heldout=same.jsonl"], r"are both the same source\?"),
+        ({"prompt": "a {n}", "completion": "b"}, ["data.system_prompt=Be brief"], "needs a chat template"),
+        ({"prompt": "a {n}", "completion": "b"}, ["data.chat_template=true"], "the tokenizer has no chat template"),
+        ({"messages": [*chat("user")["messages"], {"role": "assistant", "content": "{n}"}]}, ["data.heldout_share=0.5"], "1 distinct prompt"),
+        ({"messages": [{"role": "user", "content": "{n}"}, *chat("assistant")["messages"]]}, [], "needs a tokenizer with a chat template"),
+        ({"prompt": "a {n}", "completion": "b"}, ["evaluate.kind=choice"], "choice needs choices"),
+        ({"prompt": "a {n}", "completion": "b"}, ["evaluate={kind: choice, choices: [c, d]}"], r"the answer 'b' of .* is none of c, d"),
+        ({"text": "a {n}"}, [], r"evaluate\.kind: text needs prompts with answers"),
+        ({"text": "a {n}", "label": "good"}, ["base.head=regression", "evaluate={}"], r"label is not a number but 'good'"),
+        ({"text": "a {n}", "label": "good"}, ["base.head=classification", "evaluate={}"], r"have the label good, so there is nothing to tell apart"),
+        ({"text": "a {n}", "label": "{n}"}, ["base.head=classification", "evaluate={}"], r"20 different labels.* those are no classes"),
+        ({"text": "a {n}", "label": "good"}, ["base.head=classification", "evaluate={}", "data.labels=[fine, bad]"], r"label 'good' is none of data\.labels"),
+    ],
+)  # fmt: skip
+def test_what_all_rows_show_where_they_are_few(
+    tiny: Path, row: dict[str, Any], overrides: list[str], says: str
+) -> None:
+    text = json.dumps(row)
+    write_rows(tiny / "rows.jsonl", (json.loads(text.replace("{n}", str(n))) for n in range(ROWS)))
+    (tiny / "same.jsonl").write_bytes((tiny / "rows.jsonl").read_bytes())
+    with pytest.raises(KasaError, match=says):
+        look(*overrides)
+
+
+def test_a_score_of_two_classes_where_there_are_three(tiny: Path) -> None:
+    write_rows(tiny / "rows.jsonl", ({"text": f"a {n}", "label": n % 3} for n in range(ROWS)))
+    with pytest.raises(KasaError, match=r"f1 is the score of one of two classes, and the data has 3"):
+        look("base.head=classification", "evaluate={metric: f1}")
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_of_many_rows_only_the_first_are_read(tiny: Path, good: int) -> None:
+    """Whether too many are unusable is not known then, unless none of them can be used."""
+    first = [{"prompt": "a", "completion": "b" if n < good else ""} for n in range(2 * LOOKED_AT)]
+    write_rows(tiny / "rows.jsonl", first)
+    if good:
+        assert not look("data.heldout_rows=50000").refused
+        return
+    with pytest.raises(KasaError, match=rf"{LOOKED_AT} of {LOOKED_AT} rows \(100\.0%\) are unusable"):
+        look()
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_is_found_where_transformers_finds_it(tiny: Path, name: str) -> None:
+    (tiny / "base" / name).write_text(json.dumps({"chat_template": "{{ messages }}", "eos_token": {"content": "</s>"}}))
+    write_rows(tiny / "rows.jsonl", ({**chat("user", "assistant"), "system": str(n)} for n in range(ROWS)))
+    assert not look("data.chat_template=true").refused
+
+
+def test_an_answer_may_spell_out_its_end(tiny: Path) -> None:
+    """As preparation takes it off."""
+    (tiny / "base" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    write_rows(tiny / "rows.jsonl", ({"prompt": f"a {n}", "completion": "b </s>"} for n in range(ROWS)))
+    assert not look("evaluate={kind: choice, choices: [b, c]}").refused
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.max_tokens=129", r"data\.max_tokens 129 is more than the 128 tokens the base model takes"),
+        ("evaluate.max_new_tokens=128", r"evaluate\.max_new_tokens 128 leaves no room for a prompt in the 128 tokens"),
+    ],
+)
+def test_more_tokens_than_the_base_takes(tiny: Path, override: str, says: str) -> None:
+    write_tiny_inputs(tiny / "whole")
+    recipe = load_recipe(Path("recipe.yaml"), ["base.model=whole/base", "data.max_tokens=128", override])
+    with pytest.raises(KasaError, match=says):
+        plan_run(recipe)
+    gpt2 = load_recipe(Path("recipe.yaml"), ["base.model=openai-community/gpt2", "data.max_tokens=1025"])
+    with pytest.raises(KasaError, match=r"data\.max_tokens 1025 is more than the 1024 tokens"):
+        plan_run(gpt2)
+
+
 def test_a_workspace_that_is_a_file(tiny: Path) -> None:
     with pytest.raises(KasaError, match=r"the workspace \S*rows\.jsonl is a file"):
         look("workspace=rows.jsonl")
@@ -173,7 +271,16 @@ def test_a_dry_run_shows_the_plan_and_then_refuses(tiny: Path, monkeypatch: pyte
     monkeypatch.setattr("shutil.which", lambda name: None)
     write_tiny_inputs(tiny / "whole")
     done: Any = CliRunner().invoke(
-        app, ["run", "recipe.yaml", "base.model=whole/base", "evaluate.metrics=[meteor]", "--dry-run", "--json"]
+        app,
+        [
+            "run",
+            "recipe.yaml",
+            "base.model=whole/base",
+            "data.max_tokens=64",
+            "evaluate.metrics=[meteor]",
+            "--dry-run",
+            "--json",
+        ],
     )
     assert isinstance(done.exception, KasaError)
     plan = json.loads(done.stdout.splitlines()[-1])
