@@ -204,7 +204,10 @@ def _unmatched(name: str, others: dict[str, str], candidates: dict[str, Target])
     if other:
         return f"adapter.targets: {name!r} is a {other}, which cannot carry an adapter; linear modules are {_examples(candidates)}"
     short_names = sorted({candidate.rsplit(".", 1)[-1] for candidate in candidates})
-    return f"adapter.targets: {name!r} matches no module; linear modules are {_examples(candidates)}{nearest(name, short_names)}"
+    return (
+        f"adapter.targets: {name!r} matches no module; linear modules are {_examples(candidates)} ({ALL_LINEAR}: all of them)"
+        f"{nearest(name, short_names)}"
+    )
 
 
 def _examples(candidates: dict[str, Target]) -> str:

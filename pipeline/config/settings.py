@@ -273,6 +273,13 @@ class HarnessSettings(Section):
     include: PathText | None = Field(None, description="A folder with task files of your own.")
     limit: int | None = Field(None, ge=1, description="How many documents of each task. Default: all.")
 
+    @model_validator(mode="after")
+    def _has_tasks(self) -> HarnessSettings:
+        # Tasks may be taken from a recipe by an override, and the rest stands there.
+        if self.model_fields_set and "tasks" not in self.model_fields_set:
+            raise ValueError("no task is named; set tasks, such as [arc_easy], or leave the section out")
+        return self
+
 
 class EvaluateSettings(Section):
     """The comparison of base, adapter and champion on held-out samples."""

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,9 +130,10 @@ def _lines(name: str, file: IO[bytes]) -> Iterator[tuple[int, str]]:
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
+            encoding = "utf-16" if number == 1 and raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "latin1"
             raise DataError(
                 f"{name}:{number}: byte {error.start + 1} of the line is not UTF-8 (0x{raw[error.start]:02x}); "
-                f"convert the file, e.g. `{shell_command('iconv', '-f', 'latin1', '-t', 'utf-8', Path(name).name)}`"
+                f"convert the file, e.g. `{shell_command('iconv', '-f', encoding, '-t', 'utf-8', Path(name).name)}`"
             ) from None
         yield number, line.removeprefix("\ufeff") if number == 1 else line
 
@@ -251,6 +253,11 @@ def _check_header(header: Sequence[str], location: str) -> None:
     double = sorted({name for name in header if header.count(name) > 1})
     if double:
         raise DataError(f"{location}: column {double[0]!r} occurs twice in the header; rename one")
+    separator = next((one for one in (";", "\t", "|") if len(header) == 1 and one in header[0]), None)
+    if separator is not None:
+        raise DataError(
+            f"{location}: the cells of a csv file are separated by commas, and here by {separator!r}; convert the file"
+        )
 
 
 def _read_parquet(name: str, file: IO[bytes]) -> Iterator[RawRow]:

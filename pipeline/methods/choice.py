@@ -71,7 +71,8 @@ def check_ranks(recipe: Recipe, targets: Sequence[Target]) -> None:
         # Without alpha / rank, the rank is no rank of a matrix (see `MethodSpec.rank_meaning`).
         check_rank(targets, recipe.adapter.rank, "adapter.rank")
     if spec.components == "dropped":
-        check_rank(targets, recipe.spectra_rank, "spectra.rank")
+        key = "spectra.rank" if recipe.spectra.rank else "adapter.truncation_rank"
+        check_rank(targets, recipe.spectra_rank, key)
 
 
 def method_of(

@@ -230,7 +230,8 @@ def _find(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
     if folder.is_dir():
         return folder.resolve()
     if folder.is_absolute() or settings.model.startswith((".", "~")) or settings.model.count("/") != 1:
-        raise BaseModelError(f"base.model {settings.model} is neither a folder nor a hub id (ORGANISATION/NAME)")
+        hint = f"; give the folder, {folder.parent}" if folder.is_file() else _nearest_folder(folder)
+        raise BaseModelError(f"base.model {settings.model} is neither a folder nor a hub id (ORGANISATION/NAME){hint}")
     return _from_hub(settings, fetch)
 
 

@@ -68,6 +68,7 @@ def test_the_order_is_the_models(llama) -> None:
     [
         ("q_porj", r"'q_porj' matches no module; .*did you mean .*q_proj"),
         (["q_proj", "query"], "'query' matches no module"),
+        ("all", r"'all' matches no module; .*down_proj \(all-linear: all of them\)$"),
         ("input_layernorm", "'input_layernorm' is a LlamaRMSNorm, which cannot carry an adapter"),
         ("re:nothing_like_it", "matches none of 14 linear modules, such as q_proj"),
         ("re:(", r"'\(' is no regular expression"),

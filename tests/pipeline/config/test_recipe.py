@@ -173,7 +173,10 @@ def test_the_one_who_wrote_it_is_blamed(file) -> None:
 def test_a_home_folder_is_found(file, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_recipe(file, ["workspace=~/kasa"]).workspace == tmp_path / "kasa"
-    assert load_recipe(file, ["evaluate.harness.include=~/tasks"]).evaluate.harness.include == f"{tmp_path}/tasks"
+    assert (
+        load_recipe(file, ["evaluate.harness={include: ~/tasks, tasks: [own]}"]).evaluate.harness.include
+        == f"{tmp_path}/tasks"
+    )
     assert load_recipe(file, ["workspace=~nobody-here/kasa"]).workspace == Path("~nobody-here/kasa")
 
 

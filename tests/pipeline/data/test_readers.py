@@ -99,6 +99,8 @@ def test_txt_splits_at_the_first_separator(tmp_path: Path) -> None:
         ("a.csv", 'a,b\n1,2\n3,"open\n', ":3: broken csv"),
         ("a.csv", "a,a\n1,2\n", "column 'a' occurs twice"),
         ("a.csv", b"a\nb\n\xff\n", ":3: byte 1 of the line is not UTF-8"),
+        ("a.csv", "a;b\n1;2\n", ":1: the cells of a csv file are separated by commas, and here by ';'"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "(0xff); convert the file, e.g. `iconv -f utf-16 -t utf-8 a.jsonl`"),
         ("a.parquet", "no parquet", "damaged parquet"),
         ("a.txt", "", "holds no rows"),
         ("a.xml", "<a/>", "not from .xml"),

@@ -72,3 +72,10 @@ def test_what_cannot_be_run_is_said_before_training(tasks: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             check_harness(wrong, head)
+
+
+def test_settings_of_no_task_are_refused() -> None:
+    for settings in ({"limit": 5}, {"include": "tasks"}):
+        with pytest.raises(ValueError, match="no task is named; set tasks"):
+            HarnessSettings.model_validate(settings)
+    assert HarnessSettings(tasks=[], limit=5).limit == 5

@@ -218,3 +218,15 @@ def test_a_mistyped_folder_is_no_error_of_the_hub_alone(tmp_path: Path, monkeypa
         find_base(BaseSettings(model="models/tny"), tmp_path)
     with pytest.raises(BaseModelError, match=r"organisation/name is no folder here; and as a hub id"):
         find_base(BaseSettings(model="organisation/name"), tmp_path)
+
+
+def test_a_mistyped_path_is_answered_with_what_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    Path("base/model.safetensors").touch()
+    for mistyped, hint in (
+        ("./bse", r"; did you mean .*base\?$"),
+        ("./base/model.safetensors", "; give the folder, .*base$"),
+    ):
+        with pytest.raises(BaseModelError, match=f"neither a folder nor a hub id .*{hint}"):
+            find_base(BaseSettings(model=mistyped), tmp_path)

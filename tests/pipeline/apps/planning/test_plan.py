@@ -22,11 +22,12 @@ from kasa import KasaConfig, attach, detach, find_targets, observe_layers, save_
 from kasa.adapter import frozen_factors
 from kasa.adapter import trainable_parameters as trainable_tensors
 from kasa.adapter_file import SavedAdapter
+from kasa.errors import TargetError
 from kasa.layer import KasaUpdate
 from kasa.spectra import Triplets
 from kasa.targets import Target
 from pipeline.apps import plan as plan_module
-from pipeline.apps.plan import DataFacts, Estimate, estimate, plan_training
+from pipeline.apps.plan import DataFacts, Estimate, checked_targets, estimate, plan_training
 from pipeline.apps.plan_compute import Hardware, hardware_of, spectra_cost, training_flops
 from pipeline.apps.plan_memory import (
     GIB,
@@ -591,3 +592,16 @@ def test_wrong_input_is_one_error_and_exit_code_2(kasa: Any, arguments: tuple[st
 def test_options_out_of_range_end_with_exit_code_2(kasa: Any) -> None:
     assert kasa("plan", "recipe.yaml", "--gpus", "0")[0] == 2
     assert kasa("plan", "recipe.yaml", "--utilisation", "1.5")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"adapter": {"rank": 64}}, "adapter.rank 64"),
+        ({"adapter": {"truncation_rank": 64}}, "adapter.truncation_rank 64"),
+        ({"spectra": {"rank": 64}}, "spectra.rank 64"),
+    ],
+)
+def test_a_rank_too_high_is_named_by_the_key_that_sets_it(sections: dict[str, Any], key: str) -> None:
+    with pytest.raises(TargetError, match=f"^{re.escape(key)} must be below"):
+        checked_targets(_recipe(**sections), meta_model(_small_llama()))
