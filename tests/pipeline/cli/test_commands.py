@@ -26,7 +26,8 @@ def kasa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "recipe.yaml").write_text("name: tiny\ndata: {train: rows.jsonl}\n")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "2+2?", "completion": "4"}\n' * 20)
+    rows = (json.dumps({"prompt": f"{n}+2?", "completion": str(n + 2)}) + "\n" for n in range(20))
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
     (tmp_path / "file").write_text("no folder")
 
     def run(*arguments: str) -> tuple[int, str, str]:

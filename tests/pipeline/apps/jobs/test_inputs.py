@@ -39,7 +39,7 @@ def check(tiny: Path, *overrides: str) -> list[str]:
 
 def test_the_recipe_and_what_it_names_by_relative_path_go_along(tiny: Path) -> None:
     assert check(tiny) == ["recipe.yaml", "rows.jsonl", "base"]
-    assert check(tiny, "data.train=*.jsonl", "data.heldout=./rows.jsonl") == [
+    assert check(tiny, "data.train=*.jsonl", "data.calibration=./rows.jsonl") == [
         "recipe.yaml",
         *["rows.jsonl"] * 2,
         "base",
