@@ -226,10 +226,8 @@ class Registry:
         with tempfile.TemporaryDirectory(prefix="kasa-model-") as folder:
             files = Path(self._mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
             for source in package.artifacts.values():
-                stored, given = (
-                    files / "artifacts" / source.name,
-                    (file for file in source.rglob("*") if file.is_file()),
-                )
+                stored = files / "artifacts" / source.name
+                given = (file for file in source.rglob("*") if file.is_file())
                 try:
                     check_digests(stored, file_digests(source, given))
                     check_sealed_folder(stored)  # where it was made, if it was sealed there
