@@ -219,6 +219,7 @@ def _marked_place(tokenizer: Tokenizer, turns: Sequence[Message]) -> int | None:
         return None
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    # It is declared as a text, and with masks it is a pair.
     rendered: Any = render_jinja_template(
         conversations=[messages],
         tools=tools,
@@ -226,7 +227,7 @@ def _marked_place(tokenizer: Tokenizer, turns: Sequence[Message]) -> int | None:
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    spans = rendered[1]
+    _, spans = rendered
     return int(spans[0][-1][0]) if spans and spans[0] else None
 
 
