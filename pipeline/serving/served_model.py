@@ -42,8 +42,8 @@ class ServedModel(PythonModel):
 
 class TextModel(ServedModel):
     """Input: prompts, as a person types them, or conversations: lists of messages, or objects with `messages`. Output: answers.
-    `params` are `max_new_tokens`, `temperature`, `top_p` and `stop` (a list of texts, of
-    which empty ones do not count); greedy without them."""
+    `params` are `max_new_tokens`, `temperature`, `top_p` and `stop` (a list of texts, of which empty ones do not count);
+    greedy without them."""
 
     def predict(
         self,

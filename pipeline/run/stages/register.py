@@ -105,8 +105,11 @@ def register(work: Work, key: StageKey, adapter: Artifact, evaluation: Evaluatio
         tracking.tag(run_id, {"kasa.decision": json.dumps({"promote": facts["promote"], "reason": facts["reason"]})})
 
     known = context.store.find(key)
-    if known and not registry.version(known.facts["name"], known.facts["version"]):
-        context.store.remove(known)
+    if known:
+        version = registry.version(known.facts["name"], known.facts["version"])
+        # A registry that was deleted and filled again has other versions under the same numbers.
+        if version is None or version.tags.get(KEY_TAG) != key.key:
+            context.store.remove(known)
     artifact = run_stage(context, key, make, publish)
     facts = artifact.facts
     model = registry.version(facts["name"], facts["version"])
