@@ -96,13 +96,14 @@ def write_report(
     from pipeline.models.chat_template import chat_files
 
     adapter = made["train"].folder / ADAPTER
+    saved = read_adapter(adapter)
     beside: dict[str, str] = {}
     if recipe.base.head == "language-model":
         beside = chat_files(Prompting.load(adapter), base.folder)
         beside[PROMPTING_FILE] = (adapter / PROMPTING_FILE).read_text(encoding="utf-8")
     name = base.name if not user_path(base.name).is_dir() else str(base.folder)
     try:
-        return f"rank {export_lora(read_adapter(adapter), folder / LORA, base=name, beside=beside)}"
+        return f"rank {export_lora(saved, folder / LORA, base=name, beside=beside)}"
     except InterchangeError as error:
         return f"none: {error}"
 

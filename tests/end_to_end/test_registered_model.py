@@ -76,8 +76,9 @@ def test_it_carries_the_evaluation_and_an_example(model: Path, first: dict[str, 
     for candidate in ("base", "adapted"):
         samples = read_samples(model / "artifacts" / "evaluation" / "samples" / f"{candidate}.parquet")
         assert len(samples) == metrics["heldout_rows"] == 8
-    (example,) = json.loads((model / "input_example.json").read_text())
-    assert example.startswith("count ")
+    example = json.loads((model / "input_example.json").read_text())
+    assert example["inputs"][0].startswith("count ")
+    assert example["params"] == {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "stop": [""]}
     assert "type: string" in (model / "MLmodel").read_text() or '"type": "string"' in (model / "MLmodel").read_text()
     assert not [file for file in model.rglob("*") if file.suffix in (".pkl", ".pickle", ".pt", ".bin")]
 

@@ -69,8 +69,9 @@ def prepare(work: Work, key: StageKey) -> Artifact:
 
     prepared = run_stage(context, key, make, publish)
     data = load_prepared(prepared.folder)
-    heldout = data.heldout.select_columns(["references", "choices", "choice_labels", "source"])
-    check_suitable(recipe.evaluate, heldout, data.summary["form"])
+    if recipe.base.head == "language-model":
+        heldout = data.heldout.select_columns(["references", "choices", "choice_labels", "source"])
+        check_suitable(recipe.evaluate, heldout, data.summary["form"])
     check_metric(recipe, len(Head.load(prepared.folder).classes))
     return prepared
 

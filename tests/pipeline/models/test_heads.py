@@ -12,7 +12,7 @@ import torch
 
 from kasa import KasaConfig, attach, capture_adapter, compute_spectra, save_adapter
 from kasa.calibration import StoredCalibration
-from kasa.files import file_digest
+from kasa.files import file_digest, seal_folder
 from kasa.model_spectra import ModelWeights
 from kasa.spectra_file import save_spectra
 from kasa.targets import select_targets
@@ -123,6 +123,7 @@ def test_a_registered_model_answers_with_what_its_head_says(tmp_path: Path, base
         model_config=config | {"precision": "fp32", "max_new_tokens": 4},
         pip_requirements=[],
     )
+    seal_folder(tmp_path / "model")
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     signature = loaded.metadata.signature
     assert (str(signature.inputs), str(signature.outputs)) == ("[string (required)]", "[Map(str -> Any) (required)]")

@@ -221,7 +221,7 @@ def chat(*roles: str) -> dict[str, Any]:
         ({"prompt": "a {n}", "completion": "b"}, ["data.system_prompt=Be brief"], "needs a chat template"),
         ({"prompt": "a {n}", "completion": "b"}, ["data.chat_template=true"], "the tokenizer has no chat template"),
         ({"messages": [*chat("user")["messages"], {"role": "assistant", "content": "{n}"}]}, ["data.heldout_share=0.5"], "1 distinct prompt"),
-        ({"messages": [{"role": "user", "content": "{n}"}, *chat("assistant")["messages"]]}, [], "needs a tokenizer with a chat template"),
+        ({"messages": [{"role": "user", "content": "{n}"}, *chat("assistant")["messages"]]}, [], "needs a chat template"),
         ({"prompt": "a {n}", "completion": "b"}, ["evaluate.kind=choice"], "choice needs choices"),
         ({"prompt": "a {n}", "completion": "b"}, ["evaluate={kind: choice, choices: [c, d]}"], r"the answer 'b' of .* is none of c, d"),
         ({"text": "a {n}"}, [], r"evaluate\.kind: text needs prompts with answers"),
