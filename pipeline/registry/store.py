@@ -278,8 +278,13 @@ class Registry:
         Raises:
             ModelError: There is no such model, it cannot be downloaded, or it is damaged.
         """
+        from mlflow.exceptions import MlflowException
+
         files = self._fetch(self.look_up(uri), folder)
-        flavors = self._mlflow.models.Model.load(str(files)).flavors
+        try:  # a version that carries no seal may be damaged here
+            flavors = self._mlflow.models.Model.load(str(files)).flavors
+        except (MlflowException, OSError) as error:
+            raise ModelError(f"{uri}: its MLmodel in {self.where} cannot be read: {one_line(error)}") from error
         return files, dict(flavors.get("python_function", {}).get("config") or {})
 
     def _fetch(self, version: ModelVersion, folder: Path) -> Path:
