@@ -24,6 +24,7 @@ from pipeline.metrics.intervals import Interval, mean_differences
 from pipeline.models.prompting import Prompting
 
 HARNESS_JSON = "harness.json"
+_REASONING_END = "</think>"
 
 
 def choices_of(sample: Mapping[str, Any], given: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -71,6 +72,16 @@ def named_choice(output: str, labels: Sequence[str]) -> int | None:
     pattern = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
     found = re.search(rf"(?<!\w)(?:{pattern})(?!\w)", output)
     return labels.index(found[0]) if found else None
+
+
+def without_reasoning(output: str, references: Sequence[str]) -> str:
+    """A generated answer from the end of its reasoning on: what stands after the last `</think>`.
+
+    Where a reference holds reasoning itself, or the answer ran out of tokens before it was closed, all of it counts.
+    """
+    if any(_REASONING_END in reference for reference in references):
+        return output
+    return output.rpartition(_REASONING_END)[2].strip() if _REASONING_END in output else output
 
 
 def continuation_ids(prompting: Prompting, tokenizer: Any, prompt: str, choice: str) -> list[int]:

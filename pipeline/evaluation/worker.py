@@ -22,7 +22,14 @@ from torch.nn import functional
 from pipeline.config.settings import EvaluateSettings
 from pipeline.core.files import JournalWriter, Record, read_journal
 from pipeline.data.prepared import PreparedDataset, load_prepared, token_counts
-from pipeline.evaluation.results import choices_of, continuation_ids, named_choice, right_choice, score_choices
+from pipeline.evaluation.results import (
+    choices_of,
+    continuation_ids,
+    named_choice,
+    right_choice,
+    score_choices,
+    without_reasoning,
+)
 from pipeline.models.chat import Message
 from pipeline.models.forward import IGNORED, Sample, collate, label_losses, limits_logits, sample_losses
 from pipeline.models.prompting import Prompting
@@ -119,8 +126,8 @@ def _add_outputs(
         return
     prompts = [_prompt(sample) for sample, _ in shown]
     outputs = loaded.generate(prompts, settings.max_new_tokens)
-    for (sample, record), output in zip(shown, outputs, strict=True):
-        record["output"] = output
+    for (sample, record), generated in zip(shown, outputs, strict=True):
+        record["output"] = output = without_reasoning(generated, record["references"])
         if settings.extract:
             choices, labels = choices_of(sample, settings.choices)
             right = right_choice(record["references"], choices)

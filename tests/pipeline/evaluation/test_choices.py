@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from pipeline.config.settings import EvaluateSettings
 from pipeline.core.errors import RecipeError
 from pipeline.data.prepared import load_prepared
-from pipeline.evaluation.results import check_suitable, continuation_ids, named_choice, right_choice, score_choices
+from pipeline.evaluation.results import (
+    check_suitable,
+    continuation_ids,
+    named_choice,
+    right_choice,
+    score_choices,
+    without_reasoning,
+)
 from pipeline.evaluation.worker import log_likelihoods
 from pipeline.models.prompting import Prompting
 
@@ -103,3 +110,12 @@ def test_what_cannot_be_evaluated_is_said_beforehand(
         return
     with pytest.raises(RecipeError, match=says):
         check_suitable(evaluate, data.heldout, data.summary["form"])
+
+
+def test_the_answer_after_reasoning() -> None:
+    assert without_reasoning("<think>\nA or B?\n</think>\n\nB", ["B"]) == "B"
+    assert without_reasoning("A or B?</think>B", ["B"]) == "B"  # the prompt opened the block
+    assert without_reasoning(" B ", ["B"]) == " B "
+    assert without_reasoning("<think>\nA or", ["B"]) == "<think>\nA or"  # no answer at all
+    learned = "<think>\nB.\n</think>\n\nB"
+    assert without_reasoning(learned, [learned]) == learned

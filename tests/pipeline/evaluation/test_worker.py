@@ -13,6 +13,7 @@ from pipeline.core.files import Record, append_journal, read_journal
 from pipeline.evaluation.results import read_samples, write_samples
 from pipeline.evaluation.worker import EvaluationShard, batches_of, evaluate_shard
 from pipeline.metrics.intervals import measure
+from pipeline.serving.inference import LoadedModel
 
 QUESTIONS = [
     {"question": f"count {n} from {n * n}", "choices": [f"{n} done", "from", f"count {n}"], "answer": n % 3} for n in range(10)
@@ -93,3 +94,17 @@ def test_results_come_back_from_parquet_as_they_were(tmp_path: Path) -> None:
     ]
     write_samples(tmp_path / "samples.parquet", records)
     assert read_samples(tmp_path / "samples.parquet") == records
+
+
+def test_what_follows_the_reasoning_is_judged(
+    base: Path, prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "<think>\nIs it 4, or 5? Not </think> yet.\n</think>\n\n5"
+    monkeypatch.setattr(LoadedModel, "generate", lambda self, prompts, tokens: [said] * len(prompts))
+    settings = EvaluateSettings(kind="answer", max_new_tokens=3)
+    rows = [{"prompt": "2 + 3?", "completion": "5"}, {"prompt": "2 + 2?", "completion": "4"}]
+    found = evaluated(base, prepared(rows), tmp_path / "journals", settings)
+    assert {(record["references"][0].strip(), record["output"], record["exact_match"]) for record in found} == {
+        ("5", "5", 1.0),
+        ("4", "5", 0.0),
+    }
