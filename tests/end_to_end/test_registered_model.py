@@ -20,7 +20,7 @@ from pipeline.config.settings import EvaluateSettings
 from pipeline.core.errors import ModelError
 from pipeline.evaluation.results import read_samples
 from pipeline.models.loading import load_base
-from pipeline.serving.export import logits_of
+from pipeline.serving.logits import logits_of
 from pipeline.serving.served_model import TextModel
 from tests.support.commands import run_kasa
 from tests.support.serving import Stranger, adapter_logits, apart, ask, load_as_stranger, served

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from kasa import attach_saved, read_adapter
 from pipeline.models.loading import load_base
-from pipeline.serving.export import logits_of
+from pipeline.serving.logits import logits_of
 from tests.support import fresh_process
 from tests.support.tracking_server import free_port
 

@@ -19,7 +19,7 @@ from pipeline.models.base import BaseModel, find_base
 from pipeline.models.embedded import embedded_path_if_present
 from pipeline.models.loading import load_base
 from pipeline.models.prompting import load_tokenizer
-from pipeline.serving.export import logits_of, text_sequences
+from pipeline.serving.logits import logits_of, text_sequences
 from tests.support import ROOT
 from tests.support.evaluations import against_harness
 from tests.support.interchange import difference, layer_differences, random_adapter

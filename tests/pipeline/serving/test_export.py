@@ -28,8 +28,7 @@ from pipeline.core.errors import ModelError
 from pipeline.models import base as base_folder
 from pipeline.models.prompting import Prompting
 from pipeline.registry.store import ModelPackage, Registry
-from pipeline.serving import export as logit_difference
-from pipeline.serving import served_model
+from pipeline.serving import logits, served_model
 from pipeline.tracking.runs import Tracking
 
 TOKENS = torch.arange(12)[None]
@@ -144,7 +143,7 @@ def test_merged(kasa: Kasa, base: Path, adapter: Path) -> None:
 
 
 def test_merged_says_what_rounding_costs(kasa: Kasa, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_difference, "_COARSE", 1e-6)
+    monkeypatch.setattr(logits, "_COARSE", 1e-6)
     code, out, _ = kasa("export", adapter, "whole", "--format", "merged")
     assert code == 0
     assert "whole: merged, bfloat16, " in out
@@ -153,7 +152,7 @@ def test_merged_says_what_rounding_costs(kasa: Kasa, adapter: Path, monkeypatch:
 
 
 def test_a_model_too_large_to_be_compared(kasa: Kasa, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_difference, "memory_gib", lambda: (1.0, 0.0))
+    monkeypatch.setattr(logits, "memory_gib", lambda: (1.0, 0.0))
     code, out, _ = kasa("export", adapter, "whole", "--format", "merged")
     assert code == 0
     assert "note: logits not compared: that takes" in out
