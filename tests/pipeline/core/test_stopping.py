@@ -22,8 +22,13 @@ stopping.shutil.which = str
 stopping.GRACE_S, stopping.DUTIES_S = 0.5, 0.5
 sleepers = subprocess.Popen(["sh", "-c", "sleep 300 & exec sleep 300"])
 
+def ready():
+    # The signal comes as soon as this is read: what is to meet it stands around this call.
+    print(sleepers.pid, flush=True)
+
 def in_order():
     try:
+        ready()
         stopping.pause(300)
     finally:
         print("in order", flush=True)
@@ -33,26 +38,31 @@ def in_order_where_the_listener_is_late():
     late = lambda *arguments: (time.sleep(0.8), os.read(*arguments))[1]
     stopping.os = types.SimpleNamespace(**vars(os) | {"read": late})
     try:
+        ready()
         time.sleep(300)
     finally:
         time.sleep(1.5)
         print("in order", flush=True)
 
 def in_an_endless_call():
+    ready()
     stopping.aside(threading.Event().wait)
 
 def behind_a_handler_of_a_library():
     signal.signal(signal.SIGINT, lambda *_: None)
+    ready()
     time.sleep(300)
 
 def waiting_for_another_thread():
     try:
+        ready()
         time.sleep(300)
     finally:
         threading.Event().wait()
 
 def in_a_thread():
     def work():
+        ready()
         while True:
             stopping.pause(300)
     with ThreadPoolExecutor() as threads:
@@ -60,6 +70,7 @@ def in_a_thread():
 
 def asking():
     try:
+        ready()
         time.sleep(300)
     except KeyboardInterrupt:
         with stopping.held("the job goes on"):
@@ -68,7 +79,6 @@ def asking():
 
 owed = stopping.otherwise(lambda: print("owed", flush=True))
 with stopping.on_signals(["/bin/kasa", "run", "my recipe.yaml"]), owed:
-    print(sleepers.pid, flush=True)
     globals()[sys.argv[1]]()
 """
 USUAL = "stopped; the same command goes on: kasa run 'my recipe.yaml'\n"
