@@ -1,4 +1,4 @@
-"""Small trainings that checks of the method share: tasks, the adapter under test beside PEFT's LoRA, and held-out losses.
+"""Small trainings that checks of the method share: tasks, adapters beside each other, and held-out losses.
 
 Every arm of a task sees the same rows in the same order with the same schedule and rank; only the adapter and, where a check
 says so, the rate differ. Each training runs in a process of its own with one thread.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,22 @@ class Task:
     head: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Arm:
+    """An adapter of rank `RANK` and scale `ALPHA / RANK`.
+
+    Attributes:
+        kasa: the KaSA adapter; PEFT's LoRA where it is None.
+        lora: what that LoRA's `LoraConfig` says beside rank, alpha and modules.
+        gradient_start: A starts along the top right singular vectors of the loss's gradient at the base weights (sum over the
+            labels of `CALIBRATION_ROWS` training rows), in the size of LoRA's start.
+    """
+
+    kasa: KasaConfig | None = None
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    gradient_start: bool = False
+
+
 @torch.inference_mode()
 def row_losses(task: Task, rows: Sequence[Sample]) -> list[tuple[float, int]]:
     """(sum of the losses of its labels in nats, their number) of each row."""
@@ -76,9 +92,9 @@ def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
     return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
-def train_adapter(task: Task, config: KasaConfig | None, rate: float, seed: int) -> None:
-    """Train a KaSA adapter, or PEFT's LoRA of the same rank and scale without a `config`, for one pass over the rows."""
-    model, regulariser = _adapted(task, config, seed)
+def train_adapter(task: Task, arm: Arm, rate: float, seed: int) -> None:
+    """Train the arm's adapter for one pass over the rows."""
+    model, regulariser = _adapted(task, arm, seed)
     order = list(task.train)
     random.Random(seed).shuffle(order)
     batches = [order[i : i + task.batch] for i in range(0, len(order), task.batch)]
@@ -94,22 +110,46 @@ def train_adapter(task: Task, config: KasaConfig | None, rate: float, seed: int)
         optimizer.zero_grad()
 
 
-def _adapted(task: Task, config: KasaConfig | None, seed: int) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+def _adapted(task: Task, arm: Arm, seed: int) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """The model with the adapter in place, and the adapter's regulariser."""
     targets = [target for target in find_targets(task.model, "all-linear") if target.name not in task.head]
-    if config is None:
+    pulled = _pulled(task, targets) if arm.gradient_start else {}
+    if arm.kasa is None:
         from peft import LoraConfig, inject_adapter_in_model
 
         names = [target.name for target in targets]
-        inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=names), task.model)
+        config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=names, **arm.lora)
+        inject_adapter_in_model(config, task.model)
         for name in task.head:
             task.model.get_submodule(name).requires_grad_(True)
-        return task.model, lambda: torch.zeros(())
-    weighting = _weighting(task, targets, config.truncation) if config.truncation in CALIBRATED else None
-    drops = config.truncation != "none"
-    spectra = compute_spectra(ModelWeights(task.model), targets, RANK, weighting=weighting) if drops else None
-    layers = attach(task.model, targets, config, spectra, seed, trained_modules=task.head)
-    return task.model, lambda: penalty(layers.values(), config.regulariser).weighted(config)
+        factors = {name: task.model.get_submodule(name).lora_A.default.weight for name in pulled}
+        regulariser = lambda: torch.zeros(())  # noqa: E731
+    else:
+        kasa = arm.kasa
+        weighting = _weighting(task, targets, kasa.truncation) if kasa.truncation in CALIBRATED else None
+        drops = kasa.truncation != "none"
+        spectra = compute_spectra(ModelWeights(task.model), targets, RANK, weighting=weighting) if drops else None
+        layers = attach(task.model, targets, kasa, spectra, seed, trained_modules=task.head)
+        factors = {name: layers[name].update.a_RI for name in pulled}
+        regulariser = lambda: penalty(layers.values(), kasa.regulariser).weighted(kasa)  # noqa: E731
+    for name, a_RI in pulled.items():
+        factors[name].data.copy_(a_RI)
+    return task.model, regulariser
+
+
+def _pulled(task: Task, targets: Sequence[Target]) -> dict[str, torch.Tensor]:
+    """For each layer the A of a gradient start; its rows are orthogonal, each as long as one of LoRA's is at its start."""
+    weights = {target.name: task.model.get_submodule(target.name).weight.requires_grad_() for target in targets}
+    for sample in task.train[:CALIBRATION_ROWS]:
+        task.losses(task.model, [sample]).sum().backward()
+    started = {}
+    for name, weight_OI in weights.items():
+        assert weight_OI.grad is not None
+        _, _, right_IR = torch.svd_lowrank(weight_OI.grad, q=2 * RANK, niter=4)
+        started[name] = right_IR.T[:RANK] / 3**0.5  # a row of PEFT's Kaiming start has the expected squared length 1/3
+    task.model.zero_grad()
+    task.model.requires_grad_(False)
+    return started
 
 
 def weighting_of(sums: CalibrationSums, rule: Truncation) -> Callable[[str], Weighting]:

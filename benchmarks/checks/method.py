@@ -1,7 +1,7 @@
 """What KaSA is worth beside LoRA: every arm trained at its own best learning rate, then compared on rows it has not seen.
 
-The rates are chosen on the first third of the held-out rows with a seed that the comparison does not use; the same rates are
-tried for all arms, and while an arm's best lies at an end of the grid, the grid grows for all. The comparison takes fresh seeds
+The rates are chosen on the first third of the held-out rows with a seed that the comparison does not use; the same three are
+tried for all arms, and while an arm's best lies at an end of its grid, that grid grows. The comparison takes fresh seeds
 and the other two thirds. Each training is a process of its own with one thread, and its result is kept in the workspace:
 `python -m benchmarks.checks.method WORKSPACE TASK ARM RATE SEED`.
 """
@@ -23,6 +23,7 @@ from benchmarks.training import (
     ALPHA,
     E2E,
     RANK,
+    Arm,
     Task,
     mean_loss,
     minilm_reviews,
@@ -43,8 +44,14 @@ TASKS: Mapping[str, Callable[[Path], Task]] = {
     "python-reference": smollm2_long_reference,
     "encoder-reviews": minilm_reviews,
 }
-# None is PEFT's LoRA.
-ARMS: Mapping[str, KasaConfig | None] = {"lora": None, "kasa": KasaConfig(RANK, ALPHA)}
+ARMS: Mapping[str, Arm] = {
+    "lora": Arm(),
+    "kasa": Arm(KasaConfig(RANK, ALPHA)),
+    # As in the paper and its authors' code.
+    "kasa-published": Arm(KasaConfig(RANK, ALPHA, truncation="authors", singular_value_start="normal")),
+    "lora-gradient": Arm(gradient_start=True),
+    "pissa": Arm(lora={"init_lora_weights": "pissa"}),
+}
 RATES = (1e-3, 2.5e-3, 6e-3)
 GROWTH = 2.5
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
@@ -72,17 +79,21 @@ def method(setting: Setting) -> Measurement:
 
 
 def _tuned(workspace: Path, task: str) -> Tuning:
-    rates = list(RATES)
+    grids = {arm: list(RATES) for arm in ARMS}
     while True:
-        jobs = [(task, arm, rate, TUNING_SEED) for arm in ARMS for rate in rates]
+        jobs = [(task, arm, rate, TUNING_SEED) for arm, rates in grids.items() for rate in rates]
         tuning: Tuning = {arm: {} for arm in ARMS}
         for (_, arm, rate, _), result in zip(jobs, _trained(workspace, jobs), strict=True):
             tuning[arm][rate] = result["validation"]
-        best = [min(losses, key=losses.__getitem__) for losses in tuning.values()]
-        longer = [rates[0] / GROWTH] * (rates[0] in best) + rates + [rates[-1] * GROWTH] * (rates[-1] in best)
-        if longer == rates:
+        grown = {arm: _grown(rates, tuning[arm]) for arm, rates in grids.items()}
+        if grown == grids:
             return tuning
-        rates = longer
+        grids = grown
+
+
+def _grown(rates: list[float], losses: Mapping[float, float]) -> list[float]:
+    best = min(rates, key=losses.__getitem__)
+    return [rates[0] / GROWTH] * (rates[0] == best) + rates + [rates[-1] * GROWTH] * (rates[-1] == best)
 
 
 def _trained(workspace: Path, jobs: Sequence[tuple[str, str, float, int]]) -> list[dict[str, Any]]:

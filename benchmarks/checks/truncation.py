@@ -21,6 +21,7 @@ from benchmarks.inputs import TokenRows, base_of, text_sets, token_rows
 from benchmarks.training import (
     ALPHA,
     RANK,
+    Arm,
     Task,
     mean_loss,
     minilm_reviews,
@@ -165,7 +166,7 @@ def run_arms(workspace: Path, task_name: str, seed: int) -> dict[str, float]:
         torch.manual_seed(seed)
         task = TASKS[task_name](workspace)
         losses.setdefault("base", mean_loss(row_losses(task, task.heldout)))
-        train_adapter(task, _config(arm), PEAK_RATE, seed)
+        train_adapter(task, _arm(arm), PEAK_RATE, seed)
         losses[arm] = mean_loss(row_losses(task, task.heldout))
         print(
             f"{task_name} seed {seed} {arm}: {losses[arm]:.4f} ({time.perf_counter() - started:.0f} s)", file=sys.stderr
@@ -173,12 +174,12 @@ def run_arms(workspace: Path, task_name: str, seed: int) -> dict[str, float]:
     return losses
 
 
-def _config(arm: str) -> KasaConfig | None:
-    """The arm's adapter with d from a normal distribution, as in the paper; None for LoRA."""
-    rule = next((rule for rule in RULES if rule == arm), None)
+def _arm(name: str) -> Arm:
+    """LoRA, or KaSA with d from a normal distribution, as in the paper."""
+    rule = next((rule for rule in RULES if rule == name), None)
     if rule is None:
-        return None
-    return KasaConfig(RANK, ALPHA, truncation=rule, dropped_rank=RANK, singular_value_start="normal")
+        return Arm()
+    return Arm(KasaConfig(RANK, ALPHA, truncation=rule, dropped_rank=RANK, singular_value_start="normal"))
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {
