@@ -70,7 +70,7 @@ class Arm:
     Attributes:
         kasa: the KaSA adapter; PEFT's LoRA where it is None.
         lora: what that LoRA's `LoraConfig` says beside rank, alpha and modules.
-        gradient_start: A starts along the top right singular vectors of the loss's gradient at the base weights (sum over the
+        gradient_start: that LoRA's A starts along the top right singular vectors of the loss's gradient at the base weights (sum over the
             labels of `CALIBRATION_ROWS` training rows), in the size of LoRA's start.
     """
 
@@ -94,7 +94,7 @@ def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
 
 def train_adapter(task: Task, arm: Arm, rate: float, seed: int) -> None:
     """Train the arm's adapter for one pass over the rows."""
-    model, regulariser = _adapted(task, arm, seed)
+    model, regulariser = task.model, _adapted(task, arm, seed)
     order = list(task.train)
     random.Random(seed).shuffle(order)
     batches = [order[i : i + task.batch] for i in range(0, len(order), task.batch)]
@@ -110,36 +110,37 @@ def train_adapter(task: Task, arm: Arm, rate: float, seed: int) -> None:
         optimizer.zero_grad()
 
 
-def _adapted(task: Task, arm: Arm, seed: int) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """The model with the adapter in place, and the adapter's regulariser."""
+def _adapted(task: Task, arm: Arm, seed: int) -> Callable[[], torch.Tensor]:
+    """Put the arm's adapter in place; its regulariser."""
     targets = [target for target in find_targets(task.model, "all-linear") if target.name not in task.head]
-    pulled = _pulled(task, targets) if arm.gradient_start else {}
-    if arm.kasa is None:
-        from peft import LoraConfig, inject_adapter_in_model
+    kasa = arm.kasa
+    if kasa is None:
+        _put_lora(task, arm, targets)
+        return lambda: torch.zeros(())
+    weighting = _weighting(task, targets, kasa.truncation) if kasa.truncation in CALIBRATED else None
+    drops = kasa.truncation != "none"
+    spectra = compute_spectra(ModelWeights(task.model), targets, RANK, weighting=weighting) if drops else None
+    layers = attach(task.model, targets, kasa, spectra, seed, trained_modules=task.head)
+    return lambda: penalty(layers.values(), kasa.regulariser).weighted(kasa)
 
-        names = [target.name for target in targets]
-        config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=names, **arm.lora)
-        inject_adapter_in_model(config, task.model)
-        for name in task.head:
-            task.model.get_submodule(name).requires_grad_(True)
-        factors = {name: task.model.get_submodule(name).lora_A.default.weight for name in pulled}
-        regulariser = lambda: torch.zeros(())  # noqa: E731
-    else:
-        kasa = arm.kasa
-        weighting = _weighting(task, targets, kasa.truncation) if kasa.truncation in CALIBRATED else None
-        drops = kasa.truncation != "none"
-        spectra = compute_spectra(ModelWeights(task.model), targets, RANK, weighting=weighting) if drops else None
-        layers = attach(task.model, targets, kasa, spectra, seed, trained_modules=task.head)
-        factors = {name: layers[name].update.a_RI for name in pulled}
-        regulariser = lambda: penalty(layers.values(), kasa.regulariser).weighted(kasa)  # noqa: E731
-    for name, a_RI in pulled.items():
-        factors[name].data.copy_(a_RI)
-    return task.model, regulariser
+
+def _put_lora(task: Task, arm: Arm, targets: Sequence[Target]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    starts = _pulled(task, targets) if arm.gradient_start else {}
+    names = [target.name for target in targets]
+    config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=names, **arm.lora)
+    inject_adapter_in_model(config, task.model)
+    for name in task.head:
+        task.model.get_submodule(name).requires_grad_(True)
+    for name, a_RI in starts.items():
+        task.model.get_parameter(f"{name}.lora_A.default.weight").data.copy_(a_RI)
 
 
 def _pulled(task: Task, targets: Sequence[Target]) -> dict[str, torch.Tensor]:
     """For each layer the A of a gradient start; its rows are orthogonal, each as long as one of LoRA's is at its start."""
-    weights = {target.name: task.model.get_submodule(target.name).weight.requires_grad_() for target in targets}
+    weights = {target.name: task.model.get_parameter(f"{target.name}.weight") for target in targets}
+    task.model.requires_grad_(True)
     for sample in task.train[:CALIBRATION_ROWS]:
         task.losses(task.model, [sample]).sum().backward()
     started = {}
