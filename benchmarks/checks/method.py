@@ -63,26 +63,47 @@ Tuning = dict[str, dict[float, float]]
 @check(bar=0.003, direction="at most", unit="nats")
 def method(setting: Setting) -> Measurement:
     """Held-out loss of the default KaSA less LoRA's, each at its own best rate, the largest of three tasks."""
+    tasks = _tasks(setting.workspace, ("lora", "kasa"))
+    worst = max(one["arms"]["kasa"]["difference"]["estimate"] for one in tasks.values())
+    return Measurement(worst, _details(tasks))
+
+
+@check(bar=0.003, direction="at most", unit="nats")
+def method_others(setting: Setting) -> Measurement:
+    """Held-out loss of the default KaSA less that of the best arm of all, the largest of three tasks."""
+    tasks = _tasks(setting.workspace, tuple(ARMS))
+    worst = max(
+        one["arms"]["kasa"]["loss"]["estimate"] - min(arm["loss"]["estimate"] for arm in one["arms"].values())
+        for one in tasks.values()
+    )
+    return Measurement(worst, _details(tasks))
+
+
+def _details(tasks: dict[str, Any]) -> dict[str, Any]:
+    return {"seeds": len(SEEDS), "rank": RANK, "tasks": tasks}
+
+
+def _tasks(workspace: Path, arms: Sequence[str]) -> dict[str, Any]:
+    """Task -> the losses that chose the rates, the rates, and the arms compared at them."""
     if not E2E.is_dir():
         raise CannotRunError(f"{E2E} is absent")
-    shuffled_reviews(setting.workspace)  # what is fetched is fetched before the processes would do so at once
-    tuning = {task: _tuned(setting.workspace, task) for task in TASKS}
+    shuffled_reviews(workspace)  # what is fetched is fetched before the processes would do so at once
+    tuning = {task: _tuned(workspace, task, arms) for task in TASKS}
     rates = {task: {arm: min(losses, key=losses.__getitem__) for arm, losses in tuning[task].items()} for task in TASKS}
-    jobs = [(task, arm, rates[task][arm], seed) for task in TASKS for arm in ARMS for seed in SEEDS]
-    found = dict(zip(jobs, _trained(setting.workspace, jobs), strict=True))
-    details: dict[str, Any] = {"seeds": len(SEEDS), "rank": RANK, "tasks": {}}
+    jobs = [(task, arm, rates[task][arm], seed) for task in TASKS for arm in arms for seed in SEEDS]
+    found = dict(zip(jobs, _trained(workspace, jobs), strict=True))
+    tasks = {}
     for task in TASKS:
-        runs = {arm: [found[task, arm, rates[task][arm], seed] for seed in SEEDS] for arm in ARMS}
-        details["tasks"][task] = {"validation": tuning[task], "rates": rates[task], "arms": _compared(runs)}
-    worst = max(details["tasks"].values(), key=lambda one: one["arms"]["kasa"]["difference"]["estimate"])
-    return Measurement(worst["arms"]["kasa"]["difference"]["estimate"], details)
+        runs = {arm: [found[task, arm, rates[task][arm], seed] for seed in SEEDS] for arm in arms}
+        tasks[task] = {"validation": tuning[task], "rates": rates[task], "arms": _compared(runs)}
+    return tasks
 
 
-def _tuned(workspace: Path, task: str) -> Tuning:
-    grids = {arm: list(RATES) for arm in ARMS}
+def _tuned(workspace: Path, task: str, arms: Sequence[str]) -> Tuning:
+    grids = {arm: list(RATES) for arm in arms}
     while True:
         jobs = [(task, arm, rate, TUNING_SEED) for arm, rates in grids.items() for rate in rates]
-        tuning: Tuning = {arm: {} for arm in ARMS}
+        tuning: Tuning = {arm: {} for arm in arms}
         for (_, arm, rate, _), result in zip(jobs, _trained(workspace, jobs), strict=True):
             tuning[arm][rate] = result["validation"]
         grown = {arm: _grown(rates, tuning[arm]) for arm, rates in grids.items()}
