@@ -215,7 +215,13 @@ class TrainSettings(Section):
         description="Pack samples end to end, at most this many tokens to a forward pass, instead of padding them; they do "
         "not see each other. `micro_batch_size` has no meaning then.",
     )
-    learning_rate: float = Field(5e-4, gt=0, le=LARGEST_RATE, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(
+        5e-4,
+        gt=0,
+        le=LARGEST_RATE,
+        description="Peak learning rate of AdamW. The best one falls with the base's width and with alpha ([method](method.md)); "
+        "`kasa run --tune lr` finds it.",
+    )
     head_learning_rate: float | None = Field(
         None, gt=0, le=LARGEST_RATE, description="Peak learning rate of a new `base.head`; default: `learning_rate`."
     )

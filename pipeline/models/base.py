@@ -223,10 +223,15 @@ def remembered_outline(folder: Path, base_digest: str, head: HeadKind, draw: Cal
 
 
 def _find(settings: BaseSettings, workspace: Path, fetch: bool) -> Path | None:
-    if settings.model.startswith(PREFIX):
+    embedded = settings.model.startswith(PREFIX)
+    folder = user_path(settings.model)
+    if settings.revision is not None and (embedded or folder.is_dir()):
+        raise BaseModelError(
+            f"base.revision {settings.revision}: base.model {settings.model} is not of the hub and has no revisions; remove base.revision"
+        )
+    if embedded:
         name = settings.model.removeprefix(PREFIX)
         return embedded_base(name, workspace) if fetch else embedded_path_if_present(name, workspace)
-    folder = user_path(settings.model)
     if folder.is_dir():
         return folder.resolve()
     if folder.is_absolute() or settings.model.startswith((".", "~")) or settings.model.count("/") != 1:

@@ -230,3 +230,10 @@ def test_a_mistyped_path_is_answered_with_what_lies_there(tmp_path: Path, monkey
     ):
         with pytest.raises(BaseModelError, match=f"neither a folder nor a hub id .*{hint}"):
             find_base(BaseSettings(model=mistyped), tmp_path)
+
+
+@pytest.mark.parametrize("model", ["{folder}", "embedded:smollm2-135m-instruct"])
+def test_a_revision_of_what_has_none_is_refused(tmp_path: Path, model: str) -> None:
+    settings = BaseSettings(model=model.format(folder=tmp_path), revision="main")
+    with pytest.raises(BaseModelError, match=r"base\.revision main: .* has no revisions; remove base\.revision"):
+        find_base(settings, tmp_path)
