@@ -1,4 +1,4 @@
-"""The commands for what runs leave: `kasa models`, `promote`, `rollback`, `generate`, `export`, `import` and `artifacts`."""
+"""The commands for what runs leave: `kasa models`, `promote`, `rollback`, `generate`, `serve`, `export`, `import`, `artifacts`."""
 
 from __future__ import annotations
 
@@ -166,6 +166,25 @@ def generate(
     texts = [line.rstrip("\n") for prompt in prompts for line in (sys.stdin if prompt == "-" else [prompt])]
     answers = answer(model, texts, workspace, base, max_new_tokens)
     print(json.dumps({"model": model, "answers": answers}) if as_json else "\n".join(answers))
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="`models:/NAME@champion`, `models:/NAME/1`, an adapter folder, or a merged one.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at; `0.0.0.0` lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    workspace: WorkspaceOption = Path("workspace"),
+    base: BaseOption = None,
+) -> None:
+    """Serve a model with OpenAI's interface (chat, completions, streaming) by `transformers serve`, until Ctrl-C."""
+    from pipeline.serving.openai_server import serving
+
+    with serving(model, workspace, base, host, port) as endpoint:
+        out.print(f"{escape(endpoint.name)} answers at {endpoint.address}/v1")
+        if endpoint.request:
+            out.print(f"\n  {escape(endpoint.request)}")
+        endpoint.wait()
 
 
 def export(

@@ -41,11 +41,10 @@ def answer(
         ModelError: there is no such model.
         BaseModelError, AdapterFileError: its base is missing, or is another one.
     """
-    merged = user_path(model)
-    if not model.startswith(SCHEME) and (merged / PROMPTING_FILE).is_file() and not is_adapter(merged):
+    if is_merged(model):
         if base:
             raise ModelError(f"{model} is merged and needs no base; leave out --base")
-        precision = fast_precision(torch.cuda.is_available())
+        merged, precision = user_path(model), fast_precision(torch.cuda.is_available())
         loaded = load_model(merged, None, precision, prompting=Prompting.load(merged))
         return loaded.answers(texts, max_new_tokens or DEFAULT_NEW_TOKENS)
     with located_adapter(model, workspace) as (folder, config):
@@ -54,6 +53,12 @@ def answer(
         else:
             loaded, limit = load_registered(folder, config, base), int(config["max_new_tokens"])
         return loaded.answers(texts, max_new_tokens or limit)
+
+
+def is_merged(model: str) -> bool:
+    """Whether this is a folder that was exported as merged."""
+    folder = user_path(model)
+    return not model.startswith(SCHEME) and (folder / PROMPTING_FILE).is_file() and not is_adapter(folder)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from kasa import KasaError, export_lora, merge, read_adapter, save_adapter
 from kasa.adapter_file import ADAPTER_JSON, SavedAdapter, check_base
 from kasa.errors import InterchangeError
@@ -23,6 +25,7 @@ from kasa.peft_kasa import export_peft_kasa, import_peft_kasa
 from pipeline.config.settings import BaseSettings
 from pipeline.core.errors import BaseModelError, ModelError
 from pipeline.core.files import machine_cache
+from pipeline.core.machine import fast_precision
 from pipeline.core.redaction import shell_command
 from pipeline.models.base import find_base
 from pipeline.models.chat_template import CHAT_TEMPLATE_FILE, chat_files, tokenizer_settings
@@ -32,7 +35,7 @@ from pipeline.serving.answer import DEFAULT_NEW_TOKENS, located_adapter
 from pipeline.serving.inference import BASE_VARIABLE, is_hub_id
 from pipeline.serving.logits import LogitDifference, coarse, logit_difference, too_large
 
-_CHATS = "http://localhost:8000/v1/chat/completions"
+_ADDRESS = "http://localhost:8000"  # vLLM's own default
 
 Format = Literal["lora", "merged", "peft-kasa"]
 Dtype = Literal["fp32", "bf16", "stored"]
@@ -76,12 +79,14 @@ class ModelSource:
         adapter: its contents.
         base: folder of the base; None where it is not on this machine.
         base_name: how other programs find the base: its hub id, or a folder.
+        precision: in which `kasa generate` runs it.
     """
 
     folder: Path
     adapter: SavedAdapter
     base: Path | None
     base_name: str
+    precision: str
 
     def beside(self, merged: bool = False) -> dict[str, str]:
         """What other programs read beside the weights, by file name: the form of prompts, and where answers end.
@@ -183,7 +188,7 @@ def _merged(source: ModelSource, out: Path, dtype: Dtype) -> Exported:
         logits=logits,
         command=shell_command("vllm", "serve", out.absolute()),
         notes=(note,) if note else (),
-        request=_request(out, str(out.absolute())),
+        request=chat_request(out, str(out.absolute())),
     )
 
 
@@ -203,7 +208,7 @@ def _lora(source: ModelSource, out: Path, pad_rank: bool, dtype: Dtype) -> Expor
         dtypes=(str(stored).removeprefix("torch."),),
         logits=None,
         command=served or _load_with_peft(source, out),
-        request=_request(out, out.name) if served else None,
+        request=chat_request(out, out.name) if served else None,
     )
 
 
@@ -222,13 +227,13 @@ def _serve_lora(source: ModelSource, out: Path, rank: int) -> str | None:
     return shell_command("vllm", "serve", source.base_name, *options)
 
 
-def _request(out: Path, name: str) -> str | None:
-    """A chat request to the model `name` of a server on this machine; None where `out` has no chat template."""
+def chat_request(out: Path, name: str, address: str = _ADDRESS) -> str | None:
+    """A chat request to the model `name` of an OpenAI-compatible server; None where `out` has no chat template."""
     if not (out / CHAT_TEMPLATE_FILE).is_file():
         return None
     messages = [{"role": "user", "content": "..."}]
     body = json.dumps({"model": name, "messages": messages, "temperature": 0, "max_tokens": DEFAULT_NEW_TOKENS})
-    return shell_command("curl", _CHATS, "-H", "Content-Type: application/json", "-d", body)
+    return shell_command("curl", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body)
 
 
 def _peft_kasa(source: ModelSource, out: Path) -> Exported:
@@ -275,11 +280,12 @@ def model_source(model: str, workspace: Path, base: Path | None, needs_base: boo
         if not (folder / ADAPTER_JSON).exists():
             raise ModelError(f"{model} is no KaSA adapter: there is no {ADAPTER_JSON} beside its weights")
         recorded = Path(config["base_folder"]) if config and "base_folder" in config else None
-        yield _with_base(folder, workspace, base, recorded, needs_base)
+        precision = config["precision"] if config else fast_precision(torch.cuda.is_available())
+        yield _with_base(folder, workspace, base, recorded, needs_base, precision)
 
 
 def _with_base(
-    folder: Path, workspace: Path, base: Path | None, recorded: Path | None, needs_base: bool
+    folder: Path, workspace: Path, base: Path | None, recorded: Path | None, needs_base: bool, precision: str
 ) -> ModelSource:
     adapter = read_adapter(folder)
     named = os.environ.get(BASE_VARIABLE)
@@ -293,7 +299,8 @@ def _with_base(
     if found:
         check_base(adapter, found)
     keeps_name = found is None or (given is None and is_hub_id(adapter.base) and not Path(adapter.base).is_dir())
-    return ModelSource(folder, adapter, found, adapter.base if keeps_name or found is None else str(found.absolute()))
+    name = adapter.base if keeps_name or found is None else str(found.absolute())
+    return ModelSource(folder, adapter, found, name, precision)
 
 
 def _folder_of(name: str, given: Path) -> Path:
