@@ -240,7 +240,7 @@ def test_a_check_must_say_what_it_measures() -> None:
 def test_the_project_has_its_checks() -> None:
     assert {one.name for one in all_checks()} == {
         "adapter-load", "cache-noop", "checkpoint-size", "commonsense", "demo-gain", "demo-time", "e2e", "e2e-full",
-        "eval-scaling", "faults", "glue", "method", "packing", "plan", "regulariser", "retrain", "spectra-model", "spectra-weight",
+        "eval-scaling", "faults", "glue", "method", "method-others", "packing", "plan", "regulariser", "retrain", "spectra-model", "spectra-weight",
         "train-step", "truncation", "truncation-training", "zero3-memory",
     }  # fmt: skip
 
