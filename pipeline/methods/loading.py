@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -35,6 +36,22 @@ def attach_folder(model: nn.Module, folder: Path) -> None:
         load_weights(model, folder)
     else:
         attach_saved(model, read_adapter(folder))
+
+
+def merge_other(model: nn.Module, folder: Path) -> Any:
+    """A loaded base with the adapter of another method than KaSA merged into its weights; the base given is changed.
+
+    KaSA's adapters are merged without loading the base (`kasa.merge`).
+
+    Raises:
+        AdapterFileError: the folder is no such adapter, damaged, or made for another architecture.
+    """
+    if (folder / WEIGHTS_JSON).exists():
+        load_weights(model, folder)
+        return model
+    from pipeline.methods.peft import load_peft_folder
+
+    return load_peft_folder(model, folder).merge_and_unload()
 
 
 def base_name(folder: Path) -> str:

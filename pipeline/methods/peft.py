@@ -239,8 +239,11 @@ def save_as_lora(
     write_peft_folder(folder, config, {**_within(values, modules_to_save), **factors}, {})
 
 
-def load_peft_folder(model: nn.Module, folder: Path) -> None:
+def load_peft_folder(model: nn.Module, folder: Path) -> Any:
     """Put an adapter that PEFT or this package saved into a loaded base, in place.
+
+    Returns:
+        PEFT's own model around the base.
 
     Raises:
         AdapterFileError: the folder is damaged, or made for another architecture.
@@ -249,13 +252,14 @@ def load_peft_folder(model: nn.Module, folder: Path) -> None:
     try:
         with _quiet(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            peft.PeftModel.from_pretrained(model, str(folder))
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise AdapterFileError(f"{folder} cannot be put onto this base: {one_line(error)}") from None
     for one in said:
         # PEFT only warns of tensors that the folder lacks.
         if "missing adapter keys" in str(one.message):
             raise AdapterFileError(f"{folder} is not complete: {one_line(one.message)}")
+    return wrapped
 
 
 def base_of_peft_folder(folder: Path) -> str:

@@ -91,9 +91,18 @@ def located_adapter(model: str, workspace: Path) -> Iterator[tuple[Path, Mapping
 
 
 def _load_folder(folder: Path, workspace: Path, base: Path | None) -> LoadedModel:
+    return load_model(base_of(folder, workspace, base), folder, fast_precision(torch.cuda.is_available()))
+
+
+def base_of(folder: Path, workspace: Path, base: Path | None) -> Path:
+    """The base of the adapter in a folder: the given one, or the recorded one, fetched where it is missing.
+
+    Raises:
+        BaseModelError, AdapterFileError: it is missing, or is another one.
+    """
     if base is None:
         found = find_base(BaseSettings(model=base_name(folder)), workspace)
         assert found is not None  # only a look without fetching finds nothing
         base = found.folder
     check_saved_base(folder, base)
-    return load_model(base, folder, fast_precision(torch.cuda.is_available()))
+    return base

@@ -89,21 +89,8 @@ class ModelSource:
     precision: str
 
     def beside(self, merged: bool = False) -> dict[str, str]:
-        """What other programs read beside the weights, by file name: the form of prompts, and where answers end.
-
-        Without the base's tokenizer on this machine it is `prompting.json` alone; `merged` adds the tokenizer's own copy of
-        the template.
-        """
-        if not (self.folder / PROMPTING_FILE).is_file():
-            return {}
-        texts = {PROMPTING_FILE: (self.folder / PROMPTING_FILE).read_text(encoding="utf-8")}
-        if self.base is None:
-            return texts
-        try:
-            texts |= chat_files(Prompting.load(self.folder), self.base)
-        except BaseModelError:  # a base without a tokenizer
-            return texts
-        return texts | (tokenizer_settings(self.base, texts[CHAT_TEMPLATE_FILE]) if merged else {})
+        """See `beside_weights`."""
+        return beside_weights(self.folder, self.base, merged)
 
 
 def export(
@@ -133,6 +120,26 @@ def export(
         if format_ == "lora":
             return _lora(source, out, pad_rank, dtype)
         return _peft_kasa(source, out)
+
+
+def beside_weights(folder: Path, base: Path | None, merged: bool) -> dict[str, str]:
+    """What other programs read beside the weights, by file name: the form of prompts, and where answers end.
+
+    Args:
+        folder: the adapter's folder.
+        base: the base's; without its tokenizer on this machine it is `prompting.json` alone.
+        merged: adds the tokenizer's own copy of the template.
+    """
+    if not (folder / PROMPTING_FILE).is_file():
+        return {}
+    texts = {PROMPTING_FILE: (folder / PROMPTING_FILE).read_text(encoding="utf-8")}
+    if base is None:
+        return texts
+    try:
+        texts |= chat_files(Prompting.load(folder), base)
+    except BaseModelError:  # a base without a tokenizer
+        return texts
+    return texts | (tokenizer_settings(base, texts[CHAT_TEMPLATE_FILE]) if merged else {})
 
 
 def import_folder(peft_folder: Path, out: Path, base: Path) -> Exported:
