@@ -19,7 +19,7 @@ from kasa import find_targets
 from kasa.weighting import Weighting
 from pipeline.core.errors import RecipeError
 from pipeline.methods.choice import check_method, check_registrable
-from pipeline.methods.loading import attach_folder
+from pipeline.methods.loading import attach_folder, merge_other
 from pipeline.methods.residual import initial_factors
 from pipeline.spectra.decomposition import leading_triplets
 from tests.support import ROOT
@@ -86,6 +86,22 @@ def test_peft_itself_loads_what_was_saved(group: tuple[str, Path, dict[str, Any]
         theirs = peft.PeftModel.from_pretrained(theirs, adapter)
         with torch.no_grad():
             assert torch.equal(ours.eval()(token_ids).logits, theirs.eval()(token_ids).logits), method
+
+
+@pytest.mark.processes
+def test_merged_into_the_base_they_say_the_same(group: tuple[str, Path, dict[str, Any]]) -> None:
+    name, folder, _ = group
+    token_ids = torch.arange(1, 9)[None]
+    for method in set(GROUPS[name][3]) - {"kasa-without-d"}:  # which `kasa.merge` merges
+        adapter = folder / method / "whole" / "work" / "adapter"
+        base, attached, merged = (AutoModelForCausalLM.from_pretrained(folder / "base") for _ in range(3))
+        attach_folder(attached, adapter)
+        merged = merge_other(merged, adapter)
+        assert merged.state_dict().keys() == base.state_dict().keys(), method
+        with torch.no_grad():
+            wanted, logits = (model.eval()(token_ids).logits for model in (attached, merged))
+        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5, msg=method)
+        assert not torch.allclose(logits, base.eval()(token_ids).logits, atol=1e-5), method
 
 
 @pytest.mark.processes
