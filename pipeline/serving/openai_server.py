@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ import torch
 from kasa import merge
 from kasa.adapter_file import ADAPTER_JSON
 from pipeline.core import stopping
-from pipeline.core.console import console
+from pipeline.core.console import PLAIN_INTERVAL_S, console
 from pipeline.core.errors import ModelError
 from pipeline.core.files import user_path
 from pipeline.core.machine import fast_precision
@@ -217,12 +217,16 @@ def _address(host: str, port: int) -> str:
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, address: str) -> None:
     console.print("loading it")
+    began = said = time.monotonic()
     while process.poll() is None:
         try:
             with _direct.open(f"{address}/health", timeout=_ANSWER_S):
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             stopping.pause(_POLL_S)
+        if (now := time.monotonic()) - said > PLAIN_INTERVAL_S:
+            console.print(f"still loading it after {now - began:.0f} s")
+            said = now
     raise _ended(process, log)
 
 

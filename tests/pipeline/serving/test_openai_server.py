@@ -88,7 +88,9 @@ def test_requests_get_the_answers_of_kasa_generate(
         assert "".join(pieces).strip() == typed[0]
         completed = client.completions.create(prompt=f"Q: {PROMPTS[0]}\nA:", **asked)
         assert completed.choices[0].text.strip() == typed[0]
-    assert endpoint.process.poll() is not None
+        endpoint.process.kill()
+        with pytest.raises(ModelError, match=r"^the server ended with -9: .*/v1/completions"):
+            endpoint.wait()
     assert all(typed)
 
 
@@ -103,6 +105,7 @@ def test_exported_folders_are_served_alike(tmp_path: Path, adapter: Path, form: 
         assert endpoint.name == form
         assert endpoint.request is not None
         assert chat_answers(endpoint, PROMPTS) == typed
+    assert endpoint.process.poll() is not None
     assert typed == answer(str(adapter), PROMPTS, work, base, LIMIT)
 
 
