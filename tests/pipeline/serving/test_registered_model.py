@@ -14,6 +14,7 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.scoring_server import invocations
+from openai import OpenAI
 
 from kasa import save_adapter
 from kasa.files import seal_folder
@@ -23,9 +24,11 @@ from pipeline.registry.store import ModelPackage, Registry
 from pipeline.run.model_package import served_params
 from pipeline.serving import inference, served_model
 from pipeline.serving.answer import answer
+from pipeline.serving.openai_server import serving
 from pipeline.tracking.runs import Tracking
 from tests.support.interchange import random_adapter
 from tests.support.tiny_inputs import write_tiny_inputs
+from tests.support.tracking_server import free_port
 
 PROMPTS = ["count 1 from 5", "from done", "count 3 from 7 "]
 TURNS = [Message("user", "count 1"), Message("assistant", "1 done"), Message("user", "count 2")]
@@ -186,3 +189,17 @@ def test_the_scoring_server_answers_the_documented_requests(model: Any, typed: l
     assert short == model.predict(PROMPTS[:1], params={"max_new_tokens": 1})
     with pytest.raises(MlflowException):
         post({"messages": TALK})
+
+
+@pytest.mark.processes
+def test_openai_s_interface_has_it_under_its_registered_name(workspace: Path) -> None:
+    typed = answer("models:/tiny/1", PROMPTS, workspace / "work", None, LENGTH)
+    with serving("models:/tiny/1", workspace / "work", None, "127.0.0.1", free_port()) as endpoint:
+        client = OpenAI(base_url=f"{endpoint.address}/v1", api_key="none", max_retries=0)
+        said = [
+            client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": prompt}], max_tokens=LENGTH
+            )
+            for prompt in PROMPTS
+        ]
+    assert [(one.choices[0].message.content or "").strip() for one in said] == typed
