@@ -7,11 +7,14 @@ SOURCES := kasa pipeline ray_jobs benchmarks tests
 TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test quick soak checks bench docs clean
+.PHONY: demo hello test quick soak checks bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/kasa run recipes/quickstart.yaml
+
+hello: $(VENV)/.installed
+	$(BIN)/kasa run hello
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(TWO_PROCESSES) --durations 25

@@ -63,6 +63,15 @@ def test_a_recipe_says_what_it_is(name: str) -> None:
     assert (about.settings == "ours") == (not about.published) or about.differences
 
 
+def test_hello_is_ten_steps_of_the_demos_task() -> None:
+    hello, demo = load_recipe(Path("hello")), load_recipe(Path("quickstart"))
+    assert hello.data.train_rows == 10 * hello.train.batch_size * hello.train.epochs
+    assert hello.base == demo.base
+    for task in ("train", "prompt_template", "chat_template", "max_tokens"):
+        assert getattr(hello.data, task) == getattr(demo.data, task)
+    assert (hello.evaluate.kind, hello.evaluate.choices) == (demo.evaluate.kind, demo.evaluate.choices)
+
+
 def test_a_file_of_ones_own_comes_before_a_name(tmp_path: Path) -> None:
     own = tmp_path / "quickstart"
     own.write_text("name: mine\ndata: {train: rows.jsonl}\n")
